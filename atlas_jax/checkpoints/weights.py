@@ -1,0 +1,241 @@
+"""The names of weights: the reference's on the left, ours on the right, and how the axes of one become the other's.
+
+`{n}` is a layer's number; ours are stacked, so the layer is the leading axis of the array. Layouts are einops patterns
+over one layer. Each table serves both directions.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import einops
+import jax
+import numpy as np
+from flax import nnx
+
+from atlas_jax.errors import UserError
+from atlas_jax.models.atlas import Atlas, AtlasConfig
+from atlas_jax.models.t5 import T5Config
+
+Params = dict[str, np.ndarray]  # our path, as in "reader/encoder/layers/attn/q/kernel", to the array
+
+
+class Row(NamedTuple):
+    """One weight of the reference and its place with us."""
+
+    name: str
+    path: str
+    layout: str
+    alias: bool = False  # a second name of the same array: may be absent, must be equal
+
+
+SPLIT, MERGE = "(h k) d -> d h k", "d (h k) -> h k d"
+TRANSPOSE = "o i -> i o"
+VECTOR, MATRIX, HEADS = "d -> d", "v d -> v d", "(h k) -> h k"
+
+
+def _attention(name: str, path: str) -> list[Row]:
+    return [Row(f"{name}.{x}.weight", f"{path}/{x}/kernel", SPLIT) for x in "qkv"] + [
+        Row(f"{name}.o.weight", f"{path}/o/kernel", MERGE)
+    ]
+
+
+def _mlp(name: str, path: str, *, gated: bool) -> list[Row]:
+    up = [("wi_0", "gate"), ("wi_1", "up")] if gated else [("wi", "up")]
+    return [Row(f"{name}.{x}.weight", f"{path}/{ours}/kernel", TRANSPOSE) for x, ours in [*up, ("wo", "down")]]
+
+
+def reader_rows(cfg: T5Config) -> list[Row]:
+    """T5 as Hugging Face and the reference name it."""
+    encoder, decoder = "encoder.block.{n}.layer", "decoder.block.{n}.layer"
+    relative = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    return [
+        Row("shared.weight", "embed/embedding", MATRIX),
+        Row("encoder.embed_tokens.weight", "embed/embedding", MATRIX, alias=True),
+        Row("decoder.embed_tokens.weight", "embed/embedding", MATRIX, alias=True),
+        Row("lm_head.weight", "embed/embedding", MATRIX, alias=True)
+        if cfg.tied
+        else Row("lm_head.weight", "lm_head/kernel", TRANSPOSE),
+        Row(f"encoder.{relative}", "encoder/position_bias/embed/embedding", MATRIX),
+        *_attention(f"{encoder}.0.SelfAttention", "encoder/layers/attn"),
+        Row(f"{encoder}.0.layer_norm.weight", "encoder/layers/attn_norm/scale", VECTOR),
+        *_mlp(f"{encoder}.1.DenseReluDense", "encoder/layers/mlp", gated=cfg.gated),
+        Row(f"{encoder}.1.layer_norm.weight", "encoder/layers/mlp_norm/scale", VECTOR),
+        Row("encoder.final_layer_norm.weight", "encoder/final_norm/scale", VECTOR),
+        Row(f"decoder.{relative}", "decoder/position_bias/embed/embedding", MATRIX),
+        *_attention(f"{decoder}.0.SelfAttention", "decoder/layers/self_attn"),
+        Row(f"{decoder}.0.layer_norm.weight", "decoder/layers/self_attn_norm/scale", VECTOR),
+        *_attention(f"{decoder}.1.EncDecAttention", "decoder/layers/cross_attn"),
+        Row(f"{decoder}.1.layer_norm.weight", "decoder/layers/cross_attn_norm/scale", VECTOR),
+        *_mlp(f"{decoder}.2.DenseReluDense", "decoder/layers/mlp", gated=cfg.gated),
+        Row(f"{decoder}.2.layer_norm.weight", "decoder/layers/mlp_norm/scale", VECTOR),
+        Row("decoder.final_layer_norm.weight", "decoder/final_norm/scale", VECTOR),
+    ]
+
+
+def _dense(name: str, path: str, layouts: tuple[str, str]) -> list[Row]:
+    return [
+        Row(f"{name}.weight", f"{path}/kernel", layouts[0]),
+        Row(f"{name}.bias", f"{path}/bias", layouts[1]),
+    ]
+
+
+def _layer_norm(name: str, path: str) -> list[Row]:
+    return [Row(f"{name}.weight", f"{path}/scale", VECTOR), Row(f"{name}.bias", f"{path}/bias", VECTOR)]
+
+
+def retriever_rows() -> list[Row]:
+    """BERT as Hugging Face and the reference name it."""
+    layer = "encoder.layer.{n}"
+    return [
+        Row("embeddings.word_embeddings.weight", "words/embedding", MATRIX),
+        Row("embeddings.position_embeddings.weight", "positions/embedding", MATRIX),
+        Row("embeddings.token_type_embeddings.weight", "token_types/embedding", MATRIX),
+        *_layer_norm("embeddings.LayerNorm", "embed_norm"),
+        *_dense(f"{layer}.attention.self.query", "layers/q", (SPLIT, HEADS)),
+        *_dense(f"{layer}.attention.self.key", "layers/k", (SPLIT, HEADS)),
+        *_dense(f"{layer}.attention.self.value", "layers/v", (SPLIT, HEADS)),
+        *_dense(f"{layer}.attention.output.dense", "layers/o", (MERGE, VECTOR)),
+        *_layer_norm(f"{layer}.attention.output.LayerNorm", "layers/attn_norm"),
+        *_dense(f"{layer}.intermediate.dense", "layers/up", (TRANSPOSE, VECTOR)),
+        *_dense(f"{layer}.output.dense", "layers/down", (TRANSPOSE, VECTOR)),
+        *_layer_norm(f"{layer}.output.LayerNorm", "layers/mlp_norm"),
+    ]
+
+
+UNUSED = (  # names that published files carry and no model of ours needs
+    r"embeddings\.position_ids$",  # a buffer: 0, 1, 2, ...
+    r"(^|\.)pooler\.dense\.(weight|bias)$",  # BERT's head; Contriever takes the mean over tokens
+    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",  # of the first T5 release, unused
+)
+
+
+def retriever_names(*, untied: bool) -> dict[str, str]:
+    """The reference's names of the encoders and ours."""
+    if not untied:
+        return {"contriever": "encoder"}
+    return {"query_contriever": "query_encoder", "passage_contriever": "passage_encoder"}
+
+
+class Entry(NamedTuple):
+    """One array of the reference's file: its name, where it goes (a layer of a stacked array, or all of it), how."""
+
+    name: str
+    path: str
+    layer: int | None
+    layout: str
+    alias: bool
+    sizes: dict[str, int]  # of the axes that a layout splits
+
+
+def _expand(rows: list[Row], prefix: str, path: str, depth: Mapping[str, int], heads: int) -> Iterator[Entry]:
+    for row in rows:
+        layered = "{n}" in row.name
+        count = depth[row.path.split("/")[0]] if layered else 1
+        sizes = {"h": heads} if "(h k)" in row.layout else {}
+        for n in range(count):
+            name = prefix + row.name.replace("{n}", str(n))
+            yield Entry(name, f"{path}/{row.path}", n if layered else None, row.layout, row.alias, sizes)
+
+
+def entries(cfg: AtlasConfig) -> list[Entry]:
+    """Every array that the reference's checkpoint of this shape holds."""
+    found: list[Entry] = []
+    if cfg.reader:
+        depth = {"encoder": cfg.reader.num_layers, "decoder": cfg.reader.num_decoder_layers}
+        found += _expand(reader_rows(cfg.reader), "reader.", "reader", depth, cfg.reader.num_heads)
+    if cfg.retriever:
+        for theirs, ours in retriever_names(untied=cfg.untied).items():
+            depth, heads = {"layers": cfg.retriever.num_layers}, cfg.retriever.num_heads
+            found += _expand(retriever_rows(), f"retriever.{theirs}.", f"retriever/{ours}", depth, heads)
+    return found
+
+
+def flat_shapes(cfg: AtlasConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Our parameters' paths and shapes, without any memory."""
+    model = nnx.eval_shape(lambda: Atlas(cfg, rngs=nnx.Rngs(0)))
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in flat}
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def import_weights(source: Mapping[str, np.ndarray], cfg: AtlasConfig, *, where: str) -> Params:
+    """The reference's arrays as our parameters, float32; every name used once, every parameter filled once.
+
+    Raises UserError, naming the file `where`, if names are missing or left over, or a shape is not that of `cfg`.
+    """
+    wanted = entries(cfg)
+    names = {e.name for e in wanted}
+    missing = [e.name for e in wanted if e.name not in source and not e.alias]
+    left_over = [name for name in source if name not in names and not any(re.search(p, name) for p in UNUSED)]
+    if missing or left_over:
+        said = [f"it lacks {_list(missing)}"] if missing else []
+        said += [f"nothing takes {_list(left_over)}"] if left_over else []
+        raise UserError(
+            f"{where}: not the weights of this model: {'; '.join(said)}; "
+            "check --reader_model_type and --retriever_model_path"
+        )
+    params = {path: np.empty(s.shape, s.dtype) for path, s in flat_shapes(cfg).items()}
+    for e in wanted:
+        if e.name not in source:
+            continue
+        array = source[e.name]
+        target = params[e.path] if e.layer is None else params[e.path][e.layer]
+        try:
+            value = einops.rearrange(array, e.layout, **e.sizes)
+        except einops.EinopsError:
+            value = array
+        if value.shape != target.shape:
+            theirs = einops.rearrange(target, _inverse(e.layout), **e.sizes).shape
+            raise UserError(
+                f"{where}: {e.name} has shape {tuple(array.shape)}, this model needs {tuple(theirs)}; "
+                "check --reader_model_type and --retriever_model_path"
+            )
+        if not e.alias:
+            target[...] = value
+        elif not np.array_equal(target, value):
+            raise UserError(
+                f"{where}: {e.name} differs from {e.path}, but this model has one array for both; "
+                "check --reader_model_type (T5 1.0 ties its output to its input, 1.1 does not)"
+            )
+    return params
+
+
+def _inverse(layout: str) -> str:
+    ours, theirs = layout.split(" -> ")
+    return f"{theirs} -> {ours}"
+
+
+def export_weights(params: Mapping[str, np.ndarray], cfg: AtlasConfig) -> dict[str, np.ndarray]:
+    """Our parameters under the reference's names and in its layouts; aliases are the same array."""
+    return {
+        e.name: einops.rearrange(
+            params[e.path] if e.layer is None else params[e.path][e.layer], _inverse(e.layout), **e.sizes
+        )
+        for e in entries(cfg)
+    }
+
+
+def plain_names(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The names without the `module.` that PyTorch's data-parallel wrappers put in."""
+    return {re.sub(r"(^|(?<=\.))module\.", "", name): array for name, array in source.items()}
+
+
+def is_untied(source: Mapping[str, np.ndarray]) -> bool:
+    """Whether these weights hold an encoder each for queries and passages."""
+    return any(name.startswith("retriever.query_contriever.") for name in source)
+
+
+def build_model(params: Mapping[str, np.ndarray], cfg: AtlasConfig, place: Callable[[str, Any], jax.Array]) -> Atlas:
+    """The model with these parameters, each put where `place` (path, array) says."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Atlas(cfg, rngs=nnx.Rngs(0))))
+    flat = nnx.to_flat_state(state)
+    paths = ["/".join(map(str, path)) for path, _ in flat]
+    filled = [
+        (path, variable.replace(place(name, params[name])))
+        for name, (path, variable) in zip(paths, flat, strict=True)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))

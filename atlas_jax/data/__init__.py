@@ -1,0 +1,1 @@
+"""Tokens, rows and fixed shapes."""

@@ -1,0 +1,107 @@
+"""Rows of different lengths on disk, memory-mapped, in folders that appear complete or not at all."""
+
+import contextlib
+import errno
+import itertools
+import os
+import shutil
+import uuid
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from atlas_jax.errors import UserError
+
+Numbers = Sequence[int] | np.ndarray  # which rows
+
+
+class RaggedArray:
+    """Row `i` is `data[offsets[i] : offsets[i + 1]]`: `{name}.bin` and `{name}.offsets.npy` (uint64, rows + 1)."""
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray):
+        self.data, self.offsets = data, offsets
+
+    @classmethod
+    def open(cls, folder: Path, name: str, dtype: np.dtype, rows: int, remedy: str) -> "RaggedArray":
+        """Memory-maps both files; sizes that do not fit each other are a `UserError` that ends in `remedy`."""
+        file = folder / f"{name}.bin"
+        try:
+            offsets = np.load(folder / f"{name}.offsets.npy", mmap_mode="r")
+            size = file.stat().st_size
+            data = np.asarray(np.memmap(file, dtype, mode="r")) if size else np.empty(0, dtype)
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename}: missing; {remedy}") from None
+        except (ValueError, EOFError, OSError):
+            raise UserError(f"{folder}/{name}.*: damaged or truncated; {remedy}") from None
+        if offsets.dtype != np.uint64 or offsets.shape != (rows + 1,):
+            raise UserError(f"{folder}/{name}.offsets.npy: not the offsets of {rows} rows; {remedy}")
+        if size != int(offsets[-1]) * data.itemsize:
+            raise UserError(f"{file}: {size} bytes, expected {int(offsets[-1]) * data.itemsize}; {remedy}")
+        return cls(data, np.asarray(offsets))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self, numbers: Numbers) -> np.ndarray:
+        """How long each row is."""
+        starts, ends = self._bounds(numbers)
+        return ends - starts
+
+    def take(self, numbers: Numbers) -> list[np.ndarray]:
+        """Read-only views, in the order asked for."""
+        starts, ends = self._bounds(numbers)
+        return [self.data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+    def _bounds(self, numbers: Numbers) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.asarray(numbers, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"row {rows.min()} or {rows.max()}: there are {len(self)} rows")
+        return self.offsets[rows].astype(np.int64), self.offsets[rows + 1].astype(np.int64)
+
+
+class RaggedWriter:
+    """Appends rows to a new `RaggedArray`; usable once closed. Memory: 8 bytes a row."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype):
+        self.dtype = dtype
+        self._offsets, self._offsets_file = array("Q", [0]), folder / f"{name}.offsets.npy"
+        self._data = open(folder / f"{name}.bin", "wb")  # noqa: SIM115, closed by __exit__
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def extend(self, flat: np.ndarray, lengths: Iterable[int]) -> None:
+        """Rows laid end to end, and the length of each."""
+        self._data.write(flat.astype(self.dtype, copy=False).data)
+        self._offsets.extend(itertools.islice(itertools.accumulate(lengths, initial=self._offsets[-1]), 1, None))
+
+    def __enter__(self) -> "RaggedWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._data.close()
+        np.save(self._offsets_file, np.frombuffer(self._offsets, np.uint64))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a hidden sibling to write into, renamed to `folder` when the block ends and removed when it fails.
+
+    When `folder` has appeared meanwhile the first writer wins, unless `replace`. Not being able to write is a
+    `UserError` that ends in `remedy`.
+    """
+    draft, retired = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("draft", "old"))
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        if replace and folder.exists():
+            os.rename(folder, retired)
+        os.rename(draft, folder)
+        shutil.rmtree(retired, ignore_errors=True)
+    except OSError as error:
+        if replace or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

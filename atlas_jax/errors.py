@@ -1,0 +1,8 @@
+"""The one error a person is meant to read."""
+
+
+class UserError(Exception):
+    """Bad input: the message is one line naming the file, the line and the remedy.
+
+    The command line prints it without a traceback and exits with status 2.
+    """

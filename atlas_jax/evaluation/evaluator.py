@@ -1,0 +1,231 @@
+"""Evaluating a file: find passages, read them, score the answers. Host and device work at the same time."""
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from atlas_jax.config import Config
+from atlas_jax.data.jsonl import Rows
+from atlas_jax.data.reader_inputs import ReaderText
+from atlas_jax.data.tokens import Tokenizer, bucket, pad
+from atlas_jax.evaluation.generation import FREE, Generation
+from atlas_jax.evaluation.step import CHOICE_POSITION, ReaderBatch, Reading, read
+from atlas_jax.mesh import batch_rows, put_batch, replicate
+from atlas_jax.models.fid import FiD
+from atlas_jax.prefetch import prefetch
+from atlas_jax.programs import Program
+from atlas_jax.progress import progress
+from atlas_jax.retrieval.sources import Found, Source
+from atlas_jax.tasks import Example, Record, Task
+
+MAX_TARGET = 2**14  # tokens of a target where --target_maxlength sets no limit
+
+
+class Work(NamedTuple):
+    """A batch on its way: of each example its row, and the arrays, all of fixed size."""
+
+    rows: list[int]
+    examples: list[Example]
+    found: Found
+    batch: ReaderBatch | None  # none: nothing reads
+    prompts: list[list[int]]  # what the decoder is given of each example; empty without --decoder_prompt_format
+    prompt: Array | None  # the same, on the devices
+
+
+class Judged(NamedTuple):
+    """An example after reading: its row, its record, its scores."""
+
+    row: int
+    record: Record
+    scores: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What evaluating a file gave."""
+
+    scores: dict[str, float]  # accuracies in percent, eval_loss in nats a token
+    examples: int  # rows of the file
+    prompts: int  # what was read: a row under each of its orders
+    seconds: float  # without compilation
+    compile_seconds: float
+    programs: int
+
+
+class Evaluator:
+    """Evaluates files with one model; compiles once for each length bucket, over all files."""
+
+    def __init__(self, config: Config, task: Task, source: Source, tokenizer: Tokenizer, mesh: Mesh):
+        self.config = config
+        self.task = task
+        self.source = source
+        self.tokenizer = tokenizer
+        self.mesh = mesh
+        self.text = ReaderText(tokenizer, config.text.encoder_format, config.text.text_maxlength)
+        self.generation = Generation(
+            config.generation.generation_max_length,
+            config.generation.generation_min_length or 0,
+            eos_id=tokenizer.suffix[0],
+            pad_id=tokenizer.pad_id,
+            # Reference: a prompted decoder may write known tokens only, the embedding has some more
+            vocabulary=tokenizer.vocab_size if config.text.decoder_prompt_format else None,
+        )
+        letters = [tokenizer.finish(ids)[0] for ids in tokenizer.ids(list(task.choices))]
+        self.choices = replicate(mesh, np.asarray(letters, np.int32))
+        self.size = batch_rows(mesh, config.run.per_gpu_batch_size)
+        self._read: Program | None = None
+
+    def __call__(self, rows: Rows, reader: FiD | None, out: TextIO | None = None) -> Result:
+        """Scores the rows; writes a line for each to `out`."""
+        program, state = self._program(reader)
+        start, compiled = time.perf_counter(), self._compile_seconds()
+        totals: dict[str, list[float]] = {metric: [] for metric in self.task.metrics} if reader else {}
+        prompts = 0
+        with progress(f"evaluating {rows.path}", "rows", len(rows)) as more:
+            judged = self._judged(rows, program, state, write=out is not None)
+            for _, group in itertools.groupby(judged, key=lambda one: one.row):
+                orders = list(group)
+                prompts += len(orders)
+                line = self._total(orders, totals)
+                if out:
+                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                more(1)
+        compile_seconds = self._compile_seconds() - compiled
+        scores = {metric: float(np.mean(values)) for metric, values in totals.items()}
+        return Result(
+            {metric: score if metric == "eval_loss" else 100 * score for metric, score in scores.items()},
+            len(rows),
+            prompts,
+            time.perf_counter() - start - compile_seconds,
+            compile_seconds,
+            sum(program.count for program in self._programs()),
+        )
+
+    def _program(self, reader: FiD | None) -> tuple[Program | None, Any]:
+        """The reader's program, made once, and the reader's present parameters."""
+        if reader is None:
+            return None, None
+        graph, state = nnx.split(reader)
+        if self._read is None:
+            cfg = self.generation
+            self._read = Program(
+                "reader", lambda state, batch, choices, prompt: read(nnx.merge(graph, state), batch, choices, prompt, cfg)
+            )
+        return self._read, state
+
+    def _programs(self) -> list[Program]:
+        return [*self.source.programs, *([self._read] if self._read else [])]
+
+    def _compile_seconds(self) -> float:
+        return sum(program.compile_seconds for program in self._programs())
+
+    def _readings(self, rows: Rows, program: Program | None, state: Any) -> Iterator[tuple[Work, Reading | None]]:
+        """Each batch with what the reader makes of it; the next one is under way before this one is looked at."""
+        under_way: tuple[Work, Reading | None] | None = None
+        for work in prefetch(self._work(rows, reads=program is not None)):
+            reading = program(state, work.batch, self.choices, work.prompt) if program else None
+            if under_way:
+                yield under_way
+            under_way = work, reading
+        if under_way:
+            yield under_way
+
+    def _work(self, rows: Rows, *, reads: bool) -> Iterator[Work]:
+        """Batches of examples in the order of the rows, with their passages."""
+        pending: list[tuple[int, Example]] = []
+        for number in range(len(rows)):
+            pending += [(number, example) for example in self.task.examples(rows[number], number, self.tokenizer)]
+            while len(pending) >= self.size or (pending and number == len(rows) - 1):
+                taken, pending = pending[: self.size], pending[self.size :]
+                yield self._prepare([row for row, _ in taken], [example for _, example in taken], reads=reads)
+
+    def _prepare(self, rows: list[int], examples: list[Example], *, reads: bool) -> Work:
+        found = self.source(examples, self.config.retrieval.n_context)
+        if not reads:
+            return Work(rows, examples, found, None, [], None)
+        queries = [example.query for example in examples]
+        prompts = self._prompts(queries)
+        batch = self._batch(examples, found, queries, prompts)
+        prompt = None
+        if prompts:
+            longest = bucket(max(map(len, prompts)), self.generation.max_length)
+            prompt = put_batch(self.mesh, pad([*prompts, *[[]] * (self.size - len(prompts))], longest, FREE)[0])
+        return Work(rows, examples, found, batch, prompts, prompt)
+
+    def _batch(
+        self, examples: Sequence[Example], found: Found, queries: list[str], prompts: list[list[int]]
+    ) -> ReaderBatch:
+        """The arrays of a batch, filled up to its size with nothing."""
+        text = self.config.text
+        texts = [ids for row in self.text.encode(queries, found.numbers, found.store) for ids in row]
+        texts = [ids if there else [] for ids, there in zip(texts, found.there.reshape(-1), strict=True)]
+        n = found.numbers.shape[1]
+        length = bucket(max(map(len, texts)), text.text_maxlength)
+        empty = self.size - len(examples)
+        passages, mask = pad([*texts, *[[]] * (empty * n)], length, self.tokenizer.pad_id)
+        targets = self.tokenizer.target_ids([self._target(example) for example in examples], text.target_maxlength)
+        longest = max(CHOICE_POSITION + 1, *map(len, targets))
+        target, target_mask = pad(
+            [*targets, *[[]] * empty], bucket(longest, max(longest, text.target_maxlength or MAX_TARGET)), self.tokenizer.pad_id
+        )
+        for row, prompt in enumerate(prompts):
+            target_mask[row, : len(prompt)] = False  # what is given is not to be learnt
+        shape = (self.size, n, length)
+        arrays = passages.reshape(shape), mask.reshape(shape), target, target_mask
+        return ReaderBatch(*(put_batch(self.mesh, array) for array in arrays))
+
+    def _target(self, example: Example) -> str:
+        text = self.config.text
+        target = example.target or ""
+        if text.decoder_prompt_format:
+            target = text.decoder_prompt_format.format(query=example.query) + target
+        return text.decoder_format.format(target=target) if text.decoder_format else target
+
+    def _prompts(self, queries: list[str]) -> list[list[int]]:
+        """What the decoder is given to go on from; empty without --decoder_prompt_format."""
+        form = self.config.text.decoder_prompt_format
+        return self.tokenizer.ids([form.format(query=query) for query in queries]) if form else []
+
+    def _judged(self, rows: Rows, program: Program | None, state: Any, *, write: bool) -> Iterator[Judged]:
+        """Every example of every row, judged, in order."""
+        for work, reading in self._readings(rows, program, state):
+            host = None if reading is None else Reading(*map(np.asarray, reading))
+            for i in range(len(work.examples)):
+                yield self._judge(work, host, i, write=write)
+
+    def _judge(self, work: Work, reading: Reading | None, i: int, *, write: bool) -> Judged:
+        """Example `i` of a batch: its record, with the reference's fields, and its scores."""
+        example = work.examples[i]
+        record: Record = {"query": example.query, "answers": example.answers}
+        scores: dict[str, float] = {}
+        if reading:
+            given = 1 + len(work.prompts[i] if work.prompts else ())
+            record["generation"] = self.tokenizer.decode(reading.generated[i, given:])
+            scores = self.task.score(record["generation"], example.answers)
+            scores["eval_loss"] = float(reading.loss[i]) / max(int(reading.loss_tokens[i]), 1)
+        if write and not (reading and self.config.run.dont_write_passages):
+            record["passages"] = work.found.store.take(work.found.numbers[i][work.found.there[i]])
+        if example.metadata is not None:
+            record["metadata"] = example.metadata
+        if reading and self.task.choices:
+            record["choice_logits"] = dict(zip(self.task.choices, reading.choice_logits[i].tolist(), strict=True))
+        if example.id is not None:
+            record["id"] = example.id
+        return Judged(work.rows[i], record, scores)
+
+    def _total(self, orders: list[Judged], totals: dict[str, list[float]]) -> Record:
+        """A row's scores put to the others; returns its line."""
+        records = [judged.record for judged in orders]
+        line, of_row = self.task.finish(records) if totals else (records[0], {})
+        for scores in (*(judged.scores for judged in orders), of_row):
+            for metric, value in scores.items():
+                totals[metric].append(value)
+        return line

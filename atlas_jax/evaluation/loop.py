@@ -1,0 +1,125 @@
+"""`atlas evaluate`: check the rows, restore the weights, open the index, then read and score file by file."""
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from atlas_jax.checkpoints.restore import restore, retriever_fingerprint
+from atlas_jax.checkpoints.store import Weights
+from atlas_jax.checkpoints.weights import build_model
+from atlas_jax.config import Config
+from atlas_jax.data.jsonl import Rows
+from atlas_jax.errors import UserError
+from atlas_jax.evaluation.evaluator import Evaluator, Result
+from atlas_jax.files import new_file, write_json
+from atlas_jax.mesh import batch_rows, make_mesh, replicate
+from atlas_jax.models.atlas import Atlas
+from atlas_jax.retrieval.embed import Embedder
+from atlas_jax.retrieval.library import open_library
+from atlas_jax.retrieval.search import Rerank, Search
+from atlas_jax.retrieval.sources import FromIndex, FromRows, Source
+from atlas_jax.tasks import Task, make_task
+
+logger = logging.getLogger(__name__)
+
+ZERO_SHOT_STEP = 1  # the published commands expect the files of a model that was not trained here to end so
+
+
+def evaluate(config: Config, run: Path) -> dict[str, Result]:
+    """Evaluates every file of --eval_data with one model; writes predictions and scores into the folder `run`."""
+    task = make_task(config)
+    files = [checked_rows(path, task) for path in config.run.eval_data]
+    mesh = make_mesh(config.run.mesh)
+    weights = restore(config)
+    model = place(weights, config, mesh)
+    results = {}
+    with tempfile.TemporaryDirectory(prefix=".scratch-", dir=run) as scratch:
+        source = passage_source(config, weights, model, mesh, Path(scratch))
+        evaluator = Evaluator(config, task, source, weights.tokenizer, mesh)
+        for rows in files:
+            stem = f"{Path(rows.path).stem}-step-{ZERO_SHOT_STEP}"
+            with _predictions(run / f"{stem}.jsonl", write=config.run.write_results) as out:
+                result = evaluator(rows, model.reader, out)
+            report(run / f"{stem}.metrics.json", Path(rows.path).name, result)
+            results[rows.path] = result
+    return results
+
+
+def checked_rows(path: str, task: Task) -> Rows:
+    """The rows of a file, once every one of them is known to fit the task."""
+    rows = Rows(path)
+    for number in range(len(rows)):
+        try:
+            task.check(rows[number])
+        except ValueError as error:
+            raise rows.error(number, str(error)) from None
+    return rows
+
+
+def place(weights: Weights, config: Config, mesh: Mesh) -> Atlas:
+    """The model on the mesh in --precision: matrices in the compute type, norms and biases in float32."""
+    dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.model.precision]
+
+    def put(path: str, array: np.ndarray) -> jax.Array:
+        matrix = path.endswith(("/kernel", "reader/embed/embedding"))
+        return replicate(mesh, array.astype(dtype) if matrix else array)
+
+    return build_model(weights.params, weights.cfg.with_dtype(dtype), put)
+
+
+def passage_source(config: Config, weights: Weights, model: Atlas, mesh: Mesh, scratch: Path) -> Source:
+    """Where examples get their passages from: the index, or their own rows."""
+    if model.retriever is None or weights.retriever_tokenizer is None:
+        return FromRows()
+    length = min(config.text.retriever_maxlength, model.retriever.encoder_of("query").cfg.max_positions)
+    queries, passages = (
+        Embedder(model.retriever, side, weights.retriever_tokenizer, mesh, length) for side in ("query", "passage")
+    )
+    library = open_library(config, passages, retriever_fingerprint(weights.params), mesh, scratch)
+    reranks = config.retrieval.retrieve_with_rerank
+    wanted = config.retrieval.n_to_rerank_with_retrieve_with_rerank if reranks else config.retrieval.n_context
+    if wanted > library.index.count:
+        flag = "--n_to_rerank_with_retrieve_with_rerank" if reranks else "--n_context"
+        raise UserError(f"{flag} {wanted}: the index holds {library.index.count} passages; ask for at most that many")
+    search: Search | Rerank = Search(library.index, queries, batch_rows(mesh, config.run.per_gpu_batch_size))
+    if reranks:
+        tokens = library.passages.tokens(weights.retriever_tokenizer, config.text.retriever_format, "retriever")
+        search = Rerank(search, passages, tokens, wanted, config.index.per_gpu_embedder_batch_size)
+    return FromIndex(search, library.passages)
+
+
+@contextlib.contextmanager
+def _predictions(path: Path, *, write: bool) -> Iterator[TextIO | None]:
+    """A predictions file that appears when it is complete, or none."""
+    if not write:
+        yield None
+        return
+    with new_file(path) as draft, draft.open("w", encoding="utf-8") as out:
+        yield out
+
+
+def report(path: Path, name: str, result: Result) -> None:
+    """Writes and logs what an evaluation gave."""
+    rate = result.examples / result.seconds
+    write_json(
+        path,
+        result.scores
+        | {
+            "examples": result.examples,
+            "prompts": result.prompts,
+            "examples_per_second": rate,
+            "compile_seconds": result.compile_seconds,
+            "programs": result.programs,
+        },
+    )
+    scores = " | ".join(f"{value:.3f} {metric}" for metric, value in result.scores.items())
+    logger.info("%s: %s", name, scores or f"passages found for {result.examples} rows")
+    logger.info("%s: %d rows at %.2f/s, and %.1f s of compilation", name, result.examples, rate, result.compile_seconds)

@@ -1,0 +1,54 @@
+"""One batch read: the encoder runs once, and its states serve the loss, the choices and the answer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from atlas_jax.evaluation.generation import Generation, greedy
+from atlas_jax.models.fid import FiD, shift_right
+
+
+class ReaderBatch(NamedTuple):
+    """What the reader is given."""
+
+    passages: Int[Array, "b n l"]  # query and passage together
+    mask: Bool[Array, "b n l"]
+    target: Int[Array, "b t"]
+    target_mask: Bool[Array, "b t"]  # the tokens that count for the loss
+
+
+class Reading(NamedTuple):
+    """What the reader makes of it."""
+
+    loss: Float[Array, " b"]  # cross-entropy, summed over the tokens that count
+    loss_tokens: Int[Array, " b"]  # their number
+    choice_logits: Float[Array, "b c"]  # of the choices' tokens, after the target's first one
+    generated: Int[Array, "b m"]  # start token, answer, padding
+
+
+CHOICE_POSITION = 1  # the decoder position whose logits tell the letter: position 0 is the sentinel's
+
+
+def read(
+    reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Int[Array, "b p"] | None, cfg: Generation
+) -> Reading:
+    """Loss of the targets, logits of the choices, and a generated answer, out of one pass of the encoder."""
+    encoded = reader.encode(batch.passages, batch.mask)
+    logits, _ = reader.decode(shift_right(batch.target, cfg.pad_id), encoded)
+    loss = token_losses(logits, batch.target, batch.target_mask)
+    return Reading(
+        loss.sum(-1),
+        batch.target_mask.sum(-1),
+        jnp.take(logits[:, CHOICE_POSITION], choices, axis=-1),
+        greedy(reader, encoded, cfg, prompt),
+    )
+
+
+def token_losses(
+    logits: Float[Array, "b t v"], target: Int[Array, "b t"], mask: Bool[Array, "b t"]
+) -> Float[Array, "b t"]:
+    """Cross-entropy of each target token, 0 where the mask is false."""
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)

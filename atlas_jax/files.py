@@ -1,0 +1,52 @@
+"""Files and folders that appear complete or not at all."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from atlas_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a hidden sibling to write into, renamed to `folder` when the block ends and removed when it fails.
+
+    When `folder` has appeared meanwhile the first writer wins, unless `replace`. Not being able to write is a
+    `UserError` that ends in `remedy`.
+    """
+    draft, retired = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("draft", "old"))
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        if replace and folder.exists():
+            os.rename(folder, retired)
+        os.rename(draft, folder)
+        shutil.rmtree(retired, ignore_errors=True)
+    except OSError as error:
+        if replace or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a hidden sibling to write, renamed to `path` when the block ends and removed when it fails."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an object, indented."""
+    with new_file(path) as draft:
+        draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,59 @@
+"""ATLAS, the pair: a retriever that embeds queries and passages, a reader that answers from the passages found."""
+
+import dataclasses
+from typing import Any, Literal
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from atlas_jax.models.contriever import Contriever, ContrieverConfig
+from atlas_jax.models.fid import FiD
+from atlas_jax.models.t5 import T5Config
+
+
+@dataclasses.dataclass(frozen=True)
+class AtlasConfig:
+    """The shapes of both models; `untied` gives queries and passages an encoder each."""
+
+    reader: T5Config | None  # none: retrieval only
+    retriever: ContrieverConfig | None  # none: passages come with the questions
+    untied: bool = False
+
+    def with_dtype(self, dtype: Any) -> "AtlasConfig":
+        """The same shapes, computing in `dtype`."""
+        reader = dataclasses.replace(self.reader, dtype=dtype) if self.reader else None
+        retriever = dataclasses.replace(self.retriever, dtype=dtype) if self.retriever else None
+        return dataclasses.replace(self, reader=reader, retriever=retriever)
+
+
+class Retriever(nnx.Module):
+    """Contriever for queries and passages, one for both or one for each."""
+
+    def __init__(self, cfg: ContrieverConfig, *, untied: bool, rngs: nnx.Rngs):
+        if untied:
+            self.query_encoder = Contriever(cfg, rngs=rngs)
+            self.passage_encoder = Contriever(cfg, rngs=rngs)
+        else:
+            self.encoder = Contriever(cfg, rngs=rngs)
+        self.untied = untied
+
+    def encoder_of(self, side: Literal["query", "passage"]) -> Contriever:
+        """The encoder that reads this side."""
+        if not self.untied:
+            return self.encoder
+        return self.query_encoder if side == "query" else self.passage_encoder
+
+    def __call__(
+        self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"], *, side: Literal["query", "passage"]
+    ) -> Float[Array, "b d"]:
+        """The vectors of queries or passages."""
+        return self.encoder_of(side)(ids, mask)
+
+
+class Atlas(nnx.Module):
+    """Reader and retriever."""
+
+    def __init__(self, cfg: AtlasConfig, *, rngs: nnx.Rngs):
+        self.reader = FiD(cfg.reader, rngs=rngs) if cfg.reader else None
+        self.retriever = Retriever(cfg.retriever, untied=cfg.untied, rngs=rngs) if cfg.retriever else None
+        self.cfg = cfg

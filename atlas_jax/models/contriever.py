@@ -1,0 +1,123 @@
+"""Contriever (arXiv 2112.09118): a BERT encoder whose mean over tokens is the text's vector."""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from atlas_jax.models.stack import scan, stack
+from atlas_jax.models.t5 import MASKED, dropout
+
+MAX_LENGTH = 512  # positions that BERT has
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrieverConfig:
+    """The shape of the encoder; the defaults are facebook/contriever's, BERT base."""
+
+    d_model: int = 768
+    num_heads: int = 12
+    d_ff: int = 3072
+    num_layers: int = 12
+    vocab_size: int = 30522
+    max_positions: int = MAX_LENGTH
+    type_vocab_size: int = 2
+    layer_norm_epsilon: float = 1e-12
+    norm: Literal["atlas", "standard"] = "atlas"  # "atlas": the second moment is not centred
+    pooling: Literal["average", "sqrt", "cls"] = "average"
+    normalize: bool = False  # vectors of length 1, for encoders trained so
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm in float32, with the variance or, for weights trained by the reference, the plain second moment."""
+
+    def __init__(self, cfg: ContrieverConfig, *, rngs: nnx.Rngs):
+        del rngs
+        self.scale = nnx.Param(jnp.ones(cfg.d_model))
+        self.bias = nnx.Param(jnp.zeros(cfg.d_model))
+        self.cfg = cfg
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        # Reference: mean(x^2), not mean((x - mean)^2); the published weights were trained with it
+        moment = jnp.square(x if self.cfg.norm == "atlas" else centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(moment + self.cfg.layer_norm_epsilon)
+        return (y * self.scale.reshape(1, 1, -1) + self.bias.reshape(1, 1, -1)).astype(self.cfg.dtype)
+
+
+class BertLayer(nnx.Module):
+    """Self-attention and MLP, each followed by a residual and a norm."""
+
+    def __init__(self, cfg: ContrieverConfig, *, rngs: nnx.Rngs):
+        d, h, f = cfg.d_model, cfg.num_heads, cfg.d_ff
+        k = d // h
+        init = nnx.initializers.normal(0.02)
+        einsum = functools.partial(nnx.Einsum, dtype=cfg.dtype, kernel_init=init, rngs=rngs)
+        self.q = einsum("bld,dhk->blhk", (d, h, k), (h, k))
+        self.k = einsum("bld,dhk->blhk", (d, h, k), (h, k))
+        self.v = einsum("bld,dhk->blhk", (d, h, k), (h, k))
+        self.o = einsum("blhk,hkd->bld", (h, k, d), (d,))
+        self.attn_norm = LayerNorm(cfg, rngs=rngs)
+        self.up = einsum("bld,df->blf", (d, f), (f,))
+        self.down = einsum("blf,fd->bld", (f, d), (d,))
+        self.mlp_norm = LayerNorm(cfg, rngs=rngs)
+        self.rate = cfg.dropout
+
+    def __call__(
+        self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "b l d"]:
+        q = self.q(x)
+        logits = jnp.einsum("bthk,bshk->bhts", q, self.k(x), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED))
+        weights = dropout(weights, self.rate, rngs).astype(x.dtype)
+        y = self.o(jnp.einsum("bhts,bshk->bthk", weights, self.v(x)))
+        x = self.attn_norm(x + dropout(y, self.rate, rngs))
+        y = self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return self.mlp_norm(x + dropout(y, self.rate, rngs))
+
+
+class Contriever(nnx.Module):
+    """Token ids to one vector a text."""
+
+    def __init__(self, cfg: ContrieverConfig, *, rngs: nnx.Rngs):
+        embed = functools.partial(
+            nnx.Embed, features=cfg.d_model, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
+        )
+        self.words = embed(cfg.vocab_size)
+        self.positions = embed(cfg.max_positions)
+        self.token_types = embed(cfg.type_vocab_size)  # all texts are of type 0
+        self.embed_norm = LayerNorm(cfg, rngs=rngs)
+        self.layers = stack(lambda rngs: BertLayer(cfg, rngs=rngs), cfg.num_layers, rngs=rngs)
+        self.cfg = cfg
+
+    def __call__(
+        self,
+        ids: Int[Array, "b l"],
+        mask: Bool[Array, "b l"],
+        *,
+        rngs: nnx.Rngs | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "b d"]:
+        """Float32 vectors; a text without a token has the vector 0."""
+        cfg = self.cfg
+        x = self.words(ids) + self.positions.embedding[None, : ids.shape[1]] + self.token_types.embedding[None, :1]
+        x = dropout(self.embed_norm(x), cfg.dropout, rngs)
+        x, _ = scan(
+            lambda layer, x, _, rngs: (layer(x, mask, rngs=rngs), None), self.layers, x, rngs=rngs, remat=remat
+        )
+        vectors = self._pool(x.astype(jnp.float32), mask)
+        return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True) if cfg.normalize else vectors
+
+    def _pool(self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"]) -> Float[Array, "b d"]:
+        if self.cfg.pooling == "cls":
+            return x[:, 0]
+        count = jnp.maximum(mask.sum(-1, keepdims=True), 1).astype(jnp.float32)
+        total = jnp.where(mask[..., None], x, 0.0).sum(1)
+        return total / (jnp.sqrt(count) if self.cfg.pooling == "sqrt" else count)

@@ -1,0 +1,99 @@
+"""Fusion-in-Decoder (arXiv 2007.01282): the encoder reads each passage alone, the decoder reads all of them at once."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from atlas_jax.models.t5 import Decoder, Encoder, KeyValues, T5Config
+
+
+class Encoded(NamedTuple):
+    """What the decoder reads of a batch: keys and values of all passages for each of its layers, fused, and their mask."""
+
+    cross: KeyValues  # "layers b n*l h k"
+    mask: Bool[Array, "b s"]
+
+
+def split(x: Float[Array, "b*n l d"], n: int) -> Float[Array, "b n l d"]:
+    """Rows of passages back to the passages of each query."""
+    return x.reshape(-1, n, *x.shape[1:])
+
+
+def fuse(x: Float[Array, "b n l d"]) -> Float[Array, "b n*l d"]:
+    """The passages of a query one after the other, as one long source."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class FiD(nnx.Module):
+    """The reader: T5 over the n passages of each query."""
+
+    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(1.0)
+        self.embed = nnx.Embed(cfg.vocab_size, cfg.d_model, dtype=cfg.dtype, embedding_init=init, rngs=rngs)
+        self.encoder = Encoder(cfg, rngs=rngs)
+        self.decoder = Decoder(cfg, rngs=rngs)
+        self.lm_head = (
+            None
+            if cfg.tied
+            else nnx.Linear(
+                cfg.d_model,
+                cfg.vocab_size,
+                use_bias=False,
+                dtype=cfg.dtype,
+                kernel_init=nnx.initializers.normal(cfg.d_model**-0.5),
+                preferred_element_type=jnp.float32,
+                rngs=rngs,
+            )
+        )
+        self.cfg = cfg
+
+    def states(
+        self,
+        passages: Int[Array, "b n l"],
+        mask: Bool[Array, "b n l"],
+        *,
+        rngs: nnx.Rngs | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "b n l d"]:
+        """The encoder's states of every passage (query and passage are one text)."""
+        b, n, length = passages.shape
+        rows = self.embed(passages.reshape(b * n, length))
+        return split(self.encoder(rows, mask.reshape(b * n, length), rngs=rngs, remat=remat), n)
+
+    def encode(self, passages: Int[Array, "b n l"], mask: Bool[Array, "b n l"]) -> Encoded:
+        """Reads the passages once, for any number of uses by the decoder."""
+        states = self.states(passages, mask)
+        return Encoded(self.decoder.cross(fuse(states)), mask.reshape(mask.shape[0], -1))
+
+    def decode(
+        self,
+        inputs: Int[Array, "b t"],
+        encoded: Encoded,
+        *,
+        past: KeyValues | None = None,
+        position: Int[Array, ""] | int = 0,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "b t v"], KeyValues]:
+        """Float32 logits of the tokens that follow the inputs, and the decoder's cache."""
+        x, present = self.decoder(
+            self.embed(inputs), encoded.cross, encoded.mask, past=past, position=position, rngs=rngs
+        )
+        if self.lm_head is not None:
+            return self.lm_head(x), present
+        # T5 1.0: the embedding is the output matrix too, scaled as in Mesh TensorFlow
+        kernel = self.embed.embedding[...].astype(x.dtype)
+        scaled = x * self.cfg.d_model**-0.5
+        return jnp.einsum("btd,vd->btv", scaled, kernel, preferred_element_type=jnp.float32), present
+
+    def empty_cache(self, batch: int, length: int) -> KeyValues:
+        """A decoder cache for `length` positions, nothing filled."""
+        cfg = self.cfg
+        shape = (cfg.num_decoder_layers, batch, length, cfg.num_heads, cfg.head_dim)
+        return KeyValues(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+
+
+def shift_right(target: Int[Array, "b t"], pad_id: int) -> Int[Array, "b t"]:
+    """Decoder inputs for a target: it starts with the pad token and lacks its last token."""
+    return jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=pad_id)

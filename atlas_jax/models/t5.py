@@ -1,0 +1,303 @@
+"""T5 1.0 and 1.1 (arXiv 1910.10683, 2002.05202): the encoder and the decoder, layers stacked and scanned.
+
+Axes: `b` batch, `t` queries of an attention (in the decoder: target), `s` its source, `d` model, `h` heads, `k` head
+width, `f` MLP, `v` vocabulary. Dropout is on exactly when `rngs` are given.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from atlas_jax.models.stack import scan, stack
+
+MASKED = float(jnp.finfo(jnp.float32).min)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """The shape of a T5; `gated` (GELU) and not `tied` is T5 1.1, the contrary (ReLU) T5 1.0."""
+
+    d_model: int
+    num_heads: int
+    head_dim: int
+    d_ff: int
+    num_layers: int
+    num_decoder_layers: int
+    vocab_size: int = 32128
+    gated: bool = True
+    tied: bool = False
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    dropout: float = 0.0
+    dtype: Any = jnp.float32  # of matrix products and residuals; norms, softmax and logits are float32
+
+
+def _t5(d_model: int, num_heads: int, head_dim: int, d_ff: int, layers: int, *, v1_1: bool) -> T5Config:
+    return T5Config(d_model, num_heads, head_dim, d_ff, layers, layers, gated=v1_1, tied=not v1_1)
+
+
+_V1_1 = {
+    "base": _t5(768, 12, 64, 2048, 12, v1_1=True),
+    "large": _t5(1024, 16, 64, 2816, 24, v1_1=True),
+    "xl": _t5(2048, 32, 64, 5120, 24, v1_1=True),
+    "xxl": _t5(4096, 64, 64, 10240, 24, v1_1=True),
+}
+T5_CONFIGS = {  # the published shapes, so that no hub is needed to know them
+    "t5-small": _t5(512, 8, 64, 2048, 6, v1_1=False),
+    "t5-base": _t5(768, 12, 64, 3072, 12, v1_1=False),
+    "t5-large": _t5(1024, 16, 64, 4096, 24, v1_1=False),
+    "t5-3b": _t5(1024, 32, 128, 16384, 24, v1_1=False),
+    "t5-11b": _t5(1024, 128, 128, 65536, 24, v1_1=False),
+    **{f"google/t5-v1_1-{size}": cfg for size, cfg in _V1_1.items()},
+    **{f"google/t5-{size}-lm-adapt": cfg for size, cfg in _V1_1.items()},
+}
+
+
+class KeyValues(NamedTuple):
+    """What an attention reads: keys and values of its source."""
+
+    keys: Float[Array, "*depth b s h k"]
+    values: Float[Array, "*depth b s h k"]
+
+
+def dropout(x: Float[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "..."]:
+    """Inverted dropout with a key of `rngs`; the identity without them."""
+    if rngs is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(rngs.dropout(), 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """T5 attention: no biases and no 1/sqrt(k); position enters only through `bias`."""
+
+    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
+        d, h, k = cfg.d_model, cfg.num_heads, cfg.head_dim
+        einsum = functools.partial(nnx.Einsum, dtype=cfg.dtype, rngs=rngs)
+        normal = nnx.initializers.normal
+        # Mesh TensorFlow's initial scale: attention logits of unit variance without a 1/sqrt(k)
+        self.q = einsum("btd,dhk->bthk", (d, h, k), kernel_init=normal((d * k) ** -0.5))
+        self.k = einsum("bsd,dhk->bshk", (d, h, k), kernel_init=normal(d**-0.5))
+        self.v = einsum("bsd,dhk->bshk", (d, h, k), kernel_init=normal(d**-0.5))
+        self.o = einsum("bthk,hkd->btd", (h, k, d), kernel_init=normal((h * k) ** -0.5))
+        self.rate = cfg.dropout
+
+    def keys_values(self, source: Float[Array, "b s d"]) -> KeyValues:
+        """The source's keys and values, which a cache may hold."""
+        return KeyValues(self.k(source), self.v(source))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        source: KeyValues,
+        bias: Float[Array, "#b #h t s"] | None,
+        mask: Bool[Array, "#b #t s"],
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "b t d"]:
+        logits = jnp.einsum("bthk,bshk->bhts", self.q(x), source.keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias
+        logits = jnp.where(mask[:, None], logits, MASKED)
+        weights = dropout(jax.nn.softmax(logits), self.rate, rngs).astype(x.dtype)
+        return self.o(jnp.einsum("bhts,bshk->bthk", weights, source.values))
+
+
+class MLP(nnx.Module):
+    """Two matrices and a ReLU (1.0), or three and a gate of GELU's tanh approximation (1.1)."""
+
+    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
+        d, f = cfg.d_model, cfg.d_ff
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=cfg.dtype, rngs=rngs)
+        normal = nnx.initializers.normal
+        self.gate = linear(d, f, kernel_init=normal(d**-0.5)) if cfg.gated else None
+        self.up = linear(d, f, kernel_init=normal(d**-0.5))
+        self.down = linear(f, d, kernel_init=normal(f**-0.5))
+        self.rate = cfg.dropout
+
+    def __call__(self, x: Float[Array, "b t d"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "b t d"]:
+        if self.gate is None:
+            hidden = jax.nn.relu(self.up(x))
+        else:
+            gate = jax.nn.gelu(self.gate(x).astype(jnp.float32), approximate=True).astype(x.dtype)
+            hidden = gate * self.up(x)
+        return self.down(dropout(hidden, self.rate, rngs))
+
+
+def _norm(cfg: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(cfg.d_model, epsilon=cfg.layer_norm_epsilon, dtype=cfg.dtype, rngs=rngs)
+
+
+class EncoderLayer(nnx.Module):
+    """Self-attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
+        self.attn_norm = _norm(cfg, rngs)
+        self.attn = Attention(cfg, rngs=rngs)
+        self.mlp_norm = _norm(cfg, rngs)
+        self.mlp = MLP(cfg, rngs=rngs)
+        self.rate = cfg.dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        bias: Float[Array, "#b h s s"],
+        mask: Bool[Array, "b 1 s"],
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "b s d"]:
+        y = self.attn_norm(x)
+        x = x + dropout(self.attn(y, self.attn.keys_values(y), bias, mask, rngs=rngs), self.rate, rngs)
+        return x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs)
+
+
+class DecoderLayer(nnx.Module):
+    """Causal self-attention, attention over the encoder's states, MLP."""
+
+    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
+        self.self_attn_norm = _norm(cfg, rngs)
+        self.self_attn = Attention(cfg, rngs=rngs)
+        self.cross_attn_norm = _norm(cfg, rngs)
+        self.cross_attn = Attention(cfg, rngs=rngs)
+        self.mlp_norm = _norm(cfg, rngs)
+        self.mlp = MLP(cfg, rngs=rngs)
+        self.rate = cfg.dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        past: KeyValues | None,
+        position: Int[Array, ""] | int,
+        cross: KeyValues,
+        bias: Float[Array, "1 h t p"],
+        mask: Bool[Array, "1 t p"],
+        cross_mask: Bool[Array, "b 1 s"],
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "b t d"], KeyValues]:
+        """The layer's output and its self-attention's keys and values: `past` with those of `x` put in at `position`."""
+        y = self.self_attn_norm(x)
+        present = self.self_attn.keys_values(y)
+        if past is not None:
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1)
+            present = KeyValues(put(past.keys, present.keys), put(past.values, present.values))
+        x = x + dropout(self.self_attn(y, present, bias, mask, rngs=rngs), self.rate, rngs)
+        y = self.cross_attn(self.cross_attn_norm(x), cross, None, cross_mask, rngs=rngs)
+        x = x + dropout(y, self.rate, rngs)
+        return x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs), present
+
+
+def relative_bucket(
+    distance: Int[Array, "..."], *, bidirectional: bool, buckets: int, max_distance: int
+) -> Int[Array, "..."]:
+    """T5's bucket of a key's distance from its query (key position minus query position), arXiv 1910.10683 section 2.1.
+
+    Half of the buckets hold one distance each, the others grow logarithmically up to `max_distance`; with
+    `bidirectional` keys after the query have half of all buckets for themselves.
+    """
+    offset = jnp.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    log_ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / jnp.log(max_distance / exact)
+    far = jnp.minimum(exact + (log_ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return offset + jnp.where(distance < exact, distance, far)
+
+
+class PositionBias(nnx.Module):
+    """The relative position bias that all layers of a stack share."""
+
+    def __init__(self, cfg: T5Config, *, bidirectional: bool, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(cfg.d_model**-0.5)
+        self.embed = nnx.Embed(cfg.relative_buckets, cfg.num_heads, embedding_init=init, rngs=rngs)
+        self.bucket = functools.partial(
+            relative_bucket,
+            bidirectional=bidirectional,
+            buckets=cfg.relative_buckets,
+            max_distance=cfg.relative_max_distance,
+        )
+
+    def __call__(self, queries: Int[Array, " t"], keys: Int[Array, " s"]) -> Float[Array, "1 h t s"]:
+        """The bias of each head for query and key positions."""
+        bias = self.embed(self.bucket(keys[None, :] - queries[:, None]))
+        return bias.transpose(2, 0, 1)[None].astype(jnp.float32)
+
+
+class Encoder(nnx.Module):
+    """T5's encoder, from embedded tokens to states."""
+
+    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
+        self.position_bias = PositionBias(cfg, bidirectional=True, rngs=rngs)
+        self.layers = stack(lambda rngs: EncoderLayer(cfg, rngs=rngs), cfg.num_layers, rngs=rngs)
+        self.final_norm = _norm(cfg, rngs)
+        self.rate = cfg.dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        mask: Bool[Array, "b s"],
+        *,
+        rngs: nnx.Rngs | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "b s d"]:
+        positions = jnp.arange(x.shape[1])
+        bias = self.position_bias(positions, positions)
+
+        def body(layer: EncoderLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:
+            return layer(x, bias, mask[:, None], rngs=rngs), None
+
+        x, _ = scan(body, self.layers, dropout(x, self.rate, rngs), rngs=rngs, remat=remat)
+        return dropout(self.final_norm(x), self.rate, rngs)
+
+
+class Decoder(nnx.Module):
+    """T5's decoder, from embedded targets to states, over keys and values of the encoder's states."""
+
+    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
+        self.position_bias = PositionBias(cfg, bidirectional=False, rngs=rngs)
+        self.layers = stack(lambda rngs: DecoderLayer(cfg, rngs=rngs), cfg.num_decoder_layers, rngs=rngs)
+        self.final_norm = _norm(cfg, rngs)
+        self.rate = cfg.dropout
+
+    def cross(self, states: Float[Array, "b s d"]) -> KeyValues:
+        """The keys and values of the encoder's states for every layer, to be used for many targets."""
+        _, cross = scan(lambda layer, _, __, ___: (None, layer.cross_attn.keys_values(states)), self.layers, None)
+        return cross
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        cross: KeyValues,
+        cross_mask: Bool[Array, "b s"],
+        *,
+        past: KeyValues | None = None,
+        position: Int[Array, ""] | int = 0,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "b t d"], KeyValues]:
+        """States of targets that stand at `position` and after it, and the self-attention's keys and values.
+
+        `past` is a cache of fixed length whose entries before `position` are filled; without it `x` is the whole target.
+        """
+        queries = position + jnp.arange(x.shape[1])
+        keys = queries if past is None else jnp.arange(past.keys.shape[2])
+        bias = self.position_bias(queries, keys)
+        causal = (keys[None, :] <= queries[:, None])[None]
+
+        def body(
+            layer: DecoderLayer, x: Array, xs: tuple[KeyValues, KeyValues | None], rngs: nnx.Rngs | None
+        ) -> tuple[Array, KeyValues]:
+            cross, past = xs
+            return layer(x, past, position, cross, bias, causal, cross_mask[:, None], rngs=rngs)
+
+        x, present = scan(body, self.layers, dropout(x, self.rate, rngs), (cross, past), rngs=rngs)
+        return dropout(self.final_norm(x), self.rate, rngs), present

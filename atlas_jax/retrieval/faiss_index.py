@@ -1,0 +1,239 @@
+"""Search on the host with faiss: vectors in fewer bytes, or in clusters of which a query reads the nearest."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+from jaxtyping import Array, Float, Float16, Float32, Int32, Int64, UInt8
+
+from atlas_jax.errors import UserError
+from atlas_jax.retrieval.interface import REBUILD, SearchResult, checked_queries, checked_result, read_array
+
+FaissKind = Literal["flat", "ivfflat", "ivfsq", "ivfpq", "pq"]
+
+PQ_CENTROIDS = 256  # for each of the `code_size` parts of a vector: one byte names one
+TRAINING_ROWS_PER_CENTROID = 256  # of more, faiss's k-means would itself take a sample
+CODE_TABLE_ROWS = {"flat": 0, "ivfflat": 0, "ivfsq": 2, "ivfpq": PQ_CENTROIDS, "pq": PQ_CENTROIDS}  # of `dim` numbers
+CHUNK_ROWS = 16_384  # vectors in float32 at once
+
+
+class FaissIndex:
+    """A code for each passage: its float16 vector ("flat"), 4 bits a dimension ("sq") or `code_size` bytes ("pq").
+
+    The "ivf" kinds keep a code in the list of its nearest centroid, and a query reads its `n_probe` nearest lists.
+    Equal scores are ordered by the smaller number, but faiss chooses which of them fill the last places.
+    """
+
+    def __init__(self, kind: FaissKind, code_size: int | None, index: Any):
+        self.kind: str = kind
+        self.code_size = code_size
+        self.count: int = index.ntotal
+        self.dim: int = index.d
+        self.n_list: int = index.nlist if _is_ivf(index) else 1
+        self.n_probe = self.n_list  # Reference: both are floor(sqrt(p)), so every list is read
+        self._index = index
+
+    @classmethod
+    def build(
+        cls,
+        embeddings: Float16[np.ndarray, "p d"],
+        kind: FaissKind,
+        code_size: int | None = None,
+        seed: int = 0,
+        progress: Callable[[int], object] | None = None,
+    ) -> "FaissIndex":
+        """Train on a sample, then encode every vector; `progress` is told how many more are in."""
+        count, dim = embeddings.shape
+        index = _empty_index(kind, count, dim, code_size)
+        _train(index, embeddings, seed)
+        _fill(index, embeddings, progress or (lambda added: None))
+        return cls(kind, code_size, index)
+
+    def search(self, queries: Float[np.ndarray | Array, "q d"], k: int) -> SearchResult:
+        """A query whose nearest lists hold fewer than k passages reads them all."""
+        queries = checked_queries(self, queries, k)
+        scores, numbers = self._search(queries, k, self.n_probe)
+        short = (numbers < 0).any(axis=1)  # faiss fills up with -1
+        if short.any():
+            scores[short], numbers[short] = self._search(queries[short], k, self.n_list)
+        order = np.lexsort((numbers, -scores))
+        return checked_result(np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1))
+
+    def _search(
+        self, queries: Float32[np.ndarray, "q d"], k: int, n_probe: int
+    ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
+        if not _is_ivf(self._index):
+            return self._index.search(queries, k)
+        params = faiss.SearchParametersIVF()
+        params.nprobe = n_probe
+        return self._index.search(queries, k, params=params)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """codes.npy, a row a passage; what training found; for "ivf" how long the lists are and who is in them."""
+        index, count = self._index, self.count
+        np.save(folder / "code_table.npy", faiss.vector_to_array(_code_table(index)))
+        if _is_ivf(index):
+            np.save(folder / "centroids.npy", faiss.downcast_index(index.quantizer).reconstruct_n(0, self.n_list))
+            sizes = [index.invlists.list_size(i) for i in range(self.n_list)]
+            np.save(folder / "list_sizes.npy", np.array(sizes, np.int32))
+            numbers = np.lib.format.open_memmap(folder / "numbers.npy", "w+", np.int32, (count,))
+            codes = np.lib.format.open_memmap(folder / "codes.npy", "w+", np.uint8, (count, index.code_size))
+            for i, rows in enumerate(_slices(sizes)):
+                numbers[rows], codes[rows] = _list_in_place(index, i, sizes[i])
+            numbers.flush()
+            codes.flush()
+        else:
+            np.save(folder / "codes.npy", _codes_in_place(index))
+        meta = {"kind": self.kind, "count": count, "dim": self.dim, "code_size": self.code_size}
+        return {"index_mode": "faiss", **meta}
+
+    @classmethod
+    def load(cls, folder: Path, meta: Mapping[str, Any]) -> "FaissIndex":
+        """The index that was saved, from `save`'s metadata; nothing is trained again and no vectors are needed."""
+        kind, count, dim, code_size = (meta[name] for name in ("kind", "count", "dim", "code_size"))
+        index = _empty_index(kind, count, dim, code_size)
+        codes = read_array(folder / "codes.npy", np.uint8, (count, index.code_size))
+        table = read_array(folder / "code_table.npy", np.float32, (CODE_TABLE_ROWS[kind] * dim,))
+        faiss.copy_array_to_vector(np.array(table), _code_table(index))
+        if _is_ivf(index):
+            index.quantizer.add(np.array(read_array(folder / "centroids.npy", np.float32, (index.nlist, dim))))
+            sizes, numbers = _read_lists(folder, count, index.nlist)
+            for i, rows in enumerate(_slices(sizes)):
+                members, content = numbers[rows].astype(np.int64), np.array(codes[rows])
+                index.invlists.add_entries(i, len(members), faiss.swig_ptr(members), faiss.swig_ptr(content))
+            index.ntotal = count
+        else:
+            _make_room(index, count)
+            _codes_in_place(index)[:] = codes
+        index.is_trained = True
+        return cls(kind, code_size, index)
+
+
+def _empty_index(kind: FaissKind, count: int, dim: int, code_size: int | None) -> Any:
+    """A faiss index that is not trained yet, once it is known that it can be."""
+    if not 0 < count < 2**31:
+        raise UserError(f"an index of {count} passages: it holds 1 to 2^31 - 1, so check the passage files")
+    metric, sq, n_list = faiss.METRIC_INNER_PRODUCT, faiss.ScalarQuantizer, math.isqrt(count)
+    if kind == "flat":
+        return faiss.IndexScalarQuantizer(dim, sq.QT_fp16, metric)
+    if kind == "ivfflat":
+        return faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, n_list, sq.QT_fp16, metric, False)
+    if kind == "ivfsq":
+        return faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, n_list, sq.QT_4bit, metric, True)
+    if code_size is None or code_size < 1 or dim % code_size:
+        raise UserError(f"--faiss_code_size {code_size}: a {kind!r} index needs a divisor of the vectors' width, {dim}")
+    if count < PQ_CENTROIDS:
+        raise UserError(
+            f"a {kind!r} index learns {PQ_CENTROIDS} centroids and there are only {count} passages: "
+            "use --index_mode flat"
+        )
+    if kind == "pq":
+        return faiss.IndexPQ(dim, code_size, 8, metric)
+    return faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, n_list, code_size, 8, metric)
+
+
+def _train(index: Any, embeddings: Float16[np.ndarray, "p d"], seed: int) -> None:
+    """Learn centroids and code table from a sample, whose size depends on how many there are to learn."""
+    count, sample = len(embeddings), TRAINING_ROWS_PER_CENTROID * max(PQ_CENTROIDS, getattr(index, "nlist", 0))
+    rows = np.arange(count)
+    if count > sample:  # sorted: a memory map is read forward
+        rows = np.sort(np.random.default_rng(seed).choice(count, sample, replace=False, shuffle=False))
+    k_means = ([index.cp] if _is_ivf(index) else []) + ([index.pq.cp] if hasattr(index, "pq") else [])
+    for clustering in k_means:
+        clustering.seed = seed
+        clustering.min_points_per_centroid = 1  # faiss would warn of fewer than 39, of which nothing follows
+    vectors = _float32_rows(embeddings, rows)
+    if _is_ivf(index):
+        clusters = _on_gpu(faiss.IndexFlatIP(index.d))
+        index.clustering_index = clusters
+        index.train(vectors)
+        index.clustering_index = None  # `clusters` ends with this function
+    else:
+        index.train(vectors)
+
+
+def _fill(index: Any, embeddings: Float16[np.ndarray, "p d"], progress: Callable[[int], object]) -> None:
+    """Encode every vector, a chunk at a time; "ivf" appends each code to the list of its nearest centroid."""
+    if _is_ivf(index):
+        centroids = _on_gpu(faiss.downcast_index(index.quantizer))
+    else:
+        _make_room(index, len(embeddings))
+    for start in range(0, len(embeddings), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        vectors = _float32_rows(embeddings, rows)
+        if _is_ivf(index):
+            _, nearest = centroids.search(vectors, 1)
+            index.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(nearest))
+        else:
+            _codes_in_place(index)[rows] = index.sa_encode(vectors)
+        progress(len(vectors))
+
+
+def _on_gpu(index: Any) -> Any:
+    """The index copied to the first GPU if faiss was built for one and there is one (which no test of ours has)."""
+    if not hasattr(faiss, "index_cpu_to_gpu") or faiss.get_num_gpus() == 0:
+        return index
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+
+
+def _float32_rows(
+    embeddings: Float16[np.ndarray, "p d"], rows: slice | Int64[np.ndarray, " rows"]
+) -> Float32[np.ndarray, "rows d"]:
+    """These rows as faiss takes them."""
+    vectors = np.ascontiguousarray(embeddings[rows], np.float32)
+    if not np.isfinite(vectors).all():
+        raise UserError("a passage vector is not finite: the passage encoder has diverged; start from earlier weights")
+    return vectors
+
+
+def _is_ivf(index: Any) -> bool:
+    """Whether codes are kept in lists, one a centroid."""
+    return isinstance(index, faiss.IndexIVF)
+
+
+def _code_table(index: Any) -> Any:
+    """The faiss vector of what codes stand for: sub-centroids, or the range of each dimension; float16 needs none."""
+    return index.pq.centroids if hasattr(index, "pq") else index.sq.trained
+
+
+def _make_room(index: Any, count: int) -> None:
+    """Space for all codes at once: growing would hold them twice."""
+    index.codes.resize(count * index.code_size)
+    index.ntotal = count
+
+
+def _codes_in_place(index: Any) -> UInt8[np.ndarray, "p c"]:
+    """A view of faiss's own memory, valid as long as the index."""
+    return faiss.rev_swig_ptr(index.codes.data(), index.codes.size()).reshape(-1, index.code_size)
+
+
+def _list_in_place(index: Any, i: int, size: int) -> tuple[Int64[np.ndarray, " m"], UInt8[np.ndarray, "m c"]]:
+    """Whose codes list `i` holds, and the codes: views of faiss's own memory."""
+    if size == 0:
+        return np.empty(0, np.int64), np.empty((0, index.code_size), np.uint8)
+    numbers = faiss.rev_swig_ptr(index.invlists.get_ids(i), size)
+    codes = faiss.rev_swig_ptr(index.invlists.get_codes(i), size * index.code_size)
+    return numbers, codes.reshape(size, index.code_size)
+
+
+def _slices(sizes: Iterable[int]) -> Iterator[slice]:
+    """Pieces of these sizes, end to end."""
+    ends = itertools.accumulate(sizes, initial=0)
+    return itertools.starmap(slice, itertools.pairwise(ends))
+
+
+def _read_lists(folder: Path, count: int, n_list: int) -> tuple[list[int], Int32[np.ndarray, " p"]]:
+    """The sizes of the lists and the numbers in them, which must be each passage once."""
+    sizes = read_array(folder / "list_sizes.npy", np.int32, (n_list,))
+    numbers = read_array(folder / "numbers.npy", np.int32, (count,))
+    if sizes.min() < 0 or sizes.sum(dtype=np.int64) != count:
+        raise UserError(f"{folder}/list_sizes.npy: not the sizes of {n_list} lists of {count} passages; {REBUILD}")
+    seen = np.zeros(count, bool)
+    seen[numbers[(numbers >= 0) & (numbers < count)]] = True
+    if not seen.all():
+        raise UserError(f"{folder}/numbers.npy: does not name each of {count} passages once; {REBUILD}")
+    return sizes.tolist(), numbers

@@ -1,0 +1,140 @@
+"""Exact search: float16 vectors spread over the devices of a mesh, scored in float32."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float16, Float32, Int
+
+from atlas_jax.errors import UserError
+from atlas_jax.retrieval.interface import SearchResult, checked_queries, checked_result, read_array
+
+CHUNK_ROWS = 8192  # rows scored at once: measured best on a CPU, where a chunk's float32 copy stays in the cache
+
+
+class FlatIndex:
+    """Every passage is scored for every query.
+
+    Rows are split over all axes of the mesh in order, and a device scans its share in chunks. The size of a chunk
+    depends on the number of passages alone, so a score is computed alike whatever the number of devices.
+    """
+
+    kind = "flat"
+
+    def __init__(self, rows: Float16[Array, "padded d"], count: int, mesh: Mesh):
+        self.rows = rows  # zeros from `count` on
+        self.mesh = mesh
+        self.count = count
+        self.dim = rows.shape[1]
+
+    @classmethod
+    def from_array(cls, embeddings: Float16[np.ndarray, "p d"], mesh: Mesh) -> "FlatIndex":
+        """Each device reads its own rows of an array or a memory map.
+
+        The caller leaves `embeddings` unchanged afterwards: a CPU device may read them where they are.
+        """
+        count, dim = embeddings.shape
+        if not 0 < count < 2**31:
+            raise UserError(f"an index of {count} passages: it holds 1 to 2^31 - 1, so check the passage files")
+        padded = max(-(-count // mesh.size), _chunk_rows(count)) * mesh.size
+
+        def rows_of_device(place: Any) -> Float16[np.ndarray, "local d"]:
+            start, stop, _ = place[0].indices(padded)
+            rows = embeddings[start:stop]
+            if len(rows) == stop - start:
+                return rows
+            return np.concatenate([rows, np.zeros((stop - start - len(rows), dim), np.float16)])
+
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        return cls(jax.make_array_from_callback((padded, dim), sharding, rows_of_device), count, mesh)
+
+    def search(self, queries: Float[np.ndarray | Array, "q d"], k: int) -> SearchResult:
+        """Over several hosts, every host calls this with the same queries."""
+        queries = checked_queries(self, queries, k)
+        size = 1 << (len(queries) - 1).bit_length()  # few sizes, so few programs are compiled
+        padded = np.pad(queries, ((0, size - len(queries)), (0, 0)))
+        scores, numbers = _best_rows(
+            self.rows, padded, np.int32(self.count), k=k, chunk=_chunk_rows(self.count), mesh=self.mesh
+        )
+        found = slice(len(queries))
+        return checked_result(np.asarray(scores)[found], np.asarray(numbers)[found].astype(np.int64))
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Every host writes the rows of its own devices into the one file."""
+        path = folder / "embeddings.npy"
+        if jax.process_index() == 0:
+            path.unlink(missing_ok=True)  # a new file: the old one may be mapped, perhaps by this very index
+            np.lib.format.open_memmap(path, "w+", np.float16, (self.count, self.dim))
+        multihost_utils.sync_global_devices("embeddings.npy created")
+        file = np.lib.format.open_memmap(path, "r+")
+        for shard in self.rows.addressable_shards:
+            share = file[shard.index[0]]  # shorter than the shard where padding begins
+            share[:] = np.asarray(shard.data)[: len(share)]
+        file.flush()
+        multihost_utils.sync_global_devices("embeddings.npy written")
+        return {"index_mode": "flat", "kind": self.kind, "count": self.count, "dim": self.dim}
+
+    @classmethod
+    def load(cls, folder: Path, meta: Mapping[str, Any], mesh: Mesh) -> "FlatIndex":
+        shape = meta["count"], meta["dim"]
+        return cls.from_array(read_array(folder / "embeddings.npy", np.float16, shape), mesh)
+
+
+class _Best(NamedTuple):
+    """The best rows for each query, best first; equal scores by the smaller number."""
+
+    scores: Float32[Array, "*parts q k"]
+    numbers: Int[Array, "*parts q k"]
+
+
+def _chunk_rows(count: int) -> int:
+    return min(CHUNK_ROWS, 1 << (count - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnames=("k", "chunk", "mesh"))
+def _best_rows(
+    rows: Float16[Array, "padded d"], queries: Float32[Array, "q d"], count: Int[Array, ""], *,
+    k: int, chunk: int, mesh: Mesh,
+) -> _Best:  # fmt: skip
+    """The best k of each chunk, of those the best of the device, of those the best of all."""
+    axes = mesh.axis_names
+
+    def of_device(rows: Float16[Array, "local d"], queries: Float32[Array, "q d"], count: Int[Array, ""]) -> _Best:
+        local = len(rows)
+        first = jax.lax.axis_index(axes) * local
+
+        def of_chunk(wanted: Int[Array, ""]) -> _Best:
+            start = jnp.minimum(wanted, local - chunk)  # the last chunk overlaps the one before it
+            vectors = jax.lax.dynamic_slice_in_dim(rows, start, chunk).astype(jnp.float32)
+            scores = jnp.einsum("qd,cd->qc", queries, vectors, precision=jax.lax.Precision.HIGHEST)
+            scores = jnp.where(scores == 0, 0, scores)  # top_k would put 0 before -0, and they are a tie
+            numbers = first + start + jnp.arange(chunk)
+            is_new = (numbers >= first + wanted) & (numbers < count)
+            scores, column = jax.lax.top_k(jnp.where(is_new[None], scores, -jnp.inf), min(k, chunk))
+            return _Best(scores, numbers[column])
+
+        best = _merge(jax.lax.map(of_chunk, jnp.arange(0, local, chunk)), k)
+        return _merge(jax.lax.all_gather(best, axes), k)
+
+    sharded, replicated = PartitionSpec(axes), PartitionSpec()
+    search = jax.shard_map(
+        of_device, mesh=mesh, in_specs=(sharded, replicated, replicated), out_specs=replicated, check_vma=False
+    )
+    return search(rows, queries, count)
+
+
+def _merge(parts: _Best, k: int) -> _Best:
+    """The best k over the first axis, or as many as there are.
+
+    Parts come in order of number and `top_k` keeps the first of equals: ties go to the smaller number.
+    """
+    n, q, kp = parts.scores.shape
+    scores, numbers = (x.swapaxes(0, 1).reshape(q, n * kp) for x in parts)
+    scores, column = jax.lax.top_k(scores, min(k, n * kp))
+    return _Best(scores, jnp.take_along_axis(numbers, column, axis=1))

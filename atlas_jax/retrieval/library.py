@@ -1,0 +1,179 @@
+"""An index with its passages on disk: `index.json`, the index's arrays, `passages/`. Opened, read from published shards, or built."""
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from atlas_jax.checkpoints.pretrained import read_json
+from atlas_jax.checkpoints.torch_file import load_pickle, load_torch
+from atlas_jax.config import Config
+from atlas_jax.errors import UserError
+from atlas_jax.files import new_folder, write_json
+from atlas_jax.progress import progress
+from atlas_jax.retrieval.embed import Embedder, embed_corpus
+from atlas_jax.retrieval.faiss_index import FaissIndex
+from atlas_jax.retrieval.flat_index import FlatIndex
+from atlas_jax.retrieval.interface import Index, read_array
+from atlas_jax.retrieval.passages import PassageStore, build_passages
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+ABOUT = "index.json"
+PASSAGES = "passages"
+VECTORS = "embeddings.npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """What can be searched, and what the hits are."""
+
+    index: Index
+    passages: PassageStore
+
+
+def open_library(config: Config, embedder: Embedder, retriever: str, mesh: Mesh, scratch: Path) -> Library:
+    """The library that the flags name; `retriever` is the fingerprint of the passage encoder.
+
+    What has to be built goes to --save_index_path, or into the folder `scratch`, and is opened from there.
+    """
+    folder = Path(config.index.load_index_path or "")
+    if not config.index.load_index_path or not (folder / ABOUT).is_file():
+        vectors = _published_vectors(folder, embedder.dim) if config.index.load_index_path else None
+        folder = Path(config.index.save_index_path or scratch / "index")
+        _check_replaceable(folder)
+        with new_folder(folder, "pass --save_index_path with a folder that can be written", replace=True) as draft:
+            if vectors is not None:
+                about = _take_published(Path(config.index.load_index_path or ""), vectors, config, draft)
+            else:
+                about = _build(config, embedder, draft)
+            text = {"retriever_format": config.text.retriever_format, "max_length": config.text.retriever_maxlength}
+            write_json(draft / ABOUT, {"format": FORMAT, "retriever": retriever, **text, **about})
+    return _open(folder, config, embedder.dim, retriever, mesh)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Only an index, an empty folder or nothing gives way to a new index."""
+    if folder.exists() and not (folder / ABOUT).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--save_index_path {folder}: holds something else than an index; choose a new folder")
+
+
+def _open(folder: Path, config: Config, dim: int, retriever: str, mesh: Mesh) -> Library:
+    """An index of ours; refuses the queries of another retriever than the one that built it."""
+    about = read_json(folder / ABOUT)
+    if about.get("format") != FORMAT:
+        raise UserError(f"{folder / ABOUT}: format {about.get('format')!r}, this program reads {FORMAT}; build it again")
+    if about.get("dim") != dim:
+        raise UserError(
+            f"{folder}: vectors of width {about.get('dim')}, but this retriever's are {dim} wide; "
+            "load the index that belongs to --model_path, or build one with --passages"
+        )
+    if about.get("retriever") != retriever:
+        raise UserError(
+            f"{folder}: built by another retriever than this one; load the index that belongs to --model_path, "
+            "or build one with --passages"
+        )
+    passages = PassageStore.open(folder / PASSAGES)
+    if len(passages) != about.get("count"):
+        raise UserError(f"{folder}: {about.get('count')} vectors, but {len(passages)} passages; build the index again")
+    return Library(_load(folder, about, config, mesh), passages)
+
+
+def _load(folder: Path, about: dict[str, Any], config: Config, mesh: Mesh) -> Index:
+    """The kind of index that the flags ask for: the one that is there, or made from its vectors."""
+    options = config.index
+    wanted = (options.index_mode, options.faiss_index_type, options.faiss_code_size)
+    kind, code_size = about.get("kind"), about.get("code_size")
+    if about.get("index_mode") == "flat":
+        if options.index_mode == "flat":
+            return FlatIndex.load(folder, about, mesh)
+        return _faiss(read_array(folder / VECTORS, np.float16, (about["count"], about["dim"])), config)
+    if (about.get("index_mode"), kind, code_size) == wanted:
+        return FaissIndex.load(folder, about)
+    had = f"--index_mode faiss --faiss_index_type {kind}" + (f" --faiss_code_size {code_size}" if code_size else "")
+    raise UserError(f"{folder}: holds {had}, and no vectors to make another index from; ask for that one")
+
+
+def _arrays(vectors: np.ndarray, config: Config, folder: Path) -> dict[str, Any]:
+    """Writes the arrays of the kind of index that the flags ask for; returns what index.json must say of them."""
+    count, dim = vectors.shape
+    if config.index.index_mode == "flat":
+        if not (folder / VECTORS).exists():
+            np.save(folder / VECTORS, vectors)
+        return {"index_mode": "flat", "kind": FlatIndex.kind, "count": count, "dim": dim}
+    about = _faiss(vectors, config).save(folder)
+    (folder / VECTORS).unlink(missing_ok=True)  # the codes are what is searched
+    return about
+
+
+def _faiss(vectors: np.ndarray, config: Config) -> FaissIndex:
+    options = config.index
+    with progress(f"filling faiss {options.faiss_index_type}", "vectors", len(vectors)) as more:
+        return FaissIndex.build(
+            vectors, options.faiss_index_type, options.faiss_code_size, seed=config.run.seed, progress=more
+        )
+
+
+def _build(config: Config, embedder: Embedder, folder: Path) -> dict[str, Any]:
+    """Passages from jsonl, embedded."""
+    with progress("reading passages", "passages") as more:
+        passages = build_passages(config.index.passages, folder / PASSAGES, config.index.max_passages, more)
+    with progress("tokenizing for the retriever", "passages", len(passages)) as more:
+        tokens = passages.tokens(embedder.tokenizer, config.text.retriever_format, "retriever", more)
+    vectors = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float16, (len(passages), embedder.dim))
+    with progress("embedding", "passages", len(passages)) as more:
+        embed_corpus(embedder, tokens, vectors, config.index.per_gpu_embedder_batch_size, more)
+    vectors.flush()
+    return _arrays(vectors, config, folder)
+
+
+def _published_vectors(folder: Path, dim: int) -> list[np.ndarray]:
+    """The reference's `embeddings.N.pt` (float16, "d p"), whatever their number, as views on the files."""
+    shards = list(itertools.takewhile(lambda n: (folder / f"embeddings.{n}.pt").is_file(), itertools.count()))
+    if not shards:
+        raise UserError(f"{folder}: neither {ABOUT} nor embeddings.0.pt in this folder; is it an index?")
+    arrays = []
+    for n in shards:
+        file = folder / f"embeddings.{n}.pt"
+        array = load_torch(file)
+        if not isinstance(array, np.ndarray) or array.ndim != 2:
+            raise UserError(f"{file}: holds no matrix of vectors; fetch it again")
+        if array.shape[0] != dim:
+            raise UserError(
+                f"{file}: vectors of width {array.shape[0]}, but this retriever's are {dim} wide; "
+                "load the index that belongs to --model_path"
+            )
+        arrays.append(array)
+    return arrays
+
+
+def _take_published(source: Path, arrays: list[np.ndarray], config: Config, folder: Path) -> dict[str, Any]:
+    """Vectors and passages of the published form in ours."""
+    logger.info("%s: the published form does not say which retriever built it; make sure it is this one", source)
+    count = sum(array.shape[1] for array in arrays)
+    vectors = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float16, (count, arrays[0].shape[0]))
+    with progress("reading vectors", "vectors", count) as more:
+        start = 0
+        for array in arrays:
+            vectors[start : start + array.shape[1]] = array.T
+            start += array.shape[1]
+            more(array.shape[1])
+    vectors.flush()
+    with progress("reading passages", "passages", count) as more:
+        PassageStore.build(_published_passages(source, len(arrays)), folder / PASSAGES, more)
+    return _arrays(vectors, config, folder)
+
+
+def _published_passages(folder: Path, shards: int) -> Iterator[Mapping[str, Any]]:
+    for n in range(shards):
+        file = folder / f"passages.{n}.pt"
+        passages = load_pickle(file)
+        if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
+            raise UserError(f"{file}: holds no list of passages; fetch it again")
+        yield from passages

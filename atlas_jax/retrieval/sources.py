@@ -1,0 +1,86 @@
+"""Where an example's passages come from: a search, or the example's own row."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from atlas_jax.data.reader_inputs import Numbers, Store, Tokens, render
+from atlas_jax.data.tokens import Tokenizer
+from atlas_jax.programs import Program
+from atlas_jax.retrieval.passages import PassageStore
+from atlas_jax.retrieval.search import Rerank, Search
+from atlas_jax.tasks import Example
+
+
+class Found(NamedTuple):
+    """The passages of a batch of examples, by number in a store."""
+
+    store: Store
+    numbers: np.ndarray  # int64 "b n"
+    there: np.ndarray  # bool "b n"; false where an example has fewer than n
+
+
+class Source(Protocol):
+    """Finds n passages for each example."""
+
+    @property
+    def programs(self) -> Sequence[Program]:
+        """What it compiles."""
+        ...
+
+    def __call__(self, examples: Sequence[Example], n: int) -> Found: ...
+
+
+class FromIndex:
+    """The passages that the retriever finds."""
+
+    def __init__(self, search: Search | Rerank, store: PassageStore):
+        self.search = search
+        self.store = store
+
+    @property
+    def programs(self) -> Sequence[Program]:
+        """The encoders'."""
+        return self.search.programs
+
+    def __call__(self, examples: Sequence[Example], n: int) -> Found:
+        """The best n."""
+        numbers = self.search([example.query for example in examples], n).numbers
+        return Found(self.store, numbers, np.ones(numbers.shape, bool))
+
+
+class FromRows:
+    """The first n of the passages that come with each row."""
+
+    programs: Sequence[Program] = ()
+
+    def __call__(self, examples: Sequence[Example], n: int) -> Found:
+        """As many as there are."""
+        passages = [list(example.passages or [])[:n] for example in examples]
+        there = np.arange(n) < np.asarray([len(own) for own in passages])[:, None]
+        numbers = np.zeros(there.shape, np.int64)
+        numbers[there] = np.arange(there.sum())
+        return Found(_InMemory([passage for own in passages for passage in own]), numbers, there)
+
+
+class _InMemory:
+    """Passages that live as long as their batch."""
+
+    def __init__(self, passages: list[dict[str, Any]]):
+        self.passages = passages or [{"title": "", "text": ""}]
+
+    def take(self, numbers: Numbers) -> list[dict[str, Any]]:
+        return [self.passages[number] for number in numbers]
+
+    def tokens(self, tokenizer: Tokenizer, format: str, name: str, progress: Any = None) -> Tokens:
+        del name, progress
+        return _Ids([np.asarray(ids, np.int32) for ids in tokenizer.ids([render(format, p) for p in self.passages])])
+
+
+class _Ids:
+    def __init__(self, rows: list[np.ndarray]):
+        self.rows = rows
+
+    def take(self, numbers: Numbers) -> list[np.ndarray]:
+        return [self.rows[number] for number in numbers]

@@ -1,0 +1,318 @@
+#!/usr/bin/env python3
+"""Score MMLU predictions: the published accuracy table, from the prediction file of one run or of one run a domain.
+
+    evaluate_mmlu_predictions.py --predictions_path runs/demo/mmlu-step-1.jsonl --gold_path mmlu.jsonl
+
+`Acc` takes the highest logit of the question as it was asked; `Debias Acc` the option with the highest probability over
+all permutations of its options. Both are micro averages: every question of a category counts the same.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+CATEGORIES = {
+    "humanities": (
+        *("formal_logic", "high_school_european_history", "high_school_us_history", "high_school_world_history"),
+        *("international_law", "jurisprudence", "logical_fallacies", "moral_disputes", "moral_scenarios", "philosophy"),
+        *("prehistory", "professional_law", "world_religions"),
+    ),
+    "Soc Sci.": (
+        *("econometrics", "high_school_geography", "high_school_government_and_politics", "high_school_macroeconomics"),
+        *("high_school_microeconomics", "high_school_psychology", "human_sexuality", "professional_psychology"),
+        *("public_relations", "security_studies", "sociology", "us_foreign_policy"),
+    ),
+    "STEM": (
+        *("abstract_algebra", "astronomy", "college_biology", "college_chemistry", "college_computer_science"),
+        *("college_mathematics", "college_physics", "computer_security", "conceptual_physics"),
+        *("electrical_engineering", "elementary_mathematics", "high_school_biology", "high_school_chemistry"),
+        *("high_school_computer_science", "high_school_mathematics", "high_school_physics", "high_school_statistics"),
+        *("machine_learning",),
+    ),
+    "other": (
+        *("anatomy", "business_ethics", "clinical_knowledge", "college_medicine", "global_facts", "human_aging"),
+        *("management", "marketing", "medical_genetics", "miscellaneous", "nutrition", "professional_accounting"),
+        *("professional_medicine", "virology"),
+    ),
+}
+DOMAINS = frozenset(domain for domains in CATEGORIES.values() for domain in domains)
+SPLITS = {"test": ("test",), "val": ("val", "valid"), "valid": ("valid", "val")}  # two names of one split
+SUFFIXES = ("_test", "_valid", "_val", "_dev")
+
+Key = tuple[str, str, tuple[tuple[str, str], ...]]  # domain, question, options: what makes two questions the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One line of the gold file."""
+
+    key: Key
+    answer: str
+    line: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The option chosen for one question: from its original form alone, and from all permutations."""
+
+    key: Key
+    original: str
+    debiased: str
+
+
+@dataclasses.dataclass
+class Row:
+    """Counts of one line of the table."""
+
+    questions: int = 0
+    correct: int = 0
+    debiased_correct: int = 0
+
+    def add(self, question: Question, prediction: Prediction) -> None:
+        self.questions += 1
+        self.correct += prediction.original == question.answer
+        self.debiased_correct += prediction.debiased == question.answer
+
+    def report(self) -> dict[str, Any]:
+        """Accuracies in percent with their 95 % intervals; None where there is no question to divide by."""
+        return {
+            "questions": self.questions,
+            "accuracy": 100 * self.correct / self.questions if self.questions else None,
+            "accuracy_interval": wilson(self.correct, self.questions),
+            "debiased_accuracy": 100 * self.debiased_correct / self.questions if self.questions else None,
+            "debiased_accuracy_interval": wilson(self.debiased_correct, self.questions),
+        }
+
+
+def fail(message: str) -> NoReturn:
+    """End with status 2 and one line."""
+    print(f"evaluate_mmlu_predictions: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def wilson(correct: int, questions: int, z: float = 1.959963984540054) -> tuple[float, float] | None:
+    """Wilson's score interval of a proportion, in percent; `z` is the normal quantile of 97.5 %."""
+    if questions == 0:
+        return None
+    rate, spread = correct / questions, z * z / questions
+    centre = (rate + spread / 2) / (1 + spread)
+    radius = z * math.sqrt((rate * (1 - rate) + spread / 4) / questions) / (1 + spread)
+    low = 0.0 if correct == 0 else 100 * (centre - radius)
+    high = 100.0 if correct == questions else 100 * (centre + radius)
+    return low, high
+
+
+def rows(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each object of a jsonl file with its line number; blank lines are passed over."""
+    try:
+        with path.open("rb") as file:
+            for line, text in enumerate(file, start=1):
+                if not text.strip():
+                    continue
+                try:
+                    row = json.loads(text)
+                except ValueError as error:
+                    fail(f"{path}:{line}: not JSON in UTF-8 ({error}); {remedy}")
+                if not isinstance(row, dict):
+                    fail(f"{path}:{line}: a JSON {type(row).__name__} where an object is expected; {remedy}")
+                yield line, row
+    except OSError as error:
+        fail(f"{path}: {error.strerror}; {remedy}")
+
+
+def question_key(row: Mapping[str, Any]) -> Key:
+    """The identity of a question; raises KeyError, TypeError or ValueError if `row` is none."""
+    question, options, domain = row["question"], row["options"], row["dataset"]
+    if not isinstance(question, str) or not isinstance(domain, str):
+        raise TypeError("`question` and `dataset` are not both strings")
+    if not isinstance(options, dict) or not options:
+        raise TypeError("`options` is not an object of letters and texts")
+    for suffix in SUFFIXES:
+        if domain.endswith(suffix):
+            domain = domain.removesuffix(suffix)
+            break
+    return domain, question, tuple(sorted((letter, str(text)) for letter, text in options.items()))
+
+
+def problem(error: Exception) -> str:
+    return f"no field {error}" if isinstance(error, KeyError) else str(error)
+
+
+def read_gold(path: Path) -> list[Question]:
+    """The questions to score, in file order."""
+    remedy = "--gold_path wants a jsonl file of MMLU questions, the one that was evaluated"
+    questions = []
+    for line, row in rows(path, remedy):
+        try:
+            key, answer = question_key(row), row["answer"]
+            if answer not in row["options"]:
+                raise ValueError(f"the answer {answer!r} is no letter of the options")
+            if key[0] not in DOMAINS:
+                raise ValueError(f"the dataset {row['dataset']!r} is none of MMLU's 57 domains")
+        except (KeyError, TypeError, ValueError) as error:
+            fail(f"{path}:{line}: {problem(error)}; {remedy}")
+        questions.append(Question(key, answer, line))
+    if not questions:
+        fail(f"{path}: no question in it; {remedy}")
+    return questions
+
+
+def read_prediction(row: Mapping[str, Any]) -> Prediction:
+    """One row of a prediction file; raises KeyError, TypeError or ValueError if it is none."""
+    key = question_key(row["metadata"])
+    # Reference: its older prediction files misspell the field.
+    permutations = row["permuatations"] if "permuatations" in row else row["permutations"]
+    # Two equal option texts make a permutation look like the original: the first one is it.
+    original = next((p for p in permutations if p["metadata"]["is_original"]), None)
+    if original is None:
+        raise ValueError("no permutation with `is_original`")
+    logits, debiased = original["choice_logits"], row["generation"]
+    if not logits or any(math.isnan(logit) for logit in logits.values()):
+        raise ValueError(f"`choice_logits` {logits} cannot be compared")
+    if not isinstance(debiased, str):
+        raise TypeError("`generation` is not a letter")
+    return Prediction(key, max(logits, key=logits.__getitem__), debiased)
+
+
+def read_predictions(paths: Sequence[Path]) -> dict[Key, list[Prediction]]:
+    """The predictions for each question, in file order: a question asked twice has two."""
+    remedy = "evaluate again with --task multiple_choice --write_results"
+    predictions = collections.defaultdict(list)
+    for path in paths:
+        for line, row in rows(path, remedy):
+            try:
+                prediction = read_prediction(row)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                fail(f"{path}:{line}: {problem(error)}; {remedy}")
+            predictions[prediction.key].append(prediction)
+    return predictions
+
+
+def domain_files(folder: Path, domains: Sequence[str], step: int, split: str) -> tuple[list[Path], list[str]]:
+    """`{folder}/{domain}/{domain}.{split}-step-{step}.jsonl` for each domain, and the domains that have none."""
+    found, missing = [], []
+    for domain in domains:
+        names = (folder / domain / f"{domain}.{name}-step-{step}.jsonl" for name in SPLITS[split])
+        path = next((path for path in names if path.is_file()), None)
+        if path is not None:
+            found.append(path)
+        else:
+            missing.append(domain if (folder / domain).is_dir() else f"{domain} (no folder)")
+    return found, missing
+
+
+def find_files(folder: Path, domains: Sequence[str], step: int, split: str | None) -> tuple[list[Path], str]:
+    """The prediction file of each domain, and their split: the one whose files exist, unless it is given."""
+    choices = {name: domain_files(folder, domains, step, name) for name in ([split] if split else ["val", "test"])}
+    complete = [name for name, (_, missing) in choices.items() if not missing]
+    if len(complete) > 1:
+        fail(f"{folder}: step {step} has predictions for {' and '.join(complete)}; choose with --split")
+    best = complete[0] if complete else max(choices, key=lambda name: len(choices[name][0]))
+    found, missing = choices[best]
+    if missing:
+        pattern = f"{{domain}}/{{domain}}.{best if found or split else '{split}'}-step-{step}.jsonl"
+        fail(
+            f"{folder}: no {pattern} for {len(missing)} of {len(domains)} domains: {', '.join(missing)}; "
+            "evaluate them with --write_results, or correct --step or --split"
+        )
+    return found, best
+
+
+def score(
+    questions: Sequence[Question], predictions: Mapping[Key, Sequence[Prediction]], gold_path: Path, source: Path
+) -> dict[str, Row]:
+    """The counts of each domain that has questions.
+
+    A question that stands twice in a domain takes the predictions in file order; if they run out, the last one again.
+    """
+    unanswered = [question.line for question in questions if question.key not in predictions]
+    if unanswered:
+        more = f" (nor for {len(unanswered) - 1} more)" if len(unanswered) > 1 else ""
+        fail(
+            f"{gold_path}:{unanswered[0]}: no prediction for this question{more} in {source}; "
+            "give the --gold_path that was evaluated, or evaluate it to its end"
+        )
+    domains: dict[str, Row] = collections.defaultdict(Row)
+    seen: collections.Counter[Key] = collections.Counter()
+    for question in questions:
+        candidates = predictions[question.key]
+        domains[question.key[0]].add(question, candidates[min(seen[question.key], len(candidates) - 1)])
+        seen[question.key] += 1
+    return domains
+
+
+def summarize(domains: Mapping[str, Row]) -> dict[str, Row]:
+    """The rows of the table: four categories, then all."""
+    table = {category: Row() for category in (*CATEGORIES, "all")}
+    for category, members in CATEGORIES.items():
+        for row in (domains[domain] for domain in members if domain in domains):
+            for total in (table[category], table["all"]):
+                total.questions += row.questions
+                total.correct += row.correct
+                total.debiased_correct += row.debiased_correct
+    return table
+
+
+def format_table(table: Mapping[str, Row], details: bool) -> str:
+    """The published table; `details` adds the number of questions and both intervals."""
+    header = ["category", "Acc(%)", "Debias Acc(%)"]
+    lines = [header + ["questions", "Acc 95%", "Debias Acc 95%"] * details]
+    for category, row in table.items():
+        report = row.report()
+        cells = [category, number(report["accuracy"]), number(report["debiased_accuracy"])]
+        if details:
+            intervals = (report["accuracy_interval"], report["debiased_accuracy_interval"])
+            cells += [str(row.questions), *(f"{number(i[0])}-{number(i[1])}" if i else "-" for i in intervals)]
+        lines.append(cells)
+    text = ["\t".join(f"{cell:>15}" for cell in cells) for cells in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def number(percent: float | None) -> str:
+    return "-" if percent is None else f"{percent:.2f}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--predictions_path",
+        required=True,
+        type=Path,
+        help="prediction file, or a folder of runs: {domain}/{domain}.{split}-step-{step}.jsonl",
+    )
+    parser.add_argument("--gold_path", required=True, type=Path, help="jsonl file of the questions that were evaluated")
+    parser.add_argument("--step", type=int, default=16, help="step of the files in a folder of runs (default: 16)")
+    parser.add_argument("--split", choices=SPLITS, help="split of the files in a folder (default: the one that exists)")
+    parser.add_argument("--details", action="store_true", help="also print the questions and 95 %% intervals (Wilson)")
+    parser.add_argument("--json", action="store_true", help="print everything, domains too, as one JSON object instead")
+    args = parser.parse_args(argv)
+
+    questions = read_gold(args.gold_path)
+    paths, split = [args.predictions_path], None
+    if args.predictions_path.is_dir():
+        domains = sorted({question.key[0] for question in questions})
+        paths, split = find_files(args.predictions_path, domains, args.step, args.split)
+    scores = score(questions, read_predictions(paths), args.gold_path, args.predictions_path)
+    table = summarize(scores)
+    if args.json:
+        everything = {
+            "predictions_path": str(args.predictions_path),
+            "gold_path": str(args.gold_path),
+            "step": args.step if split else None,
+            "split": split,
+            "categories": {name: row.report() for name, row in table.items()},
+            "domains": {name: row.report() for name, row in sorted(scores.items())},
+        }
+        print(json.dumps(everything, indent=1))
+    else:
+        print(format_table(table, args.details))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Faiss indexes: how well each kind finds, how little it stores, and that a loaded one is the one saved."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import faiss
+import numpy as np
+import pytest
+
+from atlas_jax.errors import UserError
+from atlas_jax.retrieval import faiss_index
+from atlas_jax.retrieval.faiss_index import FaissIndex
+
+COUNT, DIM, K = 3000, 32, 10
+KINDS = [("flat", None), ("ivfflat", None), ("ivfsq", None), ("ivfpq", 8), ("pq", 8)]
+Build = Callable[..., FaissIndex]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads of faiss wait for each other in loops, which is slow where cores are shared."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    """Passages around 60 topics."""
+    rng = np.random.default_rng(0)
+    topics = rng.standard_normal((60, DIM))
+    return (topics[rng.integers(0, 60, COUNT)] + 0.4 * rng.standard_normal((COUNT, DIM))).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def queries(vectors) -> np.ndarray:
+    """Near a passage each."""
+    rng = np.random.default_rng(1)
+    return vectors[rng.choice(COUNT, 50)].astype(np.float32) + 0.2 * rng.standard_normal((50, DIM)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def exact(vectors, queries) -> np.ndarray:
+    scores = queries.astype(np.float64) @ vectors.astype(np.float64).T
+    return np.argsort(-scores, axis=1, kind="stable")[:, :K]
+
+
+@pytest.fixture(scope="module")
+def build(vectors) -> Build:
+    """An index of `vectors`, built once for all tests; a test that changes it builds its own."""
+    return functools.cache(functools.partial(FaissIndex.build, vectors))
+
+
+def recall(index: FaissIndex, queries: np.ndarray, exact: np.ndarray) -> float:
+    found = index.search(queries, exact.shape[1]).numbers
+    return float(np.mean([np.isin(row, best).mean() for row, best in zip(found, exact, strict=True)]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "code_size", "recipe"),
+    [
+        ("flat", None, "SQfp16"),
+        ("ivfflat", None, "IVF54,Flat"),
+        ("ivfsq", None, "IVF54,SQ4"),
+        ("ivfpq", 8, "IVF54,PQ8"),
+        ("pq", 8, "PQ8"),
+    ],
+)
+def test_equals_plain_faiss(vectors, queries, build, kind, code_size, recipe):
+    """Training and filling as faiss does them, in float32 and at once, gives the same index."""
+    plain = faiss.index_factory(DIM, recipe, faiss.METRIC_INNER_PRODUCT)
+    for part in (plain, getattr(plain, "pq", None)):
+        if hasattr(part, "cp"):
+            part.cp.seed, part.cp.min_points_per_centroid = 0, 1
+    plain.train(vectors.astype(np.float32))
+    plain.add(vectors.astype(np.float32))
+    if "IVF" in recipe:
+        plain.nprobe = 54
+    scores, numbers = plain.search(queries, K)
+    found = build(kind, code_size).search(queries, K)
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
+    assert (found.numbers == numbers).mean() > 0.98  # the rest are ties
+
+
+def test_kinds_that_keep_the_vectors_are_exact(vectors, queries, exact, build):
+    """ "flat", and "ivfflat" while it reads every list as the reference does; reading one list, it is not."""
+    for kind in ("flat", "ivfflat"):
+        found = build(kind, None).search(queries, K)
+        np.testing.assert_array_equal(found.numbers, exact)
+        scores = np.einsum("qd,qkd->qk", queries, vectors[exact].astype(np.float32))
+        np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
+    index = FaissIndex.build(vectors, "ivfflat")
+    assert index.n_probe == index.n_list == 54  # floor(sqrt(3000))
+    index.n_probe = 1
+    assert 0.3 < recall(index, queries, exact) < 0.95
+
+
+def test_fewer_bytes_find_less(queries, exact, build):
+    """Recall at 10, from 16 bytes a passage to 1; clusters make the same bytes worth more."""
+    ivfsq, ivfpq, pq, tiny = (
+        recall(build(*kind), queries, exact) for kind in [("ivfsq", None), ("ivfpq", 8), ("pq", 8), ("pq", 1)]
+    )
+    assert 1 > ivfsq > ivfpq > pq > tiny + 0.1
+    assert ivfsq > 0.8
+    assert pq > 0.5
+
+
+@pytest.mark.parametrize(("kind", "code_size"), KINDS)
+def test_loaded_equals_saved(vectors, queries, kind, code_size, tmp_path):
+    """Every bit of every result, also with one list a query; from arrays alone, without the vectors."""
+    index = FaissIndex.build(vectors, kind, code_size)
+    meta = index.save(tmp_path)
+    assert meta == {"index_mode": "faiss", "kind": kind, "count": COUNT, "dim": DIM, "code_size": code_size}
+    loaded = FaissIndex.load(tmp_path, meta)
+    assert (loaded.kind, loaded.count, loaded.dim, loaded.n_probe) == (kind, COUNT, DIM, index.n_probe)
+    for n_probe in {index.n_list, 1}:
+        index.n_probe = loaded.n_probe = n_probe
+        for ours, theirs in zip(loaded.search(queries, K), index.search(queries, K), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code_size", "row", "learned"),
+    [
+        ("flat", None, 2 * DIM, 0),
+        ("pq", 8, 8, 256 * DIM),
+        ("ivfflat", None, 2 * DIM + 4, 54 * (DIM + 1)),
+        ("ivfsq", None, DIM // 2 + 4, 54 * (DIM + 1) + 2 * DIM),
+        ("ivfpq", 8, 8 + 4, 54 * (DIM + 1) + 256 * DIM),
+    ],
+)
+def test_size_on_disk(vectors, build, kind, code_size, row, learned, tmp_path):
+    """Codes, in lists 4 bytes more to say whose they are, and what training learned; headers aside."""
+    build(kind, code_size).save(tmp_path)
+    files = list(tmp_path.iterdir())
+    assert sum(file.stat().st_size - 128 for file in files) == COUNT * row + 4 * learned
+    if kind == "flat":
+        assert sum(file.stat().st_size for file in files) < 1.01 * vectors.nbytes
+
+
+@pytest.mark.parametrize(("kind", "code_size"), KINDS)
+def test_the_seed_decides(vectors, kind, code_size, tmp_path, monkeypatch):
+    """Equal seeds write equal files, whatever the chunks and threads; another seed does not, if anything is learned."""
+    np.save(tmp_path / "vectors.npy", vectors)
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    monkeypatch.setattr(faiss_index, "TRAINING_ROWS_PER_CENTROID", 2)  # so that there is a sample to draw
+    written = []
+    for chunk, rows, threads, seed in [(16_384, vectors, 1, 0), (1000, mapped, 2, 0), (16_384, vectors, 1, 1)]:
+        monkeypatch.setattr(faiss_index, "CHUNK_ROWS", chunk)
+        faiss.omp_set_num_threads(threads)
+        folder = tmp_path / f"{len(written)}"
+        folder.mkdir()
+        added: list[int] = []
+        FaissIndex.build(rows, kind, code_size, seed, progress=added.append).save(folder)
+        assert added == ([1000] * 3 if chunk == 1000 else [COUNT])
+        written.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert written[0] == written[1]
+    assert (written[0] == written[2]) == (kind == "flat")
+
+
+def test_equal_scores_are_ordered_by_number(vectors):
+    """Whatever list they come from."""
+    index = FaissIndex.build(np.concatenate([vectors[:100]] * 7), "ivfflat")
+    found = index.search(vectors[:20].astype(np.float32), 70)
+    drop = np.diff(found.scores) < 0
+    assert (drop | (np.diff(found.numbers) > 0)).all()
+    assert (~drop).mean() > 0.8
+
+
+def test_a_query_whose_lists_are_short_reads_them_all(vectors, queries, exact):
+    """No -1 is a passage number; the others keep to their own lists."""
+    index = FaissIndex.build(vectors, "ivfflat")
+    everything = index.search(queries, 60)
+    index.n_probe = 1
+    sizes = [index._index.invlists.list_size(i) for i in range(index.n_list)]
+    assert min(sizes) < 60 < max(sizes)
+    found = index.search(queries, 60)
+    assert found.numbers.min() >= 0
+    widened = (found.numbers == everything.numbers).all(axis=1)
+    assert 0 < widened.sum() < len(queries)
+
+
+def test_empty_lists_are_kept(tmp_path):
+    """Equal vectors leave most lists empty."""
+    index = FaissIndex.build(np.ones((50, 4), np.float16), "ivfflat")
+    loaded = FaissIndex.load(tmp_path, index.save(tmp_path))
+    assert 0 in np.load(tmp_path / "list_sizes.npy")
+    np.testing.assert_array_equal(loaded.search(np.ones((1, 4), np.float32), 50).numbers, [range(50)])
+    one = FaissIndex.build(np.ones((1, 4), np.float16), "ivfsq")
+    assert one.search(np.ones((1, 4), np.float32), 1).numbers == 0
+
+
+def test_what_cannot_be_built_or_answered_is_said(vectors):
+    """Each refusal names its figures and a way out."""
+    for kind in ("pq", "ivfpq"):
+        with pytest.raises(UserError, match="256 centroids and there are only 255 passages: use --index_mode flat"):
+            FaissIndex.build(vectors[:255], kind, 8)
+        for code_size in (None, 0, -8, 7, 64):
+            with pytest.raises(UserError, match=f"--faiss_code_size {code_size}: .* divisor of the vectors' width, 32"):
+                FaissIndex.build(vectors, kind, code_size)
+    assert FaissIndex.build(vectors[:256], "pq", 8).count == 256
+    with pytest.raises(UserError, match="an index of 0 passages"):
+        FaissIndex.build(vectors[:0], "flat")
+    with pytest.raises(UserError, match="passage vector is not finite"):
+        FaissIndex.build(np.full((9, 4), np.inf, np.float16), "flat")
+    for kind, code_size in KINDS:
+        index = FaissIndex.build(vectors[:300], kind, code_size)
+        with pytest.raises(UserError, match="301 passages asked for but the index holds 300"):
+            index.search(np.zeros((1, DIM), np.float32), 301)
+        with pytest.raises(UserError, match="queries are 31 wide but the index holds vectors of 32"):
+            index.search(np.zeros((1, DIM - 1), np.float32), 1)
+        with pytest.raises(UserError, match="search score is not finite"):
+            index.search(np.full((1, DIM), np.nan, np.float32), 1)
+
+
+def test_damaged_files_are_refused(build, tmp_path):
+    """No pointer goes to faiss before the arrays fit each other; each refusal names the file."""
+    meta = build("ivfpq", 8).save(tmp_path)
+    whole = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(whole) == 5
+    for file, content in whole.items():
+        for damage in (content[:-1], content[:40], b""):
+            file.write_bytes(damage)
+            with pytest.raises(UserError, match=file.name):
+                FaissIndex.load(tmp_path, meta)
+        file.write_bytes(content)
+    for name, change in [
+        ("numbers", lambda numbers: np.where(numbers == 7, 8, numbers)),
+        ("numbers", lambda numbers: np.where(numbers == 7, -1, numbers)),
+        ("numbers", lambda numbers: np.where(numbers == 7, COUNT, numbers)),
+        ("list_sizes", lambda sizes: sizes + (np.arange(len(sizes)) == 0).astype(np.int32)),
+        ("list_sizes", lambda sizes: np.concatenate([[-1, sizes[0] + sizes[1] + 1], sizes[2:]]).astype(np.int32)),
+        ("codes", lambda codes: codes[:, :-1]),
+        ("codes", lambda codes: codes.astype(np.int8)),
+        ("centroids", lambda centroids: centroids[:-1]),
+    ]:
+        file = tmp_path / f"{name}.npy"
+        np.save(file, change(np.load(file)))
+        with pytest.raises(UserError, match=file.name):
+            FaissIndex.load(tmp_path, meta)
+        file.write_bytes(whole[file])
+    assert FaissIndex.load(tmp_path, meta).count == COUNT

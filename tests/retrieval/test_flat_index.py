@@ -1,0 +1,166 @@
+"""Exact search equals brute force, whatever the mesh."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+
+from atlas_jax.errors import UserError
+from atlas_jax.retrieval import flat_index
+from atlas_jax.retrieval.flat_index import FlatIndex
+
+
+def mesh_of(*shape: int) -> Mesh:
+    devices = np.array(jax.devices()[: np.prod(shape)])
+    return Mesh(devices.reshape(shape), ("data", "fsdp", "model")[: len(shape)])
+
+
+def brute_force(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    scores = queries.astype(np.float64) @ vectors.astype(np.float64).T
+    numbers = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, numbers, axis=1), numbers
+
+
+def normal(rows: int, dim: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float16)
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(1, 300),
+    share=st.floats(0, 1),
+    q=st.integers(1, 9),
+    dim=st.integers(1, 16),
+    devices=st.sampled_from([1, 2, 3, 8]),
+    chunk=st.sampled_from([8, 64, flat_index.CHUNK_ROWS]),
+)
+@example(seed=0, count=300, share=1.0, q=2, dim=1, devices=8, chunk=8)  # -0, and k beyond a device
+@example(seed=0, count=2, share=1.0, q=1, dim=3, devices=8, chunk=8)  # devices with padding only
+def test_search_equals_brute_force_with_ties_by_the_smaller_number(seed, count, share, q, dim, devices, chunk):
+    """Small integers: sums are exact and ties abound, so scores and numbers are equal, for any shapes and mesh."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.integers(-2, 3, (count, dim)).astype(np.float16)
+    queries = rng.integers(-2, 3, (q, dim)).astype(np.float32)
+    k = max(1, round(share * count))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flat_index, "CHUNK_ROWS", chunk)
+        found = FlatIndex.from_array(vectors, mesh_of(devices)).search(queries, k)
+    scores, numbers = brute_force(vectors, queries, k)
+    np.testing.assert_array_equal(found.numbers, numbers)
+    np.testing.assert_array_equal(found.scores, scores)
+    assert found.scores.dtype == np.float32
+    assert found.numbers.dtype == np.int64
+
+
+def test_scores_are_float32_sums_of_the_float16_vectors():
+    """Real numbers: the order of float64 and its scores to float32's precision; float16 sums would not reach it."""
+    vectors, queries = normal(3000, 256), normal(5, 256, seed=1).astype(np.float32)
+    found = FlatIndex.from_array(vectors, mesh_of(4)).search(queries, 50)
+    scores, numbers = brute_force(vectors, queries, 50)
+    np.testing.assert_array_equal(found.numbers, numbers)
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
+    half = (queries.astype(np.float16) @ vectors.T).astype(np.float32)
+    assert not np.allclose(np.take_along_axis(half, numbers, axis=1), scores, rtol=1e-5)
+
+
+def test_no_mesh_changes_any_result(monkeypatch):
+    """Bit for bit, with a passage that is there twice: it scores the same wherever it lies."""
+    monkeypatch.setattr(flat_index, "CHUNK_ROWS", 256)
+    vectors, queries = normal(2001, 96), normal(3, 96, seed=1).astype(np.float32)
+    vectors[1001:] = vectors[:1000]
+    one = FlatIndex.from_array(vectors, mesh_of(1)).search(queries, 100)
+    np.testing.assert_array_equal(one.numbers[:, 0::2] + 1001, one.numbers[:, 1::2])
+    for shape in [(3,), (8,), (2, 3), (2, 2, 2)]:
+        other = FlatIndex.from_array(vectors, mesh_of(*shape)).search(queries, 100)
+        np.testing.assert_array_equal(other.numbers, one.numbers)
+        np.testing.assert_array_equal(other.scores, one.scores)
+
+
+def test_a_device_holds_its_share_and_no_more(tmp_path):
+    """A memory map is read in the rows of each device, and padding is less than a row a device (or one chunk)."""
+    np.save(tmp_path / "vectors.npy", normal(20_001, 8))
+    vectors = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    index = FlatIndex.from_array(vectors, mesh_of(2))
+    assert [shard.data.shape for shard in index.rows.addressable_shards] == [(10_001, 8)] * 2
+    assert index.rows.dtype == np.float16
+    scores, numbers = brute_force(vectors, vectors[:3].astype(np.float32), 7)
+    found = index.search(np.asarray(vectors[:3], np.float32), 7)
+    np.testing.assert_array_equal(found.numbers, numbers)
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
+
+
+def test_query_counts_share_programs():
+    """5 to 8 queries run the program of 8; the counter-case is 9. None is a question too."""
+    index = FlatIndex.from_array(normal(40, 4), mesh_of(2))
+    queries = normal(9, 4, seed=1).astype(np.float32)
+    index.search(queries[:8], 3)
+    programs = flat_index._best_rows._cache_size()
+    for q in (5, 6, 7):
+        np.testing.assert_array_equal(index.search(queries[:q], 3).numbers, index.search(queries[:8], 3).numbers[:q])
+    assert flat_index._best_rows._cache_size() == programs
+    index.search(queries, 3)
+    assert flat_index._best_rows._cache_size() == programs + 1
+    assert index.search(queries[:0], 3).numbers.shape == (0, 3)
+
+
+def test_queries_may_be_on_a_device_and_in_bfloat16():
+    """What the encoder gives is taken as it is."""
+    index, queries = FlatIndex.from_array(normal(40, 4), mesh_of(2)), jax.numpy.asarray(normal(3, 4)).astype("bfloat16")
+    found = index.search(queries, 3)
+    np.testing.assert_array_equal(found.numbers, index.search(np.asarray(queries, np.float32), 3).numbers)
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_saved_by_one_mesh_and_loaded_by_another(tmp_path, count):
+    """The file is the float16 vectors and a header, and may be written over while the index reads it."""
+    vectors, queries = normal(count, 16), normal(3, 16, seed=1).astype(np.float32)
+    index = FlatIndex.from_array(vectors, mesh_of(3))
+    meta = index.save(tmp_path)
+    assert (tmp_path / "embeddings.npy").stat().st_size == vectors.nbytes + 128
+    np.testing.assert_array_equal(np.load(tmp_path / "embeddings.npy"), vectors)
+    for shape in [(1,), (2, 4)]:
+        loaded = FlatIndex.load(tmp_path, meta, mesh_of(*shape))
+        loaded.save(tmp_path)
+        for ours, theirs in zip(loaded.search(queries, count), index.search(queries, count), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_cannot_be_answered_is_said():
+    """Each refusal names its figures."""
+    index = FlatIndex.from_array(normal(10, 4), mesh_of(2))
+    with pytest.raises(UserError, match="11 passages asked for but the index holds 10"):
+        index.search(np.zeros((1, 4), np.float32), 11)
+    with pytest.raises(UserError, match="0 passages asked for"):
+        index.search(np.zeros((1, 4), np.float32), 0)
+    with pytest.raises(UserError, match="queries are 5 wide but the index holds vectors of 4"):
+        index.search(np.zeros((1, 5), np.float32), 1)
+    with pytest.raises(UserError, match="not finite"):
+        index.search(np.full((1, 4), np.nan, np.float32), 1)
+    with pytest.raises(UserError, match="an index of 0 passages"):
+        FlatIndex.from_array(np.zeros((0, 4), np.float16), mesh_of(2))
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    """Cut short, of another shape, of another type, pickled, or gone: one line, and nothing is unpickled."""
+    meta = FlatIndex.from_array(normal(10, 4), mesh_of(1)).save(tmp_path)
+    file = tmp_path / "embeddings.npy"
+    whole = file.read_bytes()
+    damages = [
+        lambda: file.write_bytes(whole[:-1]),
+        lambda: file.write_bytes(whole[:50]),
+        lambda: file.write_bytes(b""),
+        lambda: file.write_bytes(whole.replace(b"(10, 4)", b"(-1, 4)")),
+        lambda: np.save(file, normal(10, 5)),
+        lambda: np.save(file, normal(10, 4).astype(np.float32)),
+        lambda: np.save(file, np.array([[{}]]), allow_pickle=True),
+        lambda: file.unlink(),
+    ]
+    for damage in damages:
+        damage()
+        with pytest.raises(UserError, match=r"embeddings\.npy: .* build it again"):
+            FlatIndex.load(tmp_path, meta, mesh_of(1))
+    file.write_bytes(whole)
+    assert FlatIndex.load(tmp_path, meta, mesh_of(1)).count == 10

@@ -1,0 +1,355 @@
+"""The passage store: what goes in comes out, whole or not at all; stored tokens equal tokenizing the whole text."""
+
+import copy
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atlas_jax.data.jsonl import read_rows
+from atlas_jax.data.ragged import RaggedArray
+from atlas_jax.data.reader_inputs import ReaderText, join, render, split_encoder_format
+from atlas_jax.data.tokens import Tokenizer
+from atlas_jax.errors import UserError
+from atlas_jax.retrieval.passages import PassageStore, build_passages
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+VITAL = Path(__file__).parents[3] / "shared" / "data" / "wikipedia-vital.jsonl"
+FORMAT = "{query} title: {title} context: {text}"
+RETRIEVER_FORMAT = "{title} {text}"
+READER, RETRIEVER = (Tokenizer.load(GOLDEN / "assets" / name) for name in ("reader", "retriever"))
+PASSAGE = {"id": "1", "text": "Some text", "title": "A title", "section": ""}
+QUERIES = (
+    "question: what is Tribe? answer: <extra_id_0>",
+    "plain",
+    "",
+    "ends in space ",
+    "שלום\u200b",
+    "<extra_id_0>",
+    "▁",
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """The 240 golden passages."""
+    return build_passages([GOLDEN / "passages.jsonl"], tmp_path_factory.mktemp("golden") / "passages")
+
+
+def jsonl(folder, *rows, name="corpus.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def whole(tokenizer, format, query, passage, max_length):
+    """What the reference does: one text, tokenized at once."""
+    return tokenizer.finish(tokenizer.ids([format.format(query=query, **passage)])[0], max_length)
+
+
+def test_passages_come_back_as_the_reference_loads_them(store):
+    """All fields, the section joined to the title once and kept, in any order of numbers."""
+    rows = [row for _, row in read_rows(GOLDEN / "passages.jsonl")]
+    for row in rows:
+        row["title"] = f"{row['title']}: {row['section']}" if row["section"] else row["title"]
+    assert store.take(range(len(store))) == rows
+    assert store.take(np.array([239, 0, 0])) == [rows[239], rows[0], rows[0]]
+    assert store.take([]) == []
+    assert any(row["section"] for row in rows)
+    for number in (-1, 240):
+        with pytest.raises(IndexError, match="there are 240 rows"):
+            store.take([number])
+
+
+def test_passages_already_loaded_are_not_joined_again(tmp_path, store):
+    """The published index holds passages with joined titles: any iterable of dicts, kept as it is."""
+    passages = store.take(range(240))
+    again = PassageStore.build(iter(passages), tmp_path / "again")
+    assert again.take(range(240)) == passages
+    assert again.take([0])[0]["title"].count("Summary") == 1
+
+
+def test_fields_that_may_be_missing(tmp_path):
+    """Title and section default to nothing; other fields are kept; blank lines are no passages."""
+    path = jsonl(tmp_path, {"id": 7, "text": "é"}, {"id": "8", "text": "", "title": None, "section": "S", "topic": "x"})
+    path.write_text("\n" + path.read_text().replace("}\n", "}\n\n"))
+    store = build_passages([path], tmp_path / "store")
+    assert store.take([0, 1]) == [
+        {"id": 7, "text": "é", "title": "", "section": ""},
+        {"id": "8", "text": "", "title": ": S", "section": "S", "topic": "x"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, 'a passage without "id"'),
+        ({"id": "1"}, 'a passage without "text"'),
+        ({"id": "1", "text": None}, '"text" must be a string, not None'),
+        ({"id": "1", "text": "x", "title": 3}, '"title" must be a string, not 3'),
+    ],
+)
+def test_bad_passages_are_named_and_nothing_is_kept(tmp_path, row, message):
+    """File and line of the passage; neither the store nor a draft of it stays behind."""
+    path = jsonl(tmp_path, PASSAGE, row)
+    with pytest.raises(UserError, match=rf"corpus\.jsonl:2: {message}"):
+        build_passages([path], tmp_path / "store")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_max_passages_counts_over_all_files(tmp_path):
+    """The first so many; lines after them are not even read. No files and no passages are errors."""
+    first = jsonl(tmp_path, PASSAGE, PASSAGE, name="1.jsonl")
+    second = jsonl(tmp_path, PASSAGE, {"bad": 1}, name="2.jsonl")
+    for count, length in ((3, 3), (1, 1)):
+        assert len(build_passages([first, second], tmp_path / f"store{count}", count)) == length
+    with pytest.raises(UserError, match=r"2\.jsonl:2"):
+        build_passages([first, second], tmp_path / "all", -1)
+    with pytest.raises(UserError, match="no passages to write"):
+        build_passages([first], tmp_path / "none", 0)
+    with pytest.raises(UserError, match="no passage files"):
+        build_passages([], tmp_path / "none")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_build_leaves_what_was_there(tmp_path, error):
+    """A store that is being replaced stays whole until the new one is; then the new one is there, alone."""
+
+    def rows():
+        yield from [PASSAGE] * 3000
+        raise error
+
+    old = build_passages([jsonl(tmp_path, PASSAGE)], tmp_path / "store")
+    with pytest.raises(error):
+        PassageStore.build(rows(), old.folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus.jsonl", "store"}
+    assert len(PassageStore.open(old.folder)) == 1
+    done = []
+    assert len(PassageStore.build([PASSAGE] * 3000, old.folder, done.append)) == 3000
+    assert done == [1024, 1024, 952]
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus.jsonl", "store"}
+
+
+def test_other_files_are_never_replaced(tmp_path):
+    """A folder that holds anything else than a store, and a file, stay as they are."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for folder in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(UserError, match="choose a new folder"):
+            PassageStore.build([PASSAGE], folder)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_text_that_is_no_text(tmp_path):
+    """Half a surrogate pair, which a pickle may hold, names its passage."""
+    with pytest.raises(UserError, match=r"passage 1 \(x\): not text .*surrogates"):
+        PassageStore.build([PASSAGE, {"id": "x", "text": "\ud800"}], tmp_path / "store")
+
+
+@pytest.mark.parametrize("file", ["text.bin", "text.offsets.npy", "passages.json"])
+@pytest.mark.parametrize("kept", [0, -1, None])
+def test_a_damaged_store_is_refused(tmp_path, file, kept):
+    """Each file cut short, emptied or gone: one line that names it and the remedy."""
+    PassageStore.build([PASSAGE, PASSAGE], tmp_path / "store")
+    path = tmp_path / "store" / file
+    if kept is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes().rstrip(b"\n")[:kept])
+    with pytest.raises(UserError, match=r"build the passages again") as error:
+        PassageStore.open(tmp_path / "store")
+    assert str(tmp_path / "store" / file.split(".")[0]) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_another_version_or_count_is_refused(tmp_path):
+    """passages.json must say what the files are; a folder that is not there is named."""
+    PassageStore.build([PASSAGE], tmp_path)
+    for text, message in (
+        ('{"version": 9, "count": 1}', "version 9"),
+        ('{"version": 1, "count": 2}', "not the offsets"),
+    ):
+        (tmp_path / "passages.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            PassageStore.open(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere/passages\.json: cannot be read .*check the path"):
+        PassageStore.open(tmp_path / "nowhere")
+
+
+def test_tokens_are_those_of_the_text(store):
+    """Every passage, uncut, without special tokens; two bytes a token while the vocabulary allows it."""
+    tokens = store.tokens(RETRIEVER, RETRIEVER_FORMAT, "retriever")
+    expected = RETRIEVER.ids([RETRIEVER_FORMAT.format(**passage) for passage in store.take(range(240))])
+    taken = tokens.take(range(240))
+    assert [row.tolist() for row in taken] == expected
+    assert {row.dtype for row in taken} == {np.dtype(np.uint16)}
+    assert tokens.lengths(np.array([5, 0])).tolist() == [len(expected[5]), len(expected[0])]
+    assert len(tokens) == 240
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path):
+    """An id above 65,535 does not wrap around."""
+    large = copy.copy(RETRIEVER)
+    large.vocab_size, large.ids = 70_000, lambda texts: [[69_999, 1]] * len(texts)
+    [row] = PassageStore.build([PASSAGE], tmp_path / "store").tokens(large, "{text}", "large").take([0])
+    assert row.tolist() == [69_999, 1]
+
+
+def test_tokens_are_made_once(tmp_path, monkeypatch):
+    """A second run finds them; another format or tokenizer makes its own; damaged ones are refused by name."""
+    folder = PassageStore.build([PASSAGE] * 3, tmp_path / "store").folder
+    done = []
+    made = PassageStore.open(folder).tokens(RETRIEVER, "{text}", "retriever", done.append).take([2])
+    PassageStore.open(folder).tokens(READER, "{text}", "retriever")
+    PassageStore.open(folder).tokens(RETRIEVER, "{title}", "retriever")
+    assert done == [3]
+    assert len(list(folder.glob("tokens-retriever-*"))) == 3
+    monkeypatch.setattr(Tokenizer, "ids", None)  # from here on, tokenizing fails
+    np.testing.assert_array_equal(PassageStore.open(folder).tokens(RETRIEVER, "{text}", "retriever").take([2]), made)
+    for path in folder.glob("tokens-*/tokens.bin"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"tokens-retriever-.*delete this folder"):
+        PassageStore.open(folder).tokens(RETRIEVER, "{text}", "retriever")
+
+
+def test_interrupted_tokens_are_not_kept(tmp_path):
+    """An exception half way leaves the store as it was."""
+    store = PassageStore.build([PASSAGE] * 2000, tmp_path / "store")
+    before = sorted(store.folder.iterdir())
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.tokens(RETRIEVER, "{text}", "retriever", stop)
+    assert sorted(store.folder.iterdir()) == before
+
+
+def test_two_that_build_the_same_tokens_both_get_them(tmp_path):
+    """The first to finish wins, the other uses its files: two hosts on one disk."""
+    folder = PassageStore.build([PASSAGE] * 3, tmp_path / "store").folder
+    barrier, taken = threading.Barrier(2, timeout=10), []
+
+    def build():
+        store = PassageStore.open(folder)
+        taken.append(store.tokens(RETRIEVER, "{text}", "retriever", lambda _: barrier.wait()).take([1])[0].tolist())
+
+    threads = [threading.Thread(target=build) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert taken == RETRIEVER.ids(["Some text"]) * 2
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_a_store_that_cannot_be_written_beside(tmp_path, monkeypatch):
+    """No silent place elsewhere: the flag that chooses the folder is named."""
+    store = PassageStore.build([PASSAGE], tmp_path / "store")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\); pass --save_index_path"):
+        store.tokens(RETRIEVER, "{text}", "retriever")
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [("{title} {author}", "passage 1: no field 'author'"), ("{}", "not a format"), ("{title", "not a format")],
+)
+def test_a_format_that_asks_too_much(tmp_path, format, message):
+    """The passage and the field it lacks, or the format that is none."""
+    with pytest.raises(UserError, match=message):
+        PassageStore.build([PASSAGE], tmp_path / "store").tokens(RETRIEVER, format, "retriever")
+
+
+def test_ragged_rows_may_be_empty(tmp_path):
+    """Nothing at all in any row: no bytes to map."""
+    np.save(tmp_path / "x.offsets.npy", np.zeros(3, np.uint64))
+    (tmp_path / "x.bin").touch()
+    rows = RaggedArray.open(tmp_path, "x", np.dtype(np.uint16), 2, "")
+    assert [row.tolist() for row in rows.take([0, 1])] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("format", "part"),
+    [
+        (FORMAT, " title: {title} context: {text}"),
+        ("{query} {text}", " {text}"),
+        ("{query}", None),  # nothing to store
+        ("{query}: {text}", None),  # no space between
+        ("q: {query} {text}", None),  # not in front
+        ("{query} {text} {query}", None),  # again behind
+        ("{query!r} {text}", None),
+        ("{{query}} {text}", None),  # no field at all
+    ],
+)
+def test_formats_that_part_after_the_query(format, part):
+    """Only a query in front, a space, and a rest without the query can be tokenized apart."""
+    assert split_encoder_format(format) == part
+
+
+def test_a_format_that_is_none():
+    """Unbalanced braces name the flag."""
+    with pytest.raises(UserError, match=r"--encoder_format '{query} {title'"):
+        split_encoder_format("{query} {title")
+
+
+@pytest.mark.parametrize("format", [FORMAT, "{query} {text}", "{text} {query}", "{query}-{text}"])
+@pytest.mark.parametrize("tokenizer", [READER, RETRIEVER], ids=["reader", "retriever"])
+def test_reader_text_is_the_whole_text(store, tokenizer, format):
+    """Every query and format, apart or whole: the ids of the filled-in format, in order, cut alike."""
+    numbers = np.random.default_rng(0).integers(0, len(store), (len(QUERIES), 4))
+    for max_length in (12, 40, 512):
+        encoded = ReaderText(tokenizer, format, max_length).encode(QUERIES, numbers, store)
+        for query, row, ids in zip(QUERIES, numbers, encoded, strict=True):
+            assert ids == [whole(tokenizer, format, query, passage, max_length) for passage in store.take(row)]
+
+
+@given(st.text(), st.integers(0, 239), st.integers(3, 200))
+def test_any_query_joins(store, query, number, max_length):
+    """Whatever a person may ask."""
+    [[ids]] = ReaderText(READER, FORMAT, max_length).encode([query], [[number]], store)
+    assert ids == whole(READER, FORMAT, query, store.take([number])[0], max_length)
+
+
+def test_only_the_query_is_tokenized(store, monkeypatch):
+    """Once prepared, a step tokenizes one text a query, unless the tokenizer does not split at spaces."""
+    text = ReaderText(READER, FORMAT, 512)
+    text.prepare(store)
+    seen, ids = [], READER.ids
+    monkeypatch.setattr(READER, "ids", lambda texts: seen.extend(texts) or ids(texts))
+    fast = text.encode(["what?", "who?"], [[0, 1], [2, 3]], store)
+    assert seen == ["what?", "who?"]
+    monkeypatch.setattr(READER, "splits_at_spaces", False)
+    assert ReaderText(READER, FORMAT, 512).encode(["what?", "who?"], [[0, 1], [2, 3]], store) == fast
+    assert len(seen) == 6
+    assert text.encode([], [], store) == []
+    assert text.encode(["what?"], [[]], store) == [[]]
+
+
+def test_joining_cuts_and_fills_in():
+    """The special tokens count towards the limit; a passage's own `query` field does not replace the query."""
+    assert join([3, 4], np.array([5, 6, 7], np.uint16), READER, 4) == [3, 4, 5, 1]
+    assert join([3, 4], [5, 6, 7], READER, None) == [3, 4, 5, 6, 7, 1]
+    assert render("{query} {id}", {**PASSAGE, "query": "other"}, query="who?") == "who? 1"
+
+
+def test_the_whole_corpus_joins(tmp_path):
+    """Every passage of the corpus: query ids and stored ids are the ids of the whole text."""
+    corpus = VITAL if VITAL.exists() else GOLDEN / "passages.jsonl"
+    store = build_passages([corpus], tmp_path / "store")
+    query, rest = QUERIES[0], split_encoder_format(FORMAT)
+    everything = range(len(store))
+    expected = READER.ids([FORMAT.format(query=query, **passage) for passage in store.take(everything)])
+    stored = store.tokens(READER, rest, "reader").take(everything)
+    [front] = READER.ids([query])
+    assert all([*front, *row.tolist()] == ids for row, ids in zip(stored, expected, strict=True))
+    encoded = ReaderText(READER, FORMAT, 128).encode([query], [everything], store)[0]
+    assert encoded == [READER.finish(ids, 128) for ids in expected]
+    assert len(store) in (10_033, 240)
