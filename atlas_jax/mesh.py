@@ -21,7 +21,9 @@ def make_mesh(spec: str = "auto") -> Mesh:
     sizes = {"data": count} if spec == "auto" else _parse(spec)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if int(np.prod(shape)) != count:
-        raise UserError(f"--mesh {spec}: {int(np.prod(shape))} devices, but there are {count}; the sizes must multiply to it")
+        raise UserError(
+            f"--mesh {spec}: {int(np.prod(shape))} devices, but there are {count}; the sizes must multiply to it"
+        )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -30,7 +32,9 @@ def _parse(spec: str) -> dict[str, int]:
     for piece in spec.split(","):
         axis, _, size = piece.strip().partition("=")
         if axis not in AXES or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--mesh {spec}: {piece!r} is not one of {', '.join(f'{axis}=N' for axis in AXES)}; or say auto")
+            raise UserError(
+                f"--mesh {spec}: {piece!r} is not one of {', '.join(f'{axis}=N' for axis in AXES)}; or say auto"
+            )
         sizes[axis] = int(size)
     return sizes
 

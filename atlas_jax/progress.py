@@ -15,11 +15,11 @@ SECONDS_PER_LINE = 30.0
 
 
 @contextlib.contextmanager
-def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
     """Yields a function to tell how many more are done; shows rate and time left."""
     if sys.stderr.isatty():
         with logging_redirect_tqdm(), tqdm(total=total, desc=what, unit=f" {unit}", dynamic_ncols=True) as bar:
-            yield lambda count: None if bar.update(count) else None
+            yield bar.update
         return
     start = last = time.monotonic()
     done = 0

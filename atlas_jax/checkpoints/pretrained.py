@@ -111,7 +111,9 @@ def _sentence_transformer(folder: Path) -> dict[str, Any]:
     """What a sentence-transformers folder says beside the model: pooling, and whether vectors are normalised."""
     if not (folder / "modules.json").is_file():
         return {}
-    kinds = {module["type"].split(".")[-1]: module["path"] for module in json.loads((folder / "modules.json").read_text())}
+    kinds = {
+        module["type"].split(".")[-1]: module["path"] for module in json.loads((folder / "modules.json").read_text())
+    }
     pooling = read_json(folder / kinds["Pooling"] / "config.json") if "Pooling" in kinds else {}
     return {
         "pooling": "cls" if pooling.get("pooling_mode_cls_token") else "average",

@@ -27,7 +27,7 @@ PUBLISHED = "model.pth.tar"
 
 
 def restore(config: Config) -> Weights:
-    """The weights that `--model_path` names, or fresh ones out of `--reader_model_type` and `--retriever_model_path`."""
+    """The weights that `--model_path` names, or else those of `--reader_model_type` and `--retriever_model_path`."""
     path = Path(config.model.model_path)
     if config.model.model_path == "none":
         weights = _fresh(config)
@@ -92,7 +92,9 @@ def _ours(folder: Path, config: Config) -> Weights:
         fields = [field.name for field in dataclasses.fields(asked)]
         differing = [name for name in fields if getattr(found, name, None) != getattr(asked, name)]
         if differing:
-            said = ", ".join(f"{name} is {getattr(found, name, None)}, not {getattr(asked, name)}" for name in differing)
+            said = ", ".join(
+                f"{name} is {getattr(found, name, None)}, not {getattr(asked, name)}" for name in differing
+            )
             raise UserError(
                 f"{folder}: its reader is not --reader_model_type {config.model.reader_model_type}: {said}; "
                 "leave the flag out or name the right one"

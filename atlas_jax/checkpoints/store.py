@@ -1,6 +1,6 @@
 """Our checkpoints, and the only file that knows Orbax.
 
-A folder that needs nothing else: `atlas.json` (shapes, step), `params/` (Orbax), `reader/` and `retriever/` (tokenizers).
+A folder that needs nothing else: `atlas.json` (shapes, step), `params/` (Orbax), `reader/`, `retriever/` (tokenizers).
 """
 
 import dataclasses

@@ -106,7 +106,7 @@ def retriever_rows() -> list[Row]:
 UNUSED = (  # names that published files carry and no model of ours needs
     r"embeddings\.position_ids$",  # a buffer: 0, 1, 2, ...
     r"(^|\.)pooler\.dense\.(weight|bias)$",  # BERT's head; Contriever takes the mean over tokens
-    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",  # of the first T5 release, unused
+    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",  # of the first T5, unused
 )
 
 
@@ -235,7 +235,6 @@ def build_model(params: Mapping[str, np.ndarray], cfg: AtlasConfig, place: Calla
     flat = nnx.to_flat_state(state)
     paths = ["/".join(map(str, path)) for path, _ in flat]
     filled = [
-        (path, variable.replace(place(name, params[name])))
-        for name, (path, variable) in zip(paths, flat, strict=True)
+        (path, variable.replace(place(name, params[name]))) for name, (path, variable) in zip(paths, flat, strict=True)
     ]
     return nnx.merge(graph, nnx.from_flat_state(filled))

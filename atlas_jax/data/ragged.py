@@ -1,13 +1,8 @@
-"""Rows of different lengths on disk, memory-mapped, in folders that appear complete or not at all."""
+"""Rows of different lengths on disk, memory-mapped."""
 
-import contextlib
-import errno
 import itertools
-import os
-import shutil
-import uuid
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,25 +78,3 @@ class RaggedWriter:
     def __exit__(self, *error: object) -> None:
         self._data.close()
         np.save(self._offsets_file, np.frombuffer(self._offsets, np.uint64))
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterator[Path]:
-    """Yields a hidden sibling to write into, renamed to `folder` when the block ends and removed when it fails.
-
-    When `folder` has appeared meanwhile the first writer wins, unless `replace`. Not being able to write is a
-    `UserError` that ends in `remedy`.
-    """
-    draft, retired = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("draft", "old"))
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        if replace and folder.exists():
-            os.rename(folder, retired)
-        os.rename(draft, folder)
-        shutil.rmtree(retired, ignore_errors=True)
-    except OSError as error:
-        if replace or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -117,7 +117,8 @@ class Evaluator:
         if self._read is None:
             cfg = self.generation
             self._read = Program(
-                "reader", lambda state, batch, choices, prompt: read(nnx.merge(graph, state), batch, choices, prompt, cfg)
+                "reader",
+                lambda state, batch, choices, prompt: read(nnx.merge(graph, state), batch, choices, prompt, cfg),
             )
         return self._read, state
 
@@ -174,7 +175,9 @@ class Evaluator:
         targets = self.tokenizer.target_ids([self._target(example) for example in examples], text.target_maxlength)
         longest = max(CHOICE_POSITION + 1, *map(len, targets))
         target, target_mask = pad(
-            [*targets, *[[]] * empty], bucket(longest, max(longest, text.target_maxlength or MAX_TARGET)), self.tokenizer.pad_id
+            [*targets, *[[]] * empty],
+            bucket(longest, max(longest, text.target_maxlength or MAX_TARGET)),
+            self.tokenizer.pad_id,
         )
         for row, prompt in enumerate(prompts):
             target_mask[row, : len(prompt)] = False  # what is given is not to be learnt
@@ -208,7 +211,7 @@ class Evaluator:
         scores: dict[str, float] = {}
         if reading:
             given = 1 + len(work.prompts[i] if work.prompts else ())
-            record["generation"] = self.tokenizer.decode(reading.generated[i, given:])
+            record["generation"] = self.tokenizer.decode(np.asarray(reading.generated)[i, given:])
             scores = self.task.score(record["generation"], example.answers)
             scores["eval_loss"] = float(reading.loss[i]) / max(int(reading.loss_tokens[i]), 1)
         if write and not (reading and self.config.run.dont_write_passages):

@@ -89,11 +89,12 @@ def passage_source(config: Config, weights: Weights, model: Atlas, mesh: Mesh, s
     if wanted > library.index.count:
         flag = "--n_to_rerank_with_retrieve_with_rerank" if reranks else "--n_context"
         raise UserError(f"{flag} {wanted}: the index holds {library.index.count} passages; ask for at most that many")
-    search: Search | Rerank = Search(library.index, queries, batch_rows(mesh, config.run.per_gpu_batch_size))
-    if reranks:
-        tokens = library.passages.tokens(weights.retriever_tokenizer, config.text.retriever_format, "retriever")
-        search = Rerank(search, passages, tokens, wanted, config.index.per_gpu_embedder_batch_size)
-    return FromIndex(search, library.passages)
+    search = Search(library.index, queries, batch_rows(mesh, config.run.per_gpu_batch_size))
+    if not reranks:
+        return FromIndex(search, library.passages)
+    tokens = library.passages.tokens(weights.retriever_tokenizer, config.text.retriever_format, "retriever")
+    rerank = Rerank(search, passages, tokens, wanted, config.index.per_gpu_embedder_batch_size)
+    return FromIndex(rerank, library.passages)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.evaluation.generation import Generation, greedy
@@ -20,12 +21,12 @@ class ReaderBatch(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What the reader makes of it."""
+    """What the reader makes of it; on the devices, then on the host."""
 
-    loss: Float[Array, " b"]  # cross-entropy, summed over the tokens that count
-    loss_tokens: Int[Array, " b"]  # their number
-    choice_logits: Float[Array, "b c"]  # of the choices' tokens, after the target's first one
-    generated: Int[Array, "b m"]  # start token, answer, padding
+    loss: Float[Array | np.ndarray, " b"]  # cross-entropy, summed over the tokens that count
+    loss_tokens: Int[Array | np.ndarray, " b"]  # their number
+    choice_logits: Float[Array | np.ndarray, "b c"]  # of the choices' tokens, after the target's first one
+    generated: Int[Array | np.ndarray, "b m"]  # start token, answer, padding
 
 
 CHOICE_POSITION = 1  # the decoder position whose logits tell the letter: position 0 is the sentinel's

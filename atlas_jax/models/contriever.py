@@ -109,9 +109,7 @@ class Contriever(nnx.Module):
         cfg = self.cfg
         x = self.words(ids) + self.positions.embedding[None, : ids.shape[1]] + self.token_types.embedding[None, :1]
         x = dropout(self.embed_norm(x), cfg.dropout, rngs)
-        x, _ = scan(
-            lambda layer, x, _, rngs: (layer(x, mask, rngs=rngs), None), self.layers, x, rngs=rngs, remat=remat
-        )
+        x, _ = scan(lambda layer, x, _, rngs: (layer(x, mask, rngs=rngs), None), self.layers, x, rngs=rngs, remat=remat)
         vectors = self._pool(x.astype(jnp.float32), mask)
         return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True) if cfg.normalize else vectors
 

@@ -10,7 +10,7 @@ from atlas_jax.models.t5 import Decoder, Encoder, KeyValues, T5Config
 
 
 class Encoded(NamedTuple):
-    """What the decoder reads of a batch: keys and values of all passages for each of its layers, fused, and their mask."""
+    """What the decoder reads of a batch: for each of its layers keys and values of all passages, fused; and their mask."""
 
     cross: KeyValues  # "layers b n*l h k"
     mask: Bool[Array, "b s"]

@@ -181,7 +181,7 @@ class DecoderLayer(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "b t d"], KeyValues]:
-        """The layer's output and its self-attention's keys and values: `past` with those of `x` put in at `position`."""
+        """The layer's output, and `past` with the keys and values of `x` put in at `position`."""
         y = self.self_attn_norm(x)
         present = self.self_attn.keys_values(y)
         if past is not None:
@@ -286,7 +286,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], KeyValues]:
         """States of targets that stand at `position` and after it, and the self-attention's keys and values.
 
-        `past` is a cache of fixed length whose entries before `position` are filled; without it `x` is the whole target.
+        `past` is a cache of fixed length, filled before `position`; without it `x` is the whole target.
         """
         queries = position + jnp.arange(x.shape[1])
         keys = queries if past is None else jnp.arange(past.keys.shape[2])

@@ -53,9 +53,7 @@ class Embedder:
         ids = self.tokenizer.ids(queries)
         return self(ids, self._length(max(map(len, ids))), rows)
 
-    def batches(
-        self, tokens: PassageTokens, numbers: np.ndarray, batch: int
-    ) -> Iterator[tuple[np.ndarray, Array]]:
+    def batches(self, tokens: PassageTokens, numbers: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, Array]]:
         """(numbers, vectors) of passages in batches of like length, longest first; vectors may still be under way."""
         order = numbers[np.argsort(-tokens.lengths(numbers), kind="stable")]
         at = 0

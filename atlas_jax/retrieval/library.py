@@ -1,4 +1,4 @@
-"""An index with its passages on disk: `index.json`, the index's arrays, `passages/`. Opened, read from published shards, or built."""
+"""An index with its passages on disk (`index.json`, arrays, `passages/`): opened, taken over from shards, or built."""
 
 import dataclasses
 import itertools
@@ -68,7 +68,7 @@ def _open(folder: Path, config: Config, dim: int, retriever: str, mesh: Mesh) ->
     """An index of ours; refuses the queries of another retriever than the one that built it."""
     about = read_json(folder / ABOUT)
     if about.get("format") != FORMAT:
-        raise UserError(f"{folder / ABOUT}: format {about.get('format')!r}, this program reads {FORMAT}; build it again")
+        raise UserError(f"{folder / ABOUT}: format {about.get('format')!r}, not {FORMAT}; build the index again")
     if about.get("dim") != dim:
         raise UserError(
             f"{folder}: vectors of width {about.get('dim')}, but this retriever's are {dim} wide; "

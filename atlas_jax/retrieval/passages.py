@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.data.jsonl import read_rows
-from atlas_jax.data.ragged import Numbers, RaggedArray, RaggedWriter, new_folder
+from atlas_jax.data.ragged import Numbers, RaggedArray, RaggedWriter
 from atlas_jax.data.reader_inputs import render
 from atlas_jax.data.tokens import Tokenizer, flatten
 from atlas_jax.errors import UserError
+from atlas_jax.files import new_folder
 
 Progress = Callable[[int], object]  # told how many more passages are done: the `update` of a tqdm bar
 PathLike = str | os.PathLike[str]

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from atlas_jax.data.reader_inputs import Numbers, Store, Tokens, render
+from atlas_jax.data.ragged import Numbers
+from atlas_jax.data.reader_inputs import Store, Tokens, render
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.programs import Program
 from atlas_jax.retrieval.passages import PassageStore
@@ -61,7 +62,7 @@ class FromRows:
         there = np.arange(n) < np.asarray([len(own) for own in passages])[:, None]
         numbers = np.zeros(there.shape, np.int64)
         numbers[there] = np.arange(there.sum())
-        return Found(_InMemory([passage for own in passages for passage in own]), numbers, there)
+        return Found(_InMemory([dict(passage) for own in passages for passage in own]), numbers, there)
 
 
 class _InMemory:

@@ -26,7 +26,10 @@ class Example:
 class Task(Protocol):
     """Rows in, scores out; nothing here knows a model or a device."""
 
-    metrics: tuple[str, ...]  # what an evaluation reports, `eval_loss` among them
+    @property
+    def metrics(self) -> Sequence[str]:
+        """What an evaluation reports, `eval_loss` among it."""
+        ...
 
     @property
     def choices(self) -> Sequence[str]:
