@@ -33,6 +33,7 @@ READERS = (
     *("google/t5-base-lm-adapt", "google/t5-large-lm-adapt", "google/t5-xl-lm-adapt", "google/t5-xxl-lm-adapt"),
 )
 PAPER_NAMES: dict[str, Literal["ppmean", "evalnormsum"]] = {"pdist": "ppmean", "adist": "evalnormsum"}
+OUR_CHECKPOINT = "atlas.json"  # the file that tells a checkpoint of ours
 BERT_POSITIONS = 512  # the retriever has no more
 FOREVER = 2**32
 
@@ -98,8 +99,9 @@ class RunConfig:
 class ModelConfig:
     """Model (reader, retriever, and where their weights come from)"""
 
-    reader_model_type: str  # the T5 that reads: t5-{small,base,large,3b,11b}, google/t5-v1_1-{base,large,xl,xxl},
-    # google/t5-{base,large,xl,xxl}-lm-adapt, or a local folder with config.json and tokenizer
+    reader_model_type: str = ""  # the T5 that reads: t5-{small,base,large,3b,11b}, google/t5-v1_1-{base,large,xl,xxl},
+    # google/t5-{base,large,xl,xxl}-lm-adapt, or a local folder with config.json and tokenizer; a checkpoint of
+    # ours in --model_path knows it already
     retriever_model_path: str = "facebook/contriever"  # the encoder that retrieves: a known name or a local folder;
     # weights in --model_path come before its own
     model_path: str = "none"  # folder with trained Atlas weights, ours or the published model.pth.tar; none: resume the
@@ -375,6 +377,10 @@ def _check_inputs(command: Command, config: Config) -> None:
     found = index.load_index_path is None or Path(index.load_index_path).is_dir()
     _require(found, index, "load_index_path", "no such folder; --passages FILE.jsonl builds an index")
     reader = model.reader_model_type
+    if not reader and (Path(model.model_path) / OUR_CHECKPOINT).is_file():
+        return
+    if not reader:
+        raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
     found = reader in READERS or (Path(reader) / "config.json").is_file()
     what = "a folder without config.json" if Path(reader).is_dir() else "neither a known reader nor a local folder"
     _require(found, model, "reader_model_type", f"{what}; {_suggest(reader, READERS)}")

@@ -50,7 +50,7 @@ REFERENCE_FLAGS = {
     "index_mode": "flat",
     "faiss_index_type": "flat",
     "faiss_code_size": None,
-    "reader_model_type": REQUIRED,
+    "reader_model_type": "",  # required there; here a checkpoint may know it
     "text_maxlength": 200,
     "target_maxlength": None,
     "n_context": 1,
@@ -443,7 +443,8 @@ def test_what_is_missing_is_said_in_one_line():
     assert refusal(f"{reader} {rows}") == (
         "--task is missing: choose from base, mlm, lm, multiple_choice, kilt, section, fever, qa"
     )
-    assert refusal(f"{task} {rows}").startswith("--reader_model_type is missing: choose from t5-small, t5-base")
+    asked = f"{task} {rows} --closed_book"
+    assert refusal(asked).startswith("--reader_model_type is missing: choose from t5-small, t5-base")
     assert refusal(f"{reader} {task}") == "no eval file: pass --eval_data FILE.jsonl"
     assert refusal(f"{reader} {task}", "train") == "no train file: pass --train_data FILE.jsonl"
     assert refusal(f"{reader} {task} {rows}") == refusal(f"{reader} {task} --train_data T", "train")

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from atlas_jax.checkpoints.pretrained import read_json
 from atlas_jax.checkpoints.weights import Params, flat_shapes
+from atlas_jax.config import OUR_CHECKPOINT
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.files import new_folder, write_json
@@ -38,7 +39,7 @@ class Weights:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `save` wrote this folder."""
-    return (folder / "atlas.json").is_file()
+    return (folder / OUR_CHECKPOINT).is_file()
 
 
 def save(folder: Path, weights: Weights) -> None:
@@ -54,12 +55,12 @@ def save(folder: Path, weights: Weights) -> None:
             "reader": _to_json(cfg.reader) if cfg.reader else None,
             "retriever": _to_json(cfg.retriever) if cfg.retriever else None,
         }
-        write_json(draft / "atlas.json", {"format": FORMAT, "step": weights.step, "untied": cfg.untied, **shapes})
+        write_json(draft / OUR_CHECKPOINT, {"format": FORMAT, "step": weights.step, "untied": cfg.untied, **shapes})
 
 
 def load_config(folder: Path) -> tuple[AtlasConfig, int]:
     """The shapes and the step of a checkpoint, without its arrays."""
-    path = folder / "atlas.json"
+    path = folder / OUR_CHECKPOINT
     found = read_json(path)
     if found.get("format") != FORMAT:
         raise UserError(f"{path}: format {found.get('format')!r}, this program reads {FORMAT}; use its release")

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float16, Float32, Int
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.interface import SearchResult, checked_queries, checked_result, read_array
 
-CHUNK_ROWS = 8192  # rows scored at once: measured best on a CPU, where a chunk's float32 copy stays in the cache
+CHUNK_ROWS = 4096  # rows scored at once: measured fastest on a CPU, where their float32 copy stays in the cache
 
 
 class FlatIndex:

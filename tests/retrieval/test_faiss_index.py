@@ -63,8 +63,8 @@ def recall(index: FaissIndex, queries: np.ndarray, exact: np.ndarray) -> float:
         ("flat", None, "SQfp16"),
         ("ivfflat", None, "IVF54,Flat"),
         ("ivfsq", None, "IVF54,SQ4"),
-        ("ivfpq", 8, "IVF54,PQ8"),
-        ("pq", 8, "PQ8"),
+        ("ivfpq", 8, "IVF54,PQ8np"),
+        ("pq", 8, "PQ8np"),
     ],
 )
 def test_equals_plain_faiss(vectors, queries, build, kind, code_size, recipe):
