@@ -4,8 +4,8 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -83,20 +83,20 @@ class Evaluator:
         self.size = batch_rows(mesh, config.run.per_gpu_batch_size)
         self._read: Program | None = None
 
-    def __call__(self, rows: Rows, reader: FiD | None, out: TextIO | None = None) -> Result:
-        """Scores the rows; writes a line for each to `out`."""
+    def __call__(self, rows: Rows, reader: FiD | None, write: Callable[[str], object] | None = None) -> Result:
+        """Scores the rows; hands a line of JSON for each to `write`."""
         program, state = self._program(reader)
         start, compiled = time.perf_counter(), self._compile_seconds()
         totals: dict[str, list[float]] = {metric: [] for metric in self.task.metrics} if reader else {}
         prompts = 0
         with progress(f"evaluating {rows.path}", "rows", len(rows)) as more:
-            judged = self._judged(rows, program, state, write=out is not None)
+            judged = self._judged(rows, program, state, write=write is not None)
             for _, group in itertools.groupby(judged, key=lambda one: one.row):
                 orders = list(group)
                 prompts += len(orders)
                 line = self._total(orders, totals)
-                if out:
-                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                if write:
+                    write(json.dumps(line, ensure_ascii=False) + "\n")
                 more(1)
         compile_seconds = self._compile_seconds() - compiled
         scores = {metric: float(np.mean(values)) for metric, values in totals.items()}

@@ -3,9 +3,8 @@
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +45,8 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
         evaluator = Evaluator(config, task, source, weights.tokenizer, mesh)
         for rows in files:
             stem = f"{Path(rows.path).stem}-step-{ZERO_SHOT_STEP}"
-            with _predictions(run / f"{stem}.jsonl", write=config.run.write_results) as out:
-                result = evaluator(rows, model.reader, out)
+            with _predictions(run / f"{stem}.jsonl", write=config.run.write_results) as write:
+                result = evaluator(rows, model.reader, write)
             report(run / f"{stem}.metrics.json", Path(rows.path).name, result)
             results[rows.path] = result
     return results
@@ -98,13 +97,13 @@ def passage_source(config: Config, weights: Weights, model: Atlas, mesh: Mesh, s
 
 
 @contextlib.contextmanager
-def _predictions(path: Path, *, write: bool) -> Iterator[TextIO | None]:
-    """A predictions file that appears when it is complete, or none."""
+def _predictions(path: Path, *, write: bool) -> Iterator[Callable[[str], object] | None]:
+    """Writes to a predictions file that appears when it is complete, or nothing."""
     if not write:
         yield None
         return
     with new_file(path) as draft, draft.open("w", encoding="utf-8") as out:
-        yield out
+        yield out.write
 
 
 def report(path: Path, name: str, result: Result) -> None:

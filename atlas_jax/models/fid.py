@@ -16,7 +16,7 @@ class Encoded(NamedTuple):
     mask: Bool[Array, "b s"]
 
 
-def split(x: Float[Array, "b*n l d"], n: int) -> Float[Array, "b n l d"]:
+def split(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]:
     """Rows of passages back to the passages of each query."""
     return x.reshape(-1, n, *x.shape[1:])
 

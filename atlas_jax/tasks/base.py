@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.evaluation.metrics import exact_match
@@ -23,6 +23,7 @@ class Example:
     id: Any = None
 
 
+@runtime_checkable
 class Task(Protocol):
     """Rows in, scores out; nothing here knows a model or a device."""
 
@@ -59,6 +60,17 @@ def need(row: Row, field: str, kind: type | tuple[type, ...], what: str) -> None
         raise ValueError(f"`{field}` is {'not ' + what if field in row else 'missing'}; every row needs {what} there")
 
 
+def check_lists(row: Row) -> None:
+    """Raises ValueError unless `answers` and `passages`, where the row has them, are what is scored and read."""
+    answers, passages = row.get("answers", [""]), row.get("passages") or []
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError('`answers` is not a list of texts; write ["..", ".."]')
+    if not answers:
+        raise ValueError("`answers` is empty; give at least one")
+    if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
+        raise ValueError('`passages` is not a list of passages; write [{"title": "..", "text": ".."}, ..]')
+
+
 def file_passages(row: Row) -> Sequence[Mapping[str, Any]]:
     """The row's own passages; one empty passage where it has none."""
     return row.get("passages") or [{"title": "", "text": ""}]
@@ -75,6 +87,7 @@ class Base:
         """Needs `query` and `target`."""
         need(row, "query", str, "a text")
         need(row, "target", str, "a text")
+        check_lists(row)
 
     def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
         """One example."""

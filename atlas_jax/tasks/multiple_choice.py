@@ -3,16 +3,18 @@
 import dataclasses
 import functools
 import itertools
-import math
 import string
 from collections.abc import Sequence
 from typing import Literal
+
+import numpy as np
 
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.evaluation.metrics import exact_match
 from atlas_jax.tasks.base import Example, Record, Row, file_passages, need
 
 Permutations = Literal["single", "cyclic", "all"]
+TIE = 1e-6  # options this near are equal, and the first is chosen: float32 rounding, which batches change, decides nothing
 MAX_PROMPT_TOKENS = 356  # a longer prompt loses the start of its question
 
 
@@ -107,10 +109,12 @@ class MultipleChoice:
             for option, text, p in zip(order, record["metadata"]["options"].values(), probabilities, strict=True):
                 by_option[option].append(p)
                 by_text.setdefault(text, []).append(p)
-        means = {letter: sum(ps) / len(ps) for letter, ps in zip(self.choices, by_option, strict=True)}
+        means = {
+            letter: float(np.mean(ps, dtype=np.float32)) for letter, ps in zip(self.choices, by_option, strict=True)
+        }
         line = {key: value for key, value in permuted[0].items() if key != "choice_logits"}
         line |= {
-            "generation": max(means, key=means.__getitem__),
+            "generation": next(letter for letter, p in means.items() if p > max(means.values()) - TIE),
             "choice_probs": means,
             "all_probs": by_text,
             "permutations": permuted,
@@ -119,7 +123,7 @@ class MultipleChoice:
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
-    """The probabilities of a few logits."""
-    top = max(logits)
-    weights = [math.exp(x - top) for x in logits]
-    return [w / sum(weights) for w in weights]
+    """The probabilities of a few logits, in float32."""
+    shifted = np.asarray(logits, np.float32) - np.float32(max(logits))
+    weights = np.exp(shifted.astype(np.float64)).astype(np.float32)  # rounded alike on every machine
+    return (weights / weights.sum()).tolist()

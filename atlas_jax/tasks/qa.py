@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.evaluation.metrics import exact_match, f1, normalize
-from atlas_jax.tasks.base import Example, Record, Row, file_passages, need
+from atlas_jax.tasks.base import Example, Record, Row, check_lists, file_passages, need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,7 @@ class QA:
             need(row, "target", str, "a text")
         else:
             need(row, "answers", list, "a list of texts")
-            if not row["answers"]:
-                raise ValueError("`answers` is empty; every row needs at least one")
+        check_lists(row)
 
     def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
         """One example; where the row names no `target`, one of its answers, drawn by the row's number."""

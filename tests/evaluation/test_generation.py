@@ -1,0 +1,74 @@
+"""Greedy answers against the reference's."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from atlas_jax.checkpoints.pretrained import folder_weights, reader_config
+from atlas_jax.checkpoints.weights import build_model, import_weights
+from atlas_jax.data.tokens import Tokenizer, pad
+from atlas_jax.evaluation.generation import FREE, Generation, greedy
+from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.models.fid import FiD
+
+
+def load(folder) -> FiD:
+    cfg = AtlasConfig(reader_config(str(folder)), None)
+    source = {f"reader.{name}": array for name, array in folder_weights(str(folder)).items()}
+    return build_model(import_weights(source, cfg, where=str(folder)), cfg, lambda _, array: jnp.asarray(array)).reader
+
+
+@pytest.fixture(scope="module")
+def batch(golden):
+    file = np.load(golden / "batch.npz")
+    return jnp.asarray(file["reader_ids"]), jnp.asarray(file["reader_mask"].astype(bool))
+
+
+@pytest.fixture(scope="module")
+def reader(golden) -> FiD:
+    return load(golden / "assets/reader")
+
+
+@pytest.fixture(scope="module")
+def answers(golden):
+    return json.loads((golden / "meta.json").read_text())["generation"]
+
+
+def generate(reader, batch, cfg, prompt=None):
+    write = nnx.jit(lambda reader, ids, mask: greedy(reader, reader.encode(ids, mask), cfg, prompt))
+    return np.asarray(write(reader, *batch))
+
+
+def test_greedy_equals_the_reference(golden, reader, batch, answers):
+    """The same tokens, start token included; the T5 1.0 twin's too."""
+    np.testing.assert_array_equal(generate(reader, batch, Generation(16)), answers["greedy"])
+    wanted = np.load(golden / "t5_1_0/golden.npz")["greedy"]
+    np.testing.assert_array_equal(generate(load(golden / "t5_1_0"), batch, Generation(16)), wanted)
+
+
+def test_a_prompt_is_continued_as_by_the_reference(golden, reader, batch, answers):
+    """`--decoder_prompt_format` of different lengths: given first, then only tokens that the tokenizer knows."""
+    tokenizer = Tokenizer.load(golden / "assets/reader")
+    queries = json.loads((golden / "batch.json").read_text())["query"]
+    wanted = np.asarray(answers["prompt"])
+    given = tokenizer.ids([f"the answer to {query} is" for query in queries])
+    assert [row[1 : 1 + len(ids)] for row, ids in zip(wanted.tolist(), given, strict=True)] == given
+    prompt = jnp.asarray(pad(given, max(map(len, given)), FREE)[0])
+    cfg = Generation(48, vocabulary=tokenizer.vocab_size)
+    np.testing.assert_array_equal(generate(reader, batch, cfg, prompt), wanted)
+
+
+def test_it_stops_at_the_end_but_not_before_the_minimum(reader, batch, answers):
+    """`</s>` ends an answer and padding follows it; a minimum length puts it off."""
+    np.testing.assert_array_equal(generate(reader, batch, Generation(16, 8)), answers["min8"])
+    eos = int(answers["greedy"][0][5])  # a token that comes up is made the end
+    found = generate(reader, batch, Generation(16, eos_id=eos))[0]
+    assert found[5] == eos
+    assert not found[6:].any()
+    late = generate(reader, batch, Generation(16, 9, eos_id=eos))[0]
+    assert eos not in late[:8]
+    np.testing.assert_array_equal(late[:5], found[:5])
