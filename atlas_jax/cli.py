@@ -1,8 +1,11 @@
 """The `atlas` command."""
 
+import contextlib
+import difflib
 import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from atlas_jax.errors import UserError
@@ -17,28 +20,63 @@ ATLAS: a retriever and a reader, in JAX (arXiv 2208.03299).
 
 logger = logging.getLogger(__name__)
 
+INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell reports of a program that these signals end
+SMALLER = "take a smaller --per_gpu_batch_size, --per_gpu_embedder_batch_size or --text_maxlength, or --precision bf16"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; 0, or 2 with one line on stderr that says what is wrong and what to do."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _log_to_stderr():
+            _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read this has gone, as in `atlas evaluate --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor shall the interpreter complain when it flushes
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _failed("interrupted", INTERRUPTED)
+    except UserError as error:
+        return _failed(str(error))
+    except MemoryError as error:
+        return _failed(f"out of memory ({str(error) or 'of this machine'}); {SMALLER}")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{where}{error.strerror}; check the disk, its space and its permissions, and try again")
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's
+            raise
+        return _failed(f"out of memory ({str(error).splitlines()[0]:.200}); {SMALLER}")
+    return 0
+
+
+def _failed(message: str, status: int = 2) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"atlas: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    return status
+
+
+def _run(arguments: Sequence[str]) -> None:
     commands: dict[str, Callable[[Sequence[str]], None]] = {"evaluate": _evaluate, "convert": _convert}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
-        return 0
+        return
+    if arguments[0] not in commands:
+        near = difflib.get_close_matches(arguments[0], commands, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+        raise UserError(f"atlas {arguments[0]}: no such command; {remedy}")
     try:
-        if arguments[0] not in commands:
-            raise UserError(f"atlas {arguments[0]}: no such command; there are {', '.join(commands)}")
         commands[arguments[0]](arguments[1:])
-    except UserError as error:
-        print(f"atlas: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except SystemExit as done:
+        if done.code:  # else argparse has shown --help
+            raise
 
 
 def _evaluate(argv: Sequence[str]) -> None:
     from atlas_jax.config import parse_args, to_dict
 
-    _log_to_stderr()
     config = parse_args("evaluate", argv)
     from atlas_jax.evaluation.loop import evaluate  # takes seconds: after the flags are known to be right
     from atlas_jax.files import write_json
@@ -46,28 +84,37 @@ def _evaluate(argv: Sequence[str]) -> None:
     run = Path(config.run.checkpoint_dir) / config.run.name
     try:
         run.mkdir(parents=True, exist_ok=True)
-        logging.getLogger().addHandler(_formatted(logging.FileHandler(run / "run.log", encoding="utf-8")))
-        write_json(run / "config.json", to_dict(config))
+        log = logging.FileHandler(run / "run.log", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{run}: cannot be written ({error.strerror}); choose another --checkpoint_dir") from None
-    evaluate(config, run)
+    with _handler(log):
+        write_json(run / "config.json", to_dict(config))
+        evaluate(config, run)
 
 
 def _convert(argv: Sequence[str]) -> None:
     from atlas_jax.checkpoints.convert import main as convert
 
-    _log_to_stderr()
     convert(argv)
 
 
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.WARNING, handlers=[_formatted(logging.StreamHandler())], force=True)
+@contextlib.contextmanager
+def _log_to_stderr() -> Iterator[None]:
     logging.getLogger("atlas_jax").setLevel(logging.INFO)
+    with _handler(logging.StreamHandler()):
+        yield
 
 
-def _formatted(handler: logging.Handler) -> logging.Handler:
+@contextlib.contextmanager
+def _handler(handler: logging.Handler) -> Iterator[None]:
+    """Log records go to the handler too, until the block ends."""
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
-    return handler
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 if __name__ == "__main__":

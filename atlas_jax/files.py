@@ -23,27 +23,49 @@ def new_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterator[
     draft, retired = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("draft", "old"))
     try:
         draft.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from None
+    try:
         yield draft
         if replace and folder.exists():
             os.rename(folder, retired)
         os.rename(draft, folder)
         shutil.rmtree(retired, ignore_errors=True)
     except OSError as error:
+        if not _is_about(error, draft):
+            raise
         if replace or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise UserError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from None
     finally:
+        if retired.exists() and not folder.exists():
+            os.rename(retired, folder)
         shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a hidden sibling to write, renamed to `path` when the block ends and removed when it fails."""
+    """Yields a hidden sibling to write, renamed to `path` when the block ends and removed when it fails.
+
+    Not being able to write is a `UserError`.
+    """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
     try:
         yield draft
         os.replace(draft, path)
+    except OSError as error:
+        if not _is_about(error, draft):
+            raise
+        remedy = "free some space there, or choose another folder"
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or what stopped the writing stops this too
+            draft.unlink()
+
+
+def _is_about(error: OSError, draft: Path) -> bool:
+    """Whether writing below `draft` failed: a failing `write` knows no name."""
+    named = error.filename is None or draft.name in str(error.filename)
+    return error.errno is not None and not isinstance(error, BrokenPipeError) and named
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -31,12 +31,19 @@ def _parse(spec: str) -> dict[str, int]:
     sizes = {}
     for piece in spec.split(","):
         axis, _, size = piece.strip().partition("=")
+        if axis in sizes:
+            raise UserError(f"--mesh {spec}: {axis} is there twice; give each axis one size")
         if axis not in AXES or not size.isdecimal() or int(size) < 1:
             raise UserError(
                 f"--mesh {spec}: {piece!r} is not one of {', '.join(f'{axis}=N' for axis in AXES)}; or say auto"
             )
         sizes[axis] = int(size)
     return sizes
+
+
+def prefers_rows(mesh: Mesh) -> bool:
+    """Whether attention is faster one row after the other: on a single CPU, whose cache then holds the logits."""
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def batch_rows(mesh: Mesh, per_device: int) -> int:

@@ -24,3 +24,32 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 def golden() -> Path:
     """The folder of what the PyTorch reference computed."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    """All eight devices, splitting the batch."""
+    from atlas_jax.mesh import make_mesh
+
+    return make_mesh()
+
+
+@pytest.fixture(scope="session")
+def tiny_config(golden):
+    """The flags behind the goldens: the reference's checkpoint before training, 160 tokens."""
+    from atlas_jax.config import Config, ModelConfig, TaskConfig, TextConfig
+
+    reader, retriever = (str(golden / "assets" / name) for name in ("reader", "retriever"))
+    return Config(
+        model=ModelConfig(reader, retriever, model_path=str(golden / "checkpoint_initial")),
+        task=TaskConfig("qa"),
+        text=TextConfig(text_maxlength=160),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_config):
+    """The weights of that checkpoint, with their tokenizers."""
+    from atlas_jax.checkpoints.restore import restore
+
+    return restore(tiny_config)

@@ -40,9 +40,20 @@ def _choose(config: Mapping[str, Any], key: str, choices: tuple[str, ...], defau
 
 def _sizes(config: Mapping[str, Any], path: Path, *keys: str) -> list[int]:
     for key in keys:
-        if not isinstance(config.get(key), int) or config[key] < 1:
+        if type(config.get(key)) is not int or config[key] < 1:
             raise UserError(f"{path}: {key} is {config.get(key)!r}; a whole number above 0 belongs there")
     return [config[key] for key in keys]
+
+
+def _epsilon(config: Mapping[str, Any], path: Path, key: str) -> float:
+    if not isinstance(config[key], float) or not 0 < config[key] < 1:
+        raise UserError(f"{path}: {key} is {config[key]!r}; a small number above 0 belongs there")
+    return float(config[key])
+
+
+def _with_defaults(config: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """What Hugging Face's configurations take where a field is missing or null."""
+    return defaults | {key: value for key, value in config.items() if value is not None}
 
 
 def reader_config(name_or_folder: str) -> T5Config:
@@ -52,9 +63,19 @@ def reader_config(name_or_folder: str) -> T5Config:
     path = Path(name_or_folder) / "config.json"
     config = read_json(path)
     _choose(config, "model_type", ("t5",), "", path)
-    d_model, heads, head_dim, d_ff, layers, vocabulary = _sizes(
-        config, path, "d_model", "num_heads", "d_kv", "d_ff", "num_layers", "vocab_size"
+    config = _with_defaults(
+        config,
+        num_decoder_layers=config.get("num_layers"),
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+        layer_norm_epsilon=1e-6,
+        tie_word_embeddings=True,
     )
+    d_model, heads, head_dim, d_ff = _sizes(config, path, "d_model", "num_heads", "d_kv", "d_ff")
+    layers, decoder_layers, vocabulary = _sizes(config, path, "num_layers", "num_decoder_layers", "vocab_size")
+    buckets, distance = _sizes(config, path, "relative_attention_num_buckets", "relative_attention_max_distance")
+    if type(config["tie_word_embeddings"]) is not bool:
+        raise UserError(f"{path}: tie_word_embeddings is {config['tie_word_embeddings']!r}; it is true or false")
     activation = _choose(config, "feed_forward_proj", ("relu", "gated-gelu"), "relu", path)
     return T5Config(
         d_model,
@@ -62,13 +83,13 @@ def reader_config(name_or_folder: str) -> T5Config:
         head_dim,
         d_ff,
         layers,
-        config.get("num_decoder_layers") or layers,
+        decoder_layers,
         vocab_size=vocabulary,
         gated=activation == "gated-gelu",
-        tied=config.get("tie_word_embeddings", True),
-        relative_buckets=config.get("relative_attention_num_buckets", 32),
-        relative_max_distance=config.get("relative_attention_max_distance", 128),
-        layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-6),
+        tied=config["tie_word_embeddings"],
+        relative_buckets=buckets,
+        relative_max_distance=distance,
+        layer_norm_epsilon=_epsilon(config, path, "layer_norm_epsilon"),
     )
 
 
@@ -82,13 +103,13 @@ def retriever_config(name_or_folder: str) -> ContrieverConfig:
     if name_or_folder in KNOWN_RETRIEVERS and not folder.is_dir():
         return KNOWN_RETRIEVERS[name_or_folder]
     path = folder / "config.json"
-    config = read_json(path)
+    config = _with_defaults(read_json(path), max_position_embeddings=512, type_vocab_size=2, layer_norm_eps=1e-12)
     _choose(config, "model_type", ("bert",), "", path)
     _choose(config, "hidden_act", ("gelu",), "gelu", path)
     _choose(config, "position_embedding_type", ("absolute",), "absolute", path)
-    d_model, heads, d_ff, layers, vocabulary = _sizes(
-        config, path, "hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size"
-    )
+    d_model, heads, d_ff = _sizes(config, path, "hidden_size", "num_attention_heads", "intermediate_size")
+    layers, vocabulary = _sizes(config, path, "num_hidden_layers", "vocab_size")
+    positions, types = _sizes(config, path, "max_position_embeddings", "type_vocab_size")
     if d_model % heads:
         raise UserError(f"{path}: {heads} heads do not divide a width of {d_model}")
     modules = _sentence_transformer(folder)
@@ -98,9 +119,9 @@ def retriever_config(name_or_folder: str) -> ContrieverConfig:
         d_ff,
         layers,
         vocabulary,
-        max_positions=config.get("max_position_embeddings", 512),
-        type_vocab_size=config.get("type_vocab_size", 2),
-        layer_norm_epsilon=config.get("layer_norm_eps", 1e-12),
+        max_positions=positions,
+        type_vocab_size=types,
+        layer_norm_epsilon=_epsilon(config, path, "layer_norm_eps"),
         norm=_choose(config, "layer_norm", ("atlas", "standard"), "standard" if modules else "atlas", path),  # type: ignore[arg-type]
         pooling=_choose(config, "pooling", ("average", "sqrt", "cls"), modules.get("pooling", "average"), path),  # type: ignore[arg-type]
         normalize=modules.get("normalize", False),
@@ -109,11 +130,14 @@ def retriever_config(name_or_folder: str) -> ContrieverConfig:
 
 def _sentence_transformer(folder: Path) -> dict[str, Any]:
     """What a sentence-transformers folder says beside the model: pooling, and whether vectors are normalised."""
-    if not (folder / "modules.json").is_file():
+    path = folder / "modules.json"
+    if not path.is_file():
         return {}
-    kinds = {
-        module["type"].split(".")[-1]: module["path"] for module in json.loads((folder / "modules.json").read_text())
-    }
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {module["type"].split(".")[-1]: str(module["path"]) for module in modules}
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path}: no list of modules ({error!r}); restore the file") from None
     pooling = read_json(folder / kinds["Pooling"] / "config.json") if "Pooling" in kinds else {}
     return {
         "pooling": "cls" if pooling.get("pooling_mode_cls_token") else "average",

@@ -38,6 +38,10 @@ def restore(config: Config) -> Weights:
     else:
         raise UserError(f"{path}: neither {PUBLISHED} nor a checkpoint of ours (atlas.json) in this folder")
     weights = _used(weights, config)
+    if not (weights.cfg.retriever or config.retrieval.use_file_passages):
+        raise UserError(f"{path}: has no retriever; pass --use_file_passages or --closed_book, or take another")
+    if not (weights.cfg.reader or config.retrieval.retrieve_only):
+        raise UserError(f"{path}: has no reader; pass --retrieve_only, or take another")
     if config.retrieval.query_side_retriever_training:
         weights = _untied(weights)
     count = sum(array.size for array in weights.params.values())
@@ -74,14 +78,17 @@ def _tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
 def _published(file: Path, config: Config) -> Weights:
     """The reference's checkpoint, read without PyTorch and without running its pickle."""
     found: Any = load_torch(file)
-    if not isinstance(found, Mapping) or not isinstance(found.get("model"), Mapping):
-        raise UserError(f"{file}: holds no `model`; is this an Atlas checkpoint?")
-    source = plain_names(found["model"])
+    model, step = (found.get("model"), found.get("step", 0)) if isinstance(found, Mapping) else (None, 0)
+    if not isinstance(model, Mapping) or not all(isinstance(array, np.ndarray) for array in model.values()):
+        raise UserError(f"{file}: holds no `model` of named tensors; is this an Atlas checkpoint?")
+    if type(step) is not int:
+        raise UserError(f"{file}: its `step` is {step!r:.40}, no whole number; is this an Atlas checkpoint?")
+    source = plain_names({str(name): array for name, array in model.items()})
     if config.retrieval.use_file_passages:
         source = {name: array for name, array in source.items() if not name.startswith("retriever.")}
     cfg = _shapes(config, untied=is_untied(source))
-    params = import_weights(source, cfg, where=str(file))
-    return Weights(params, cfg, *_tokenizers(config), step=int(found.get("step", 0)))
+    tokenizers = _tokenizers(config)  # before the minutes that weights take
+    return Weights(import_weights(source, cfg, where=str(file)), cfg, *tokenizers, step=step)
 
 
 def _ours(folder: Path, config: Config) -> Weights:
@@ -105,11 +112,15 @@ def _ours(folder: Path, config: Config) -> Weights:
 def _fresh(config: Config) -> Weights:
     """A T5 and an encoder that never met; a part without weights is random."""
     cfg = _shapes(config, untied=False)
-    params = _part(config.model.reader_model_type, "reader.", AtlasConfig(cfg.reader, None), config.run.seed)
+    tokenizers = _tokenizers(config)
+    params: Params = {}
+    if not config.retrieval.retrieve_only:
+        part = AtlasConfig(cfg.reader, None)
+        params |= _part(config.model.reader_model_type, "reader.", part, config.run.seed)
     if cfg.retriever:
         part = AtlasConfig(None, cfg.retriever)
         params |= _part(config.model.retriever_model_path, "retriever.contriever.", part, config.run.seed)
-    return Weights(params, cfg, *_tokenizers(config))
+    return Weights(params, cfg, *tokenizers)
 
 
 def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Params:

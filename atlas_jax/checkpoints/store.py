@@ -1,6 +1,7 @@
 """Our checkpoints, and the only file that knows Orbax.
 
-A folder that needs nothing else: `atlas.json` (shapes, step), `params/` (Orbax), `reader/`, `retriever/` (tokenizers).
+A folder that needs nothing else: `atlas.json` (shapes, step, the sizes of files), `params/` (Orbax), and the tokenizers
+`reader/` and `retriever/`.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
 
 FORMAT = 1
-OF_THE_RUN = ("dropout", "dtype")  # fields of a shape that the run chooses, not the weights
+OF_THE_RUN = ("dropout", "dtype", "row_by_row")  # fields of a shape that the run chooses, not the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,8 @@ def save(folder: Path, weights: Weights) -> None:
             "reader": _to_json(cfg.reader) if cfg.reader else None,
             "retriever": _to_json(cfg.retriever) if cfg.retriever else None,
         }
-        write_json(draft / OUR_CHECKPOINT, {"format": FORMAT, "step": weights.step, "untied": cfg.untied, **shapes})
+        about = {"format": FORMAT, "step": weights.step, "untied": cfg.untied, **shapes, "files": _sizes(draft)}
+        write_json(draft / OUR_CHECKPOINT, about)
 
 
 def load_config(folder: Path) -> tuple[AtlasConfig, int]:
@@ -67,25 +69,59 @@ def load_config(folder: Path) -> tuple[AtlasConfig, int]:
     try:
         reader = T5Config(**found["reader"]) if found["reader"] else None
         retriever = ContrieverConfig(**found["retriever"]) if found["retriever"] else None
-        return AtlasConfig(reader, retriever, untied=found["untied"]), found["step"]
+        cfg, step = AtlasConfig(reader, retriever, untied=found["untied"]), found["step"]
+        if type(step) is not int:
+            raise TypeError(f"step {step!r}")
+        return cfg, step
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); write the checkpoint again") from None
+        raise UserError(f"{path}: damaged ({_line(error)}); write the checkpoint again") from None
 
 
 def load(folder: Path) -> Weights:
     """Reads a checkpoint whole; UserError if anything is missing or of another shape."""
     cfg, step = load_config(folder)
+    try:
+        wanted = flat_shapes(cfg)
+    except Exception as error:  # numbers that make no model
+        raise UserError(f"{folder / OUR_CHECKPOINT}: damaged ({_line(error)}); write the checkpoint again") from None
+    _check_whole(folder)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells its own life there
-    wanted = flat_shapes(cfg)
-    target = {path: np.zeros(shape.shape, shape.dtype) for path, shape in wanted.items()}
+    path = folder.resolve() / "params"
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(folder.resolve() / "params", target)
+            there = {name: tuple(x.shape) for name, x in checkpointer.metadata(path).item_metadata.items()}
+            needed = {name: x.shape for name, x in wanted.items()}
+            wrong = sorted(name for name in there | needed if there.get(name) != needed.get(name))
+            if wrong:  # Orbax would pad or cut
+                raise ValueError(f"{wrong[0]} is {there.get(wrong[0])}, not {needed.get(wrong[0])}")
+            params = checkpointer.restore(path, {name: np.zeros(x.shape, x.dtype) for name, x in wanted.items()})
     except Exception as error:  # Orbax and TensorStore raise every kind
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder}/params: damaged or incomplete ({reason[:200]}); write it again") from None
+        raise UserError(f"{folder}/params: damaged or incomplete ({_line(error)}); write it again") from None
     retriever_tokenizer = Tokenizer.load(folder / "retriever") if cfg.retriever else None
     return Weights(params, cfg, Tokenizer.load(folder / "reader"), retriever_tokenizer, step)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The files that Orbax wrote, and their bytes."""
+    files = sorted(path for path in (folder / "params").rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _check_whole(folder: Path) -> None:
+    """A broken copy is told by its sizes: TensorStore, reading one, leaves tracebacks of its threads on stderr."""
+    expected = read_json(folder / OUR_CHECKPOINT).get("files")
+    if not isinstance(expected, dict):
+        raise UserError(f"{folder / OUR_CHECKPOINT}: damaged ('files'); write the checkpoint again")
+    found = _sizes(folder)
+    for name, size in expected.items():
+        if found.get(name) != size:
+            has = f"{found[name]} bytes, not {size}" if name in found else "missing"
+            raise UserError(f"{folder}/{name}: {has}; copy the checkpoint again")
+
+
+def _line(error: Exception) -> str:
+    """The first line of others' messages, which may have many."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _to_json(shape: T5Config | ContrieverConfig) -> Mapping[str, Any]:

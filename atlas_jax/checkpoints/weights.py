@@ -179,21 +179,10 @@ def import_weights(source: Mapping[str, np.ndarray], cfg: AtlasConfig, *, where:
             "check --reader_model_type and --retriever_model_path"
         )
     params = {path: np.empty(s.shape, s.dtype) for path, s in flat_shapes(cfg).items()}
-    for e in wanted:
-        if e.name not in source:
-            continue
-        array = source[e.name]
-        target = params[e.path] if e.layer is None else params[e.path][e.layer]
-        try:
-            value = einops.rearrange(array, e.layout, **e.sizes)
-        except einops.EinopsError:
-            value = array
-        if value.shape != target.shape:
-            theirs = einops.rearrange(target, _inverse(e.layout), **e.sizes).shape
-            raise UserError(
-                f"{where}: {e.name} has shape {tuple(array.shape)}, this model needs {tuple(theirs)}; "
-                "check --reader_model_type and --retriever_model_path"
-            )
+    present = [e for e in wanted if e.name in source]
+    views = [_view(source[e.name], _place(params, e), e, where) for e in present]  # before anything is copied
+    for e, value in zip(present, views, strict=True):
+        target = _place(params, e)
         if not e.alias:
             target[...] = value
         elif not np.array_equal(target, value):
@@ -204,6 +193,26 @@ def import_weights(source: Mapping[str, np.ndarray], cfg: AtlasConfig, *, where:
     return params
 
 
+def _place(params: Mapping[str, np.ndarray], entry: Entry) -> np.ndarray:
+    """Where an array of the reference's is with us: a whole parameter, or a layer of it."""
+    return params[entry.path] if entry.layer is None else params[entry.path][entry.layer]
+
+
+def _view(array: np.ndarray, target: np.ndarray, entry: Entry, where: str) -> np.ndarray:
+    """An array of the reference's with its axes as ours; UserError if it is not of the target's shape."""
+    try:
+        value = einops.rearrange(array, entry.layout, **entry.sizes)
+    except einops.EinopsError:
+        value = array
+    if value.shape == target.shape:
+        return value
+    theirs = einops.rearrange(target, _inverse(entry.layout), **entry.sizes).shape
+    raise UserError(
+        f"{where}: {entry.name} has shape {tuple(array.shape)}, this model needs {tuple(theirs)}; "
+        "check --reader_model_type and --retriever_model_path"
+    )
+
+
 def _inverse(layout: str) -> str:
     ours, theirs = layout.split(" -> ")
     return f"{theirs} -> {ours}"
@@ -211,12 +220,7 @@ def _inverse(layout: str) -> str:
 
 def export_weights(params: Mapping[str, np.ndarray], cfg: AtlasConfig) -> dict[str, np.ndarray]:
     """Our parameters under the reference's names and in its layouts; aliases are the same array."""
-    return {
-        e.name: einops.rearrange(
-            params[e.path] if e.layer is None else params[e.path][e.layer], _inverse(e.layout), **e.sizes
-        )
-        for e in entries(cfg)
-    }
+    return {e.name: einops.rearrange(_place(params, e), _inverse(e.layout), **e.sizes) for e in entries(cfg)}
 
 
 def plain_names(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -19,10 +19,10 @@ class AtlasConfig:
     retriever: ContrieverConfig | None  # none: passages come with the questions
     untied: bool = False
 
-    def with_dtype(self, dtype: Any) -> "AtlasConfig":
-        """The same shapes, computing in `dtype`."""
-        reader = dataclasses.replace(self.reader, dtype=dtype) if self.reader else None
-        retriever = dataclasses.replace(self.retriever, dtype=dtype) if self.retriever else None
+    def computing(self, **how: Any) -> "AtlasConfig":
+        """The same shapes with other settings of the computation, such as `dtype`."""
+        reader = dataclasses.replace(self.reader, **how) if self.reader else None
+        retriever = dataclasses.replace(self.retriever, **how) if self.retriever else None
         return dataclasses.replace(self, reader=reader, retriever=retriever)
 
 

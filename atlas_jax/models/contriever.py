@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.stack import scan, stack
-from atlas_jax.models.t5 import MASKED, dropout
+from atlas_jax.models.t5 import MASKED, dropout, row_by_row
 
 MAX_LENGTH = 512  # positions that BERT has
 
@@ -31,6 +31,7 @@ class ContrieverConfig:
     pooling: Literal["average", "sqrt", "cls"] = "average"
     normalize: bool = False  # vectors of length 1, for encoders trained so
     dropout: float = 0.0
+    row_by_row: bool = False  # in inference, attention of one row after the other: the logits stay in a CPU's cache
     dtype: Any = jnp.float32
 
 
@@ -60,24 +61,29 @@ class BertLayer(nnx.Module):
         k = d // h
         init = nnx.initializers.normal(0.02)
         einsum = functools.partial(nnx.Einsum, dtype=cfg.dtype, kernel_init=init, rngs=rngs)
-        self.q = einsum("bld,dhk->blhk", (d, h, k), (h, k))
-        self.k = einsum("bld,dhk->blhk", (d, h, k), (h, k))
-        self.v = einsum("bld,dhk->blhk", (d, h, k), (h, k))
-        self.o = einsum("blhk,hkd->bld", (h, k, d), (d,))
+        self.q = einsum("bld,dhk->bhlk", (d, h, k), (h, k))
+        self.k = einsum("bld,dhk->bhlk", (d, h, k), (h, k))
+        self.v = einsum("bld,dhk->bhlk", (d, h, k), (h, k))
+        self.o = einsum("bhlk,hkd->bld", (h, k, d), (d,))
         self.attn_norm = LayerNorm(cfg, rngs=rngs)
         self.up = einsum("bld,df->blf", (d, f), (f,))
         self.down = einsum("blf,fd->bld", (f, d), (d,))
         self.mlp_norm = LayerNorm(cfg, rngs=rngs)
         self.rate = cfg.dropout
+        self.row_by_row = cfg.row_by_row
 
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b l d"]:
-        q = self.q(x)
-        logits = jnp.einsum("bthk,bshk->bhts", q, self.k(x), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED))
-        weights = dropout(weights, self.rate, rngs).astype(x.dtype)
-        y = self.o(jnp.einsum("bhts,bshk->bthk", weights, self.v(x)))
+        def attend(
+            q: Float[Array, "r h l k"], k: Float[Array, "r h l k"], v: Float[Array, "r h l k"], mask: Bool[Array, "r l"]
+        ) -> Float[Array, "r h l k"]:
+            logits = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+            weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED))
+            return jnp.einsum("bhts,bhsk->bhtk", dropout(weights, self.rate, rngs).astype(x.dtype), v)
+
+        args = self.q(x), self.k(x), self.v(x), mask
+        y = self.o(row_by_row(attend, *args) if self.row_by_row and rngs is None else attend(*args))
         x = self.attn_norm(x + dropout(y, self.rate, rngs))
         y = self.down(jax.nn.gelu(self.up(x), approximate=False))
         return self.mlp_norm(x + dropout(y, self.rate, rngs))

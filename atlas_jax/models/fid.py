@@ -12,7 +12,7 @@ from atlas_jax.models.t5 import Decoder, Encoder, KeyValues, T5Config
 class Encoded(NamedTuple):
     """What the decoder reads of a batch: for each of its layers keys and values of all passages, fused; and their mask."""
 
-    cross: KeyValues  # "layers b n*l h k"
+    cross: KeyValues  # "layers b h n*l k"
     mask: Bool[Array, "b s"]
 
 
@@ -90,7 +90,7 @@ class FiD(nnx.Module):
     def empty_cache(self, batch: int, length: int) -> KeyValues:
         """A decoder cache for `length` positions, nothing filled."""
         cfg = self.cfg
-        shape = (cfg.num_decoder_layers, batch, length, cfg.num_heads, cfg.head_dim)
+        shape = (cfg.num_decoder_layers, batch, cfg.num_heads, length, cfg.head_dim)
         return KeyValues(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
 
 

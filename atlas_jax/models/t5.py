@@ -6,6 +6,7 @@ width, `f` MLP, `v` vocabulary. Dropout is on exactly when `rngs` are given.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ class T5Config:
     relative_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     dropout: float = 0.0
+    row_by_row: bool = False  # in inference, attention of one row after the other: the logits stay in a CPU's cache
     dtype: Any = jnp.float32  # of matrix products and residuals; norms, softmax and logits are float32
 
 
@@ -62,8 +64,8 @@ T5_CONFIGS = {  # the published shapes, so that no hub is needed to know them
 class KeyValues(NamedTuple):
     """What an attention reads: keys and values of its source."""
 
-    keys: Float[Array, "*depth b s h k"]
-    values: Float[Array, "*depth b s h k"]
+    keys: Float[Array, "*depth b h s k"]
+    values: Float[Array, "*depth b h s k"]
 
 
 def dropout(x: Float[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "..."]:
@@ -74,6 +76,11 @@ def dropout(x: Float[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Float
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
+def row_by_row(function: Callable[..., Array], *args: Any) -> Array:
+    """`function` of arrays with the same leading axis, computed for one row after the other."""
+    return jax.lax.map(lambda row: function(*jax.tree.map(lambda x: x[None], row))[0], args)
+
+
 class Attention(nnx.Module):
     """T5 attention: no biases and no 1/sqrt(k); position enters only through `bias`."""
 
@@ -82,11 +89,12 @@ class Attention(nnx.Module):
         einsum = functools.partial(nnx.Einsum, dtype=cfg.dtype, rngs=rngs)
         normal = nnx.initializers.normal
         # Mesh TensorFlow's initial scale: attention logits of unit variance without a 1/sqrt(k)
-        self.q = einsum("btd,dhk->bthk", (d, h, k), kernel_init=normal((d * k) ** -0.5))
-        self.k = einsum("bsd,dhk->bshk", (d, h, k), kernel_init=normal(d**-0.5))
-        self.v = einsum("bsd,dhk->bshk", (d, h, k), kernel_init=normal(d**-0.5))
-        self.o = einsum("bthk,hkd->btd", (h, k, d), kernel_init=normal((h * k) ** -0.5))
+        self.q = einsum("btd,dhk->bhtk", (d, h, k), kernel_init=normal((d * k) ** -0.5))
+        self.k = einsum("bsd,dhk->bhsk", (d, h, k), kernel_init=normal(d**-0.5))
+        self.v = einsum("bsd,dhk->bhsk", (d, h, k), kernel_init=normal(d**-0.5))
+        self.o = einsum("bhtk,hkd->btd", (h, k, d), kernel_init=normal((h * k) ** -0.5))
         self.rate = cfg.dropout
+        self.row_by_row = cfg.row_by_row
 
     def keys_values(self, source: Float[Array, "b s d"]) -> KeyValues:
         """The source's keys and values, which a cache may hold."""
@@ -101,12 +109,19 @@ class Attention(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "b t d"]:
-        logits = jnp.einsum("bthk,bshk->bhts", self.q(x), source.keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + bias
-        logits = jnp.where(mask[:, None], logits, MASKED)
-        weights = dropout(jax.nn.softmax(logits), self.rate, rngs).astype(x.dtype)
-        return self.o(jnp.einsum("bhts,bshk->bthk", weights, source.values))
+        def attend(
+            q: Float[Array, "r h t k"], source: KeyValues, mask: Bool[Array, "#r #t s"]
+        ) -> Float[Array, "r h t k"]:
+            logits = jnp.einsum("bhtk,bhsk->bhts", q, source.keys, preferred_element_type=jnp.float32)
+            if bias is not None:
+                logits = logits + bias
+            logits = jnp.where(mask[:, None], logits, MASKED)
+            weights = dropout(jax.nn.softmax(logits), self.rate, rngs).astype(x.dtype)
+            return jnp.einsum("bhts,bhsk->bhtk", weights, source.values)
+
+        q = self.q(x)
+        apart = self.row_by_row and rngs is None and mask.shape[0] == q.shape[0] > 1
+        return self.o(row_by_row(attend, q, source, mask) if apart else attend(q, source, mask))
 
 
 class MLP(nnx.Module):
@@ -185,7 +200,7 @@ class DecoderLayer(nnx.Module):
         y = self.self_attn_norm(x)
         present = self.self_attn.keys_values(y)
         if past is not None:
-            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1)
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2)
             present = KeyValues(put(past.keys, present.keys), put(past.values, present.values))
         x = x + dropout(self.self_attn(y, present, bias, mask, rngs=rngs), self.rate, rngs)
         y = self.cross_attn(self.cross_attn_norm(x), cross, None, cross_mask, rngs=rngs)
@@ -289,7 +304,7 @@ class Decoder(nnx.Module):
         `past` is a cache of fixed length, filled before `position`; without it `x` is the whole target.
         """
         queries = position + jnp.arange(x.shape[1])
-        keys = queries if past is None else jnp.arange(past.keys.shape[2])
+        keys = queries if past is None else jnp.arange(past.keys.shape[3])
         bias = self.position_bias(queries, keys)
         causal = (keys[None, :] <= queries[:, None])[None]
 

@@ -4,7 +4,6 @@ import collections
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -18,7 +17,7 @@ from atlas_jax.retrieval.passages import PassageTokens
 
 Side = Literal["query", "passage"]
 WINDOW = 2**16  # passages that are sorted by length at a time: near each other on disk, little padding in a batch
-TOKENS_PER_DEVICE = 2**17 if jax.default_backend() != "cpu" else 2**13  # of a batch: what keeps the device busy
+TOKENS_PER_DEVICE = {"cpu": 2**13, "gpu": 2**17, "tpu": 2**17}  # of a batch: what keeps a device busy
 
 
 class Embedder:
@@ -40,7 +39,8 @@ class Embedder:
 
     def rows(self, length: int, batch: int) -> int:
         """Texts of this length that make a batch: at most `batch` a device."""
-        return batch_rows(self.mesh, max(1, min(batch, TOKENS_PER_DEVICE // length)))
+        tokens = TOKENS_PER_DEVICE[self.mesh.devices.flat[0].platform]
+        return batch_rows(self.mesh, max(1, min(batch, tokens // length)))
 
     def __call__(self, texts: Sequence[Sequence[int] | np.ndarray], length: int, rows: int) -> Array:
         """Vectors (float32, "rows d") of texts by their bare ids; rows beyond them are meaningless."""

@@ -3,21 +3,24 @@
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from atlas_jax.checkpoints.plain_pickle import load_pickle
 from atlas_jax.checkpoints.pretrained import read_json
-from atlas_jax.checkpoints.torch_file import load_pickle, load_torch
+from atlas_jax.checkpoints.torch_file import load_torch
 from atlas_jax.config import Config
 from atlas_jax.errors import UserError
 from atlas_jax.files import new_folder, write_json
 from atlas_jax.progress import progress
 from atlas_jax.retrieval.embed import Embedder, embed_corpus
-from atlas_jax.retrieval.faiss_index import FaissIndex
+from atlas_jax.retrieval.faiss_index import FaissIndex, FaissKind
 from atlas_jax.retrieval.flat_index import FlatIndex
 from atlas_jax.retrieval.interface import Index, read_array
 from atlas_jax.retrieval.passages import PassageStore, build_passages
@@ -46,7 +49,7 @@ def open_library(config: Config, embedder: Embedder, retriever: str, mesh: Mesh,
     folder = Path(config.index.load_index_path or "")
     if not config.index.load_index_path or not (folder / ABOUT).is_file():
         vectors = _published_vectors(folder, embedder.dim) if config.index.load_index_path else None
-        folder = Path(config.index.save_index_path or scratch / "index")
+        folder = Path(os.path.abspath(config.index.save_index_path or scratch / "index"))
         _check_replaceable(folder)
         with new_folder(folder, "pass --save_index_path with a folder that can be written", replace=True) as draft:
             if vectors is not None:
@@ -60,8 +63,11 @@ def open_library(config: Config, embedder: Embedder, retriever: str, mesh: Mesh,
 
 def _check_replaceable(folder: Path) -> None:
     """Only an index, an empty folder or nothing gives way to a new index."""
-    if folder.exists() and not (folder / ABOUT).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    is_index = (folder / ABOUT).is_file() and "retriever" in read_json(folder / ABOUT)
+    if folder.exists() and not is_index and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--save_index_path {folder}: holds something else than an index; choose a new folder")
+    if folder == Path.cwd():
+        raise UserError(f"--save_index_path {folder}: is the folder that this runs in; choose a new folder")
 
 
 def _open(folder: Path, config: Config, dim: int, retriever: str, mesh: Mesh) -> Library:
@@ -87,14 +93,12 @@ def _open(folder: Path, config: Config, dim: int, retriever: str, mesh: Mesh) ->
 
 def _load(folder: Path, about: dict[str, Any], config: Config, mesh: Mesh) -> Index:
     """The kind of index that the flags ask for: the one that is there, or made from its vectors."""
-    options = config.index
-    wanted = (options.index_mode, options.faiss_index_type, options.faiss_code_size)
-    kind, code_size = about.get("kind"), about.get("code_size")
+    mode, kind, code_size = config.index.index_mode, about.get("kind"), about.get("code_size")
     if about.get("index_mode") == "flat":
-        if options.index_mode == "flat":
+        if mode == "flat":
             return FlatIndex.load(folder, about, mesh)
         return _faiss(read_array(folder / VECTORS, np.float16, (about["count"], about["dim"])), config)
-    if (about.get("index_mode"), kind, code_size) == wanted:
+    if (about.get("index_mode"), kind, code_size) == (mode, *_faiss_kind(config)):
         return FaissIndex.load(folder, about)
     had = f"--index_mode faiss --faiss_index_type {kind}" + (f" --faiss_code_size {code_size}" if code_size else "")
     raise UserError(f"{folder}: holds {had}, and no vectors to make another index from; ask for that one")
@@ -112,12 +116,16 @@ def _arrays(vectors: np.ndarray, config: Config, folder: Path) -> dict[str, Any]
     return about
 
 
+def _faiss_kind(config: Config) -> tuple[FaissKind, int | None]:
+    """The kind of faiss index that the flags ask for; a code size belongs to "pq" alone."""
+    kind = config.index.faiss_index_type
+    return kind, config.index.faiss_code_size if "pq" in kind else None
+
+
 def _faiss(vectors: np.ndarray, config: Config) -> FaissIndex:
-    options = config.index
-    with progress(f"filling faiss {options.faiss_index_type}", "vectors", len(vectors)) as more:
-        return FaissIndex.build(
-            vectors, options.faiss_index_type, options.faiss_code_size, seed=config.run.seed, progress=more
-        )
+    kind, code_size = _faiss_kind(config)
+    with progress(f"filling faiss {kind}", "vectors", len(vectors)) as more:
+        return FaissIndex.build(vectors, kind, code_size, seed=config.run.seed, progress=more)
 
 
 def _build(config: Config, embedder: Embedder, folder: Path) -> dict[str, Any]:
@@ -133,16 +141,26 @@ def _build(config: Config, embedder: Embedder, folder: Path) -> dict[str, Any]:
     return _arrays(vectors, config, folder)
 
 
+def _count_shards(folder: Path) -> int:
+    """The number of the reference's shards, once every one of them is known to be there."""
+    names = [re.fullmatch(r"(?:embeddings|passages)\.(\d+)\.pt", file.name) for file in folder.iterdir()]
+    count = 1 + max((int(name[1]) for name in names if name), default=-1)
+    if not count:
+        raise UserError(f"{folder}: neither {ABOUT} nor embeddings.0.pt in this folder; is it an index?")
+    for n, kind in itertools.product(range(count), ("embeddings", "passages")):
+        file = folder / f"{kind}.{n}.pt"
+        if not file.is_file():
+            raise UserError(f"{file}: missing, one of {count} shards; copy it from where the others are")
+    return count
+
+
 def _published_vectors(folder: Path, dim: int) -> list[np.ndarray]:
     """The reference's `embeddings.N.pt` (float16, "d p"), whatever their number, as views on the files."""
-    shards = list(itertools.takewhile(lambda n: (folder / f"embeddings.{n}.pt").is_file(), itertools.count()))
-    if not shards:
-        raise UserError(f"{folder}: neither {ABOUT} nor embeddings.0.pt in this folder; is it an index?")
     arrays = []
-    for n in shards:
+    for n in range(_count_shards(folder)):
         file = folder / f"embeddings.{n}.pt"
         array = load_torch(file)
-        if not isinstance(array, np.ndarray) or array.ndim != 2:
+        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype not in (np.float16, np.float32):
             raise UserError(f"{file}: holds no matrix of vectors; fetch it again")
         if array.shape[0] != dim:
             raise UserError(
@@ -166,14 +184,20 @@ def _take_published(source: Path, arrays: list[np.ndarray], config: Config, fold
             more(array.shape[1])
     vectors.flush()
     with progress("reading passages", "passages", count) as more:
-        PassageStore.build(_published_passages(source, len(arrays)), folder / PASSAGES, more)
+        counts = [array.shape[1] for array in arrays]
+        PassageStore.build(_published_passages(source, counts), folder / PASSAGES, more)
     return _arrays(vectors, config, folder)
 
 
-def _published_passages(folder: Path, shards: int) -> Iterator[Mapping[str, Any]]:
-    for n in range(shards):
+def _published_passages(folder: Path, counts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+    """The passages of each shard, once they are known to be as many as its vectors."""
+    for n, count in enumerate(counts):
         file = folder / f"passages.{n}.pt"
         passages = load_pickle(file)
         if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
             raise UserError(f"{file}: holds no list of passages; fetch it again")
+        if len(passages) != count:
+            raise UserError(
+                f"{file}: {len(passages)} passages, but embeddings.{n}.pt has {count} vectors; fetch both again"
+            )
         yield from passages

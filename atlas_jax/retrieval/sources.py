@@ -1,7 +1,7 @@
 """Where an example's passages come from: a search, or the example's own row."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Found(NamedTuple):
     there: np.ndarray  # bool "b n"; false where an example has fewer than n
 
 
+@runtime_checkable
 class Source(Protocol):
     """Finds n passages for each example."""
 

@@ -14,7 +14,7 @@ from atlas_jax.evaluation.metrics import exact_match
 from atlas_jax.tasks.base import Example, Record, Row, file_passages, need
 
 Permutations = Literal["single", "cyclic", "all"]
-TIE = 1e-6  # options this near are equal, and the first is chosen: float32 rounding, which batches change, decides nothing
+TIE = 1e-6  # options this near are equal and the first is chosen: rounding, which batches change, decides nothing
 MAX_PROMPT_TOKENS = 356  # a longer prompt loses the start of its question
 
 
@@ -112,9 +112,10 @@ class MultipleChoice:
         means = {
             letter: float(np.mean(ps, dtype=np.float32)) for letter, ps in zip(self.choices, by_option, strict=True)
         }
+        top = max(means.values())
         line = {key: value for key, value in permuted[0].items() if key != "choice_logits"}
         line |= {
-            "generation": next(letter for letter, p in means.items() if p > max(means.values()) - TIE),
+            "generation": max(means, key=lambda letter: means[letter] > top - TIE),  # the first that is
             "choice_probs": means,
             "all_probs": by_text,
             "permutations": permuted,

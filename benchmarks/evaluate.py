@@ -1,0 +1,116 @@
+"""Speed and memory of `atlas evaluate` with random weights of a published shape, through the command itself.
+
+    python benchmarks/evaluate.py --reader t5-base --passages passages.jsonl --questions mmlu.jsonl --max_questions 3
+
+Prints one JSON object: passages embedded a second, questions a second without compilation, compile seconds and
+programs, peak memory. Weights are random, tokenizers the sample's.
+"""
+
+import argparse
+import json
+import re
+import resource
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from atlas_jax import cli
+from atlas_jax.models.contriever import ContrieverConfig
+from atlas_jax.models.t5 import T5_CONFIGS
+
+SAMPLE = Path(cli.__file__).parent / "sample"
+
+
+def reader_folder(name: str, folder: Path) -> Path:
+    """The published shape with the sample's tokenizer, no weights."""
+    shape = T5_CONFIGS[name]
+    shutil.copytree(SAMPLE / "reader", folder)
+    config = {
+        "model_type": "t5",
+        "d_model": shape.d_model,
+        "num_heads": shape.num_heads,
+        "d_kv": shape.head_dim,
+        "d_ff": shape.d_ff,
+        "num_layers": shape.num_layers,
+        "vocab_size": shape.vocab_size,
+        "feed_forward_proj": "gated-gelu" if shape.gated else "relu",
+        "tie_word_embeddings": shape.tied,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def retriever_folder(folder: Path) -> Path:
+    """Contriever's shape with the sample's tokenizer, no weights."""
+    shape = ContrieverConfig()
+    shutil.copytree(SAMPLE / "retriever", folder)
+    config = {
+        "model_type": "bert",
+        "hidden_size": shape.d_model,
+        "num_attention_heads": shape.num_heads,
+        "intermediate_size": shape.d_ff,
+        "num_hidden_layers": shape.num_layers,
+        "vocab_size": shape.vocab_size,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reader", default="t5-small", choices=list(T5_CONFIGS))
+    parser.add_argument("--passages", default=str(SAMPLE / "passages.jsonl"))
+    parser.add_argument("--max_passages", default="-1")
+    parser.add_argument("--questions", default=str(SAMPLE / "mmlu.jsonl"))
+    parser.add_argument("--max_questions", type=int, default=200)
+    parser.add_argument("--n_context", default="10")
+    parser.add_argument("--batch", default="4")
+    parser.add_argument("--precision", default="fp32")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        lines = Path(given.questions).read_text(encoding="utf-8").splitlines(keepends=True)
+        step = max(1, len(lines) // given.max_questions)  # spread over the domains
+        (work / "questions.jsonl").write_text("".join(lines[::step][: given.max_questions]), encoding="utf-8")
+        flags = {
+            "reader_model_type": reader_folder(given.reader, work / "reader"),
+            "retriever_model_path": retriever_folder(work / "retriever"),
+            "passages": given.passages,
+            "max_passages": given.max_passages,
+            "eval_data": work / "questions.jsonl",
+            "task": "multiple_choice",
+            "multiple_choice_eval_permutations": "cyclic",
+            "n_context": given.n_context,
+            "text_maxlength": 512,
+            "target_maxlength": 16,
+            "generation_max_length": 16,
+            "per_gpu_batch_size": given.batch,
+            "precision": given.precision,
+            "name": "benchmark",
+            "checkpoint_dir": work,
+        }
+        argv = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+        if cli.main(["evaluate", *argv, "--write_results"]):
+            sys.exit(2)
+        run = work / "benchmark"
+        found = json.loads((run / "questions-step-1.metrics.json").read_text())
+        log = (run / "run.log").read_text()
+    embedded = re.findall(r"embedding: \d+ of \d+ passages, ([\d.]+)/s, (\d+) s$", log, re.MULTILINE)
+    print(
+        json.dumps(
+            {
+                "reader": given.reader,
+                "questions": found["examples"],
+                "seconds_per_question": 1 / found["examples_per_second"],
+                "compile_seconds": found["compile_seconds"],
+                "programs": found["programs"],
+                "passages_per_second": float(embedded[-1][0]),
+                "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

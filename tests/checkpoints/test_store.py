@@ -1,0 +1,209 @@
+"""Our checkpoints: what is saved comes back bit for bit, and what is damaged is refused in one line."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax.checkpoints import store
+from atlas_jax.checkpoints.store import Weights
+from atlas_jax.errors import UserError
+from atlas_jax.models.atlas import AtlasConfig
+
+TEXTS = ["question: Who? answer: <extra_id_0>", "Z_8 x Z_10, naïve 字", ""]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_weights) -> Path:
+    """A checkpoint of the golden weights at step 7."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoint"
+    store.save(folder, dataclasses.replace(tiny_weights, step=7))
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    """One to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
+
+
+def refusal(call: Callable[[], object], *parts: object) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "; " in message
+    for part in parts:
+        assert str(part) in message
+    return message
+
+
+def test_what_is_saved_comes_back(saved, tiny_weights):
+    """Parameters bit for bit, shapes, step, and tokenizers that give the same ids; the source is not needed."""
+    found = store.load(saved)
+    assert found.step == 7
+    assert found.cfg == tiny_weights.cfg
+    assert set(found.params) == set(tiny_weights.params)
+    for path, array in tiny_weights.params.items():
+        assert found.params[path].dtype == np.float32
+        np.testing.assert_array_equal(found.params[path].view(np.uint32), array.view(np.uint32))
+    assert found.retriever_tokenizer
+    assert tiny_weights.retriever_tokenizer
+    pairs = ((found.tokenizer, tiny_weights.tokenizer), (found.retriever_tokenizer, tiny_weights.retriever_tokenizer))
+    for ours, theirs in pairs:
+        assert ours.ids(TEXTS) == theirs.ids(TEXTS)
+        assert ours.finish([5, 6]) == theirs.finish([5, 6])
+        assert ours.fingerprint == theirs.fingerprint  # or an index's token ids would be made again
+    assert found.tokenizer.ids(TEXTS) != found.retriever_tokenizer.ids(TEXTS)
+
+
+def test_what_is_in_the_folder(saved):
+    """Weights, tokenizers and shapes, nothing of the run: no dropout, no compute type; and no draft beside it."""
+    assert sorted(path.name for path in saved.iterdir()) == ["atlas.json", "params", "reader", "retriever"]
+    about = json.loads((saved / "atlas.json").read_text())
+    assert set(about) == {"format", "step", "untied", "reader", "retriever", "files"}
+    assert not {"dropout", "dtype", "row_by_row"} & {*about["reader"], *about["retriever"]}
+    assert list(saved.parent.iterdir()) == [saved]
+    assert store.is_checkpoint(saved)
+    assert not store.is_checkpoint(saved / "reader")
+
+
+@pytest.mark.parametrize("part", ["reader", "retriever"])
+def test_half_a_model(tmp_path, tiny_weights, part):
+    """A reader without a retriever and the reverse, untied too, come back as they were."""
+    cfg = AtlasConfig(**{"reader": None, "retriever": None, part: getattr(tiny_weights.cfg, part)})
+    params = {path: array for path, array in tiny_weights.params.items() if path.startswith(f"{part}/")}
+    tokenizer = None if part == "reader" else tiny_weights.retriever_tokenizer
+    store.save(tmp_path / "half", Weights(params, cfg, tiny_weights.tokenizer, tokenizer))
+    found = store.load(tmp_path / "half")
+    assert found.cfg == cfg
+    assert set(found.params) == set(params)
+    assert (found.retriever_tokenizer is None) == (part == "reader")
+
+
+def test_how_a_run_computes_is_not_kept(tmp_path, tiny_weights):
+    """A checkpoint written in a bfloat16 run with dropout is a float32 one without."""
+    cfg = tiny_weights.cfg.computing(dtype=jnp.bfloat16, dropout=0.1, row_by_row=True)
+    store.save(tmp_path / "half", dataclasses.replace(tiny_weights, cfg=cfg))
+    assert store.load_config(tmp_path / "half") == (tiny_weights.cfg, 0)
+
+
+def files(folder: Path) -> list[Path]:
+    """What Orbax wrote, the largest first."""
+    found = [path for path in (folder / "params").rglob("*") if path.is_file()]
+    return sorted(found, key=lambda path: -path.stat().st_size)
+
+
+def test_damaged_parameters(copy, capfd):
+    """The largest file cut short, then gone, then no params at all: one line with the file, and none from elsewhere."""
+    largest = files(copy)[0]
+    size = largest.stat().st_size
+    largest.write_bytes(largest.read_bytes()[: size // 2])
+    refusal(lambda: store.load(copy), f"{largest}: {size // 2} bytes, not {size}; copy the checkpoint again")
+    largest.unlink()
+    refusal(lambda: store.load(copy), f"{largest}: missing")
+    shutil.rmtree(copy / "params")
+    refusal(lambda: store.load(copy), f"{copy}/params/", "missing")
+    assert capfd.readouterr().err == ""
+
+
+def test_every_missing_file_is_noticed(copy):
+    """Without any one of Orbax's files the weights are refused; with all of them again they are read."""
+    for file in files(copy):
+        file.rename(copy / "aside")
+        refusal(lambda file=file: store.load(copy), f"{file}: missing")
+        (copy / "aside").rename(file)
+    store.load(copy)
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "atlas.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_parameters_of_another_shape(copy):
+    """Shapes that contradict the arrays, a part more or a part less, are refused; Orbax alone would pad and cut."""
+    about = json.loads((copy / "atlas.json").read_text())
+    for changes in (
+        {"reader": about["reader"] | {"d_ff": 161}},
+        {"reader": about["reader"] | {"d_ff": 80}},
+        {"reader": about["reader"] | {"num_layers": 2}},
+        {"untied": True},
+        {"retriever": None},
+    ):
+        edit(copy, **about | changes)
+        refusal(lambda: store.load(copy), f"{copy}/params: damaged or incomplete")
+    edit(copy, **about)
+    store.load(copy)
+
+
+def test_a_damaged_atlas_json(copy):
+    """Cut short, another format, fields missing, unknown or of another kind: the file and what to do."""
+    path = copy / "atlas.json"
+    text = path.read_text()
+    about = json.loads(text)
+    path.write_text(text[:-20])
+    refusal(lambda: store.load(copy), f"{path}: not JSON")
+    path.write_text("[]")
+    refusal(lambda: store.load(copy), f"{path}: holds no object")
+    path.write_text(json.dumps(about | {"format": 2}))
+    refusal(lambda: store.load(copy), f"{path}: format 2, this program reads 1; use its release")
+    path.write_text("{}")
+    refusal(lambda: store.load(copy), f"{path}: format None")
+    for key in ("step", "untied", "reader", "retriever", "files"):
+        path.write_text(json.dumps({field: value for field, value in about.items() if field != key}))
+        refusal(lambda: store.load(copy), f"{path}: damaged ('{key}')")
+    for changes in (
+        {"step": "seven"},
+        {"reader": 5},
+        {"reader": about["reader"] | {"experts": 8}},
+        {"reader": about["reader"] | {"d_model": "64"}},
+        {"retriever": about["retriever"] | {"num_heads": 0}},
+        {"files": None},
+    ):
+        path.write_text(json.dumps(about | changes))
+        refusal(lambda: store.load(copy), f"{path}: damaged")
+
+
+def test_missing_tokenizers(copy):
+    """A checkpoint without its tokenizer says so, and where."""
+    shutil.rmtree(copy / "retriever")
+    refusal(lambda: store.load(copy), copy / "retriever")
+
+
+def test_an_interrupted_save_leaves_the_old_one(copy, tiny_weights, monkeypatch):
+    """A save that fails or is interrupted at its end changes nothing and leaves no draft; a whole one replaces it."""
+
+    def interrupted(path, value):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(copy, dataclasses.replace(tiny_weights, step=9))
+    assert list(copy.parent.iterdir()) == [copy]
+    assert store.load(copy).step == 7
+    monkeypatch.undo()
+    store.save(copy, dataclasses.replace(tiny_weights, step=9))
+    assert list(copy.parent.iterdir()) == [copy]
+    assert store.load(copy).step == 9
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, tiny_weights):
+    """A path below a file: one line with the folder."""
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "checkpoint"
+    refusal(lambda: store.save(folder, tiny_weights), f"{folder}: cannot be written")
+
+
+def test_orbax_is_silent(saved, capsys, caplog):
+    """Reading says nothing: Orbax would tell its own life in the log."""
+    with caplog.at_level(logging.INFO):
+        store.load(saved)
+    assert [record for record in caplog.records if record.levelno < logging.ERROR] == []
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,302 @@
+"""The tables of names: every array of the reference's is used once, every parameter of ours is filled once."""
+
+import functools
+from collections import Counter
+from pathlib import Path
+
+import einops
+import numpy as np
+import pytest
+
+from atlas_jax.checkpoints.pretrained import KNOWN_RETRIEVERS, folder_weights, reader_config, retriever_config
+from atlas_jax.checkpoints.torch_file import load_torch
+from atlas_jax.checkpoints.weights import (
+    UNUSED,
+    entries,
+    export_weights,
+    flat_shapes,
+    import_weights,
+    is_untied,
+    plain_names,
+)
+from atlas_jax.config import READERS
+from atlas_jax.errors import UserError
+from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.models.t5 import T5_CONFIGS
+
+CHECKPOINTS = ("initial", "linear", "fixed_queryside")
+CONTRIEVER = KNOWN_RETRIEVERS["facebook/contriever"]
+PUBLISHED = {  # parameters, as the papers and Hugging Face count them: an array that stands in two places once
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "google/t5-v1_1-base": 247_577_856,
+    "google/t5-v1_1-large": 783_150_080,
+    "google/t5-v1_1-xl": 2_849_757_184,
+    "google/t5-v1_1-xxl": 11_135_332_352,
+}
+
+
+def shapes(golden: Path, name: str) -> AtlasConfig:
+    """What the models of a golden checkpoint look like."""
+    assets = golden / "assets"
+    return AtlasConfig(
+        reader_config(f"{assets}/reader"), retriever_config(f"{assets}/retriever"), untied=name == "fixed_queryside"
+    )
+
+
+def weights(golden: Path, name: str) -> dict[str, np.ndarray]:
+    """The arrays of a golden checkpoint."""
+    return dict(load_torch(golden / f"checkpoint_{name}" / "model.pth.tar")["model"])
+
+
+def t5_1_0(golden: Path) -> tuple[dict[str, np.ndarray], AtlasConfig]:
+    """A tied T5 with ReLU, as Hugging Face saves it."""
+    folder = str(golden / "t5_1_0")
+    found = folder_weights(folder)
+    assert found
+    return {f"reader.{key}": array for key, array in found.items()}, AtlasConfig(reader_config(folder), None)
+
+
+def refusal(source: dict[str, np.ndarray], cfg: AtlasConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        import_weights(source, cfg, where="FILE")
+    message = str(caught.value)
+    assert message.startswith("FILE: ")
+    assert "; check --reader_model_type" in message
+    assert "\n" not in message
+    return message
+
+
+def numbered(source: dict[str, np.ndarray], cfg: AtlasConfig) -> tuple[dict[str, np.ndarray], int]:
+    """The same shapes filled with 1, 2, 3, ..., no number twice but in aliases; and the last number."""
+    filled, count = {}, 0
+    paths = {e.name: (e.path, e.layer) for e in entries(cfg)}
+    aliased: dict[object, np.ndarray] = {}
+    for name, array in source.items():
+        if name not in paths:
+            filled[name] = array
+            continue
+        place = paths[name]
+        if place not in aliased:
+            aliased[place] = (count + 1 + np.arange(array.size, dtype=np.float32)).reshape(array.shape)
+            count += array.size
+        filled[name] = aliased[place]
+    assert count < 2**24  # float32 holds them all
+    return filled, count
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_number_arrives_exactly_once(golden, name):
+    """A checkpoint filled with 1, 2, 3, ... fills every place of every parameter, and each number is there once."""
+    cfg = shapes(golden, name)
+    source, count = numbered(weights(golden, name), cfg)
+    params = import_weights(source, cfg, where="FILE")
+    assert {path: array.shape for path, array in params.items()} == {p: s.shape for p, s in flat_shapes(cfg).items()}
+    arrived = np.sort(np.concatenate([array.reshape(-1) for array in params.values()]))
+    np.testing.assert_array_equal(arrived, 1 + np.arange(count, dtype=np.float32))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_name_is_used_exactly_once(golden, name):
+    """The table has each array of the file once; what it has besides are names known to be unused, or aliases."""
+    cfg, source = shapes(golden, name), weights(golden, name)
+    wanted = Counter(e.name for e in entries(cfg))
+    assert set(wanted.values()) == {1}
+    assert {key for key in source if key not in wanted} == {key for key in source if key.endswith("position_ids")}
+    assert {e.name for e in entries(cfg) if e.name not in source} <= {e.name for e in entries(cfg) if e.alias}
+    assert is_untied(source) == cfg.untied
+    places = Counter((e.path, e.layer) for e in entries(cfg) if not e.alias)
+    assert set(places.values()) == {1}
+    layers = Counter(path for path, layer in places if layer is not None)
+    assert {p: s.shape[0] for p, s in flat_shapes(cfg).items() if p in layers} == layers
+    assert {path for path, _ in places} == set(flat_shapes(cfg))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_key_that_is_missing_or_too_many_is_named(golden, name, monkeypatch):
+    """Without any one key, and with any one more, the import is refused and says which; aliases may be absent."""
+    monkeypatch.setattr("atlas_jax.checkpoints.weights.flat_shapes", functools.cache(flat_shapes))  # for speed
+    cfg, source = shapes(golden, name), weights(golden, name)
+    optional = {e.name for e in entries(cfg) if e.alias} | {key for key in source if key.endswith("position_ids")}
+    assert len(optional) == 4 if cfg.untied else 3
+    for key in source:
+        rest = {other: array for other, array in source.items() if other != key}
+        if key in optional:
+            import_weights(rest, cfg, where="FILE")
+        else:
+            assert f"it lacks {key};" in refusal(rest, cfg)
+    for extra in ("reader.encoder.block.3.layer.0.layer_norm.weight", "retriever.contriever.x", "reader.module", ""):
+        assert f"nothing takes {extra};" in refusal(source | {extra: np.zeros(1, np.float32)}, cfg)
+    assert any(pattern.startswith(r"(^|\.)pooler") for pattern in UNUSED)  # harmless, so no refusal:
+    import_weights(source | {"retriever.contriever.pooler.dense.bias": np.zeros(1, np.float32)}, cfg, where="FILE")
+
+
+def test_many_keys_are_counted(golden):
+    """A wholly other file is refused in one line of bounded length."""
+    message = refusal({f"x.{n}": np.zeros(1, np.float32) for n in range(1000)}, shapes(golden, "initial"))
+    assert "and 996 more" in message
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("name", ["initial", "fixed_queryside"])
+def test_a_changed_shape_is_refused_with_both_shapes(golden, name, monkeypatch):
+    """Any one array a little longer or with an axis more is refused, and the line has its shape and the right one."""
+    monkeypatch.setattr("atlas_jax.checkpoints.weights.flat_shapes", functools.cache(flat_shapes))  # for speed
+    cfg, source = shapes(golden, name), weights(golden, name)
+    for key, array in source.items():
+        if key.endswith("position_ids"):
+            continue
+        longer = np.concatenate([array, array[:1]])
+        message = refusal(source | {key: longer}, cfg)
+        assert f"{key} has shape {longer.shape}, this model needs {array.shape};" in message
+    key = "reader.encoder.block.0.layer.0.SelfAttention.q.weight"
+    for changed in (source[key][None], source[key].reshape(-1), source[key].T[:, :-1]):
+        assert f"{key} has shape {changed.shape}, this model needs (64, 64);" in refusal(source | {key: changed}, cfg)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_there_and_back_is_bit_exact(golden, name):
+    """export_weights(import_weights(x)) is x, bit for bit, and has the same names; aliases come back."""
+    cfg, source = shapes(golden, name), weights(golden, name)
+    back = export_weights(import_weights(source, cfg, where="FILE"), cfg)
+    assert set(back) == {key for key in source if not key.endswith("position_ids")}
+    for key, array in back.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array.view(np.uint32), source[key].view(np.uint32))
+
+
+def test_half_precision_is_widened_exactly(golden):
+    """Files in float16 or float64 give float32; nothing is rounded that need not be."""
+    cfg, source = shapes(golden, "initial"), weights(golden, "initial")
+    half = {key: array.astype(np.float16) for key, array in source.items()}
+    for path, array in import_weights(half, cfg, where="FILE").items():
+        assert array.dtype == np.float32, path
+    back = export_weights(import_weights(half, cfg, where="FILE"), cfg)
+    key = "reader.decoder.block.2.layer.2.DenseReluDense.wo.weight"
+    np.testing.assert_array_equal(back[key], half[key].astype(np.float32))
+
+
+def test_data_parallel_prefixes_give_the_same(golden):
+    """`module.` in front of every name, or within, as PyTorch's wrappers put it, changes nothing."""
+    source = weights(golden, "initial")
+    for wrap in (
+        lambda key: f"module.{key}",
+        lambda key: key.replace(".", ".module.", 1),
+        lambda key: "module." + key.replace(".", ".module.", 1),
+    ):
+        wrapped = {wrap(key): array for key, array in source.items()}
+        assert list(plain_names(wrapped)) == list(source)
+        assert all(a is b for a, b in zip(plain_names(wrapped).values(), source.values(), strict=True))
+    assert list(plain_names({"reader.my_module.weight": np.zeros(1)})) == ["reader.my_module.weight"]
+    untied = weights(golden, "fixed_queryside")
+    assert is_untied(plain_names({f"module.{key}": array for key, array in untied.items()}))
+
+
+def test_an_alias_that_differs_is_refused(golden):
+    """embed_tokens must be the shared embedding, and a tied T5's lm_head too; an untied one has its own."""
+    cfg, source = shapes(golden, "initial"), weights(golden, "initial")
+    for key in ("reader.encoder.embed_tokens.weight", "reader.decoder.embed_tokens.weight"):
+        other = source[key].copy()
+        other[7, 3] += 1e-3
+        assert f"{key} differs from reader/embed/embedding" in refusal(source | {key: other}, cfg)
+    head = "reader.lm_head.weight"
+    assert not np.array_equal(source[head], source["reader.shared.weight"])  # untied: both are used
+    tied, tied_cfg = t5_1_0(golden)
+    shared = tied["reader.shared.weight"]
+    import_weights(tied | {head: shared.copy()}, tied_cfg, where="FILE")
+    assert f"{head} differs" in refusal(tied | {head: shared + 1}, tied_cfg)
+
+
+def test_the_first_t5(golden):
+    """T5 1.0, tied, ReLU, of unequal depths: each number arrives once, and its published spare bias is no stranger."""
+    source, cfg = t5_1_0(golden)
+    assert cfg.reader
+    assert (cfg.reader.tied, cfg.reader.gated) == (True, False)
+    assert (cfg.reader.num_layers, cfg.reader.num_decoder_layers) == (2, 3)
+    filled, count = numbered(source, cfg)
+    params = import_weights(filled, cfg, where="FILE")
+    arrived = np.sort(np.concatenate([array.reshape(-1) for array in params.values()]))
+    np.testing.assert_array_equal(arrived, 1 + np.arange(count, dtype=np.float32))
+    assert "reader/lm_head/kernel" not in params
+    spare = "reader.decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    import_weights(source | {spare: np.zeros((32, 5), np.float32)}, cfg, where="FILE")
+    real = spare.replace("decoder", "encoder").replace("1.EncDec", "0.Self")
+    assert f"it lacks {real};" in refusal({key: array for key, array in source.items() if key != real}, cfg)
+
+
+def their_shape(name: str, cfg: AtlasConfig) -> tuple[int, ...]:
+    """The shape of an array of the reference's, by its name alone: PyTorch's Linear is (out, in)."""
+    part, rest = name.split(".", 1)
+    last = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if part == "reader":
+        t5 = cfg.reader
+        assert t5
+        inner = t5.num_heads * t5.head_dim
+        if last in ("q", "k", "v"):
+            return inner, t5.d_model
+        return {
+            "o": (t5.d_model, inner),
+            **dict.fromkeys(("wi", "wi_0", "wi_1"), (t5.d_ff, t5.d_model)),
+            "wo": (t5.d_model, t5.d_ff),
+            **dict.fromkeys(("shared", "embed_tokens", "lm_head"), (t5.vocab_size, t5.d_model)),
+            "relative_attention_bias": (t5.relative_buckets, t5.num_heads),
+            **dict.fromkeys(("layer_norm", "final_layer_norm"), (t5.d_model,)),
+        }[last]
+    bert = cfg.retriever
+    assert bert
+    out = bert.d_ff if "intermediate" in rest else bert.d_model
+    if name.endswith("bias") or "LayerNorm" in rest:
+        return (out,)
+    rows = {
+        "word_embeddings": bert.vocab_size,
+        "position_embeddings": bert.max_positions,
+        "token_type_embeddings": bert.type_vocab_size,
+    }
+    if last in rows:
+        return rows[last], bert.d_model
+    return out, bert.d_ff if "output" in rest and "attention" not in rest else bert.d_model
+
+
+@pytest.mark.parametrize("name", T5_CONFIGS)
+def test_every_published_shape_fits(name):
+    """The layout of each entry brings PyTorch's shape to ours, for every published size; no array is made for it."""
+    cfg = AtlasConfig(T5_CONFIGS[name], CONTRIEVER, untied=True)
+    ours = flat_shapes(cfg)
+    for e in entries(cfg):
+        array = np.broadcast_to(np.float32(0), their_shape(e.name, cfg))  # a view of one number
+        there = einops.rearrange(array, e.layout, **e.sizes).shape
+        wanted = ours[e.path].shape
+        assert there == (wanted if e.layer is None else wanted[1:]), e.name
+    assert {e.path for e in entries(cfg)} == set(ours)
+
+
+def test_their_shapes_are_the_files(golden):
+    """The shapes that the test above computes from names are those in the reference's own files."""
+    for name in CHECKPOINTS:
+        cfg = shapes(golden, name)
+        for key, array in weights(golden, name).items():
+            if not key.endswith("position_ids"):
+                assert their_shape(key, cfg) == array.shape, key
+
+
+@pytest.mark.parametrize("name", T5_CONFIGS)
+def test_published_sizes(name):
+    """The number of parameters of each published T5 is the published one."""
+    cfg = AtlasConfig(T5_CONFIGS[name], None)
+    same = name.removesuffix("-lm-adapt").replace("google/t5-", "google/t5-v1_1-") if "lm-adapt" in name else name
+    assert sum(shape.size for shape in flat_shapes(cfg).values()) == PUBLISHED[same]
+
+
+def test_the_contriever_has_the_published_size():
+    """110 million parameters: BERT base without its pooler."""
+    assert sum(shape.size for shape in flat_shapes(AtlasConfig(None, CONTRIEVER)).values()) == 108_891_648
+    untied = AtlasConfig(None, CONTRIEVER, untied=True)
+    assert sum(shape.size for shape in flat_shapes(untied).values()) == 2 * 108_891_648
+
+
+def test_the_names_of_flags_and_of_shapes_are_the_same():
+    """--help lists exactly the readers whose shapes are known, in the same order."""
+    assert tuple(T5_CONFIGS) == READERS

@@ -1,0 +1,73 @@
+"""Files and folders appear complete or not at all."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from atlas_jax.errors import UserError
+from atlas_jax.files import new_file, new_folder, write_json
+
+
+def make(folder: Path, text: str, *, replace: bool = False) -> None:
+    with new_folder(folder, "choose another", replace=replace) as draft:
+        (draft / "a").write_text(text)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.EIO, "x", "/elsewhere")])
+def test_a_block_that_fails_leaves_what_was_there(tmp_path, error):
+    """The error goes through, the old file and folder stay, and no draft does."""
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    make(folder, "old")
+    file.write_text("old")
+    for new in (new_folder(folder, "choose another", replace=True), new_file(file)):
+        with pytest.raises(type(error)), new:
+            raise error
+    assert sorted(tmp_path.iterdir()) == [file, folder]
+    assert (file.read_text(), (folder / "a").read_text()) == ("old", "old")
+    make(folder, "new", replace=True)
+    write_json(file, {})
+    assert sorted(tmp_path.iterdir()) == [file, folder]
+    assert (file.read_text(), (folder / "a").read_text()) == ("{}\n", "new")
+
+
+def test_the_first_writer_wins_unless_replaced(tmp_path):
+    """A folder that has appeared meanwhile is kept."""
+    make(tmp_path / "folder", "first")
+    make(tmp_path / "folder", "second")
+    assert (tmp_path / "folder" / "a").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_an_interrupted_exchange_brings_the_old_folder_back(tmp_path, monkeypatch):
+    """Between the two renames of a replacement there is no folder: an interruption there puts the old one back."""
+    make(tmp_path / "folder", "old")
+    rename = os.rename
+
+    def interrupted(source: Path, target: Path) -> None:
+        if source.suffix == ".draft":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "folder", "new", replace=True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+    assert (tmp_path / "folder" / "a").read_text() == "old"
+
+
+def test_what_cannot_be_written_is_said(tmp_path):
+    """No space, or a path below a file: one line with the path and the remedy."""
+    full = OSError(errno.ENOSPC, "No space left on device")  # a failing write knows no name
+    said = r"new: cannot be written \(No space left on device\); "
+    with pytest.raises(UserError, match=said + "free some space"), new_file(tmp_path / "new"):
+        raise full
+    with pytest.raises(UserError, match=said + "buy a disk"), new_folder(tmp_path / "new", "buy a disk"):
+        raise full
+    (tmp_path / "below").write_text("")
+    with pytest.raises(UserError, match=r"below/a: cannot be written \(Not a directory\); choose another"):
+        make(tmp_path / "below" / "a", "")
+    with pytest.raises(UserError, match=r"below/a: cannot be written \(Not a directory\)"):
+        write_json(tmp_path / "below" / "a", {})
+    assert list(tmp_path.iterdir()) == [tmp_path / "below"]
