@@ -41,8 +41,8 @@ def _parse(spec: str) -> dict[str, int]:
     return sizes
 
 
-def prefers_rows(mesh: Mesh) -> bool:
-    """Whether attention is faster one row after the other: on a single CPU, whose cache then holds the logits."""
+def is_one_cpu(mesh: Mesh) -> bool:
+    """Whether inference should care for a CPU's cache."""
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 

@@ -60,6 +60,7 @@ def retriever_folder(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reader", default="t5-small", choices=list(T5_CONFIGS))
+    parser.add_argument("--retriever", help="folder of an encoder; default: Contriever's shape, random")
     parser.add_argument("--passages", default=str(SAMPLE / "passages.jsonl"))
     parser.add_argument("--max_passages", default="-1")
     parser.add_argument("--questions", default=str(SAMPLE / "mmlu.jsonl"))
@@ -75,7 +76,7 @@ def main() -> None:
         (work / "questions.jsonl").write_text("".join(lines[::step][: given.max_questions]), encoding="utf-8")
         flags = {
             "reader_model_type": reader_folder(given.reader, work / "reader"),
-            "retriever_model_path": retriever_folder(work / "retriever"),
+            "retriever_model_path": given.retriever or retriever_folder(work / "retriever"),
             "passages": given.passages,
             "max_passages": given.max_passages,
             "eval_data": work / "questions.jsonl",

@@ -24,7 +24,7 @@ from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
 
 FORMAT = 1
-OF_THE_RUN = ("dropout", "dtype", "row_by_row")  # fields of a shape that the run chooses, not the weights
+OF_THE_RUN = ("dropout", "dtype", "for_cpu")  # fields of a shape that the run chooses, not the weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,27 +129,39 @@ class Evaluator:
         return sum(program.compile_seconds for program in self._programs())
 
     def _readings(self, rows: Rows, program: Program | None, state: Any) -> Iterator[tuple[Work, Reading | None]]:
-        """Each batch with what the reader makes of it; the next one is under way before this one is looked at."""
-        under_way: tuple[Work, Reading | None] | None = None
-        for work in prefetch(self._work(rows, reads=program is not None)):
-            reading = program(state, work.batch, self.choices, work.prompt) if program else None
-            if under_way:
-                yield under_way
-            under_way = work, reading
-        if under_way:
-            yield under_way
+        """Each batch with what the reader makes of it.
 
-    def _work(self, rows: Rows, *, reads: bool) -> Iterator[Work]:
-        """Batches of examples in the order of the rows, with their passages."""
+        While the reader is busy with one batch, the host prepares the next and the caller looks at the one before. All
+        work for the devices is given to them here, by one thread and in one order, as collectives want it.
+        """
+
+        def start(work: Work) -> tuple[Work, Reading | None]:
+            return work, program(state, work.batch, self.choices, work.prompt) if program else None
+
+        done: tuple[Work, Reading | None] | None = None
+        ready: Work | None = None
+        for numbers, examples in prefetch(self._examples(rows)):
+            find = self.source.start(examples, self.config.retrieval.n_context)
+            under_way = start(ready) if ready else None
+            following = self._prepare(numbers, examples, find(), reads=program is not None)
+            if done:
+                yield done
+            done, ready = under_way, following
+        if done:
+            yield done
+        if ready:
+            yield start(ready)
+
+    def _examples(self, rows: Rows) -> Iterator[tuple[list[int], list[Example]]]:
+        """Batches of examples in the order of the rows, and the row of each."""
         pending: list[tuple[int, Example]] = []
         for number in range(len(rows)):
             pending += [(number, example) for example in self.task.examples(rows[number], number, self.tokenizer)]
             while len(pending) >= self.size or (pending and number == len(rows) - 1):
                 taken, pending = pending[: self.size], pending[self.size :]
-                yield self._prepare([row for row, _ in taken], [example for _, example in taken], reads=reads)
+                yield [row for row, _ in taken], [example for _, example in taken]
 
-    def _prepare(self, rows: list[int], examples: list[Example], *, reads: bool) -> Work:
-        found = self.source(examples, self.config.retrieval.n_context)
+    def _prepare(self, rows: list[int], examples: list[Example], found: Found, *, reads: bool) -> Work:
         if not reads:
             return Work(rows, examples, found, None, [], None)
         queries = [example.query for example in examples]

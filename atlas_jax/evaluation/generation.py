@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from atlas_jax.models.fid import Encoded, FiD
-from atlas_jax.models.t5 import KeyValues
+from atlas_jax.models.fid import FiD
+from atlas_jax.models.t5 import KeyValues, Source
 
 FREE = -1  # in a prompt: the search chooses this token
 
@@ -27,23 +27,21 @@ class Generation:
 class _State(NamedTuple):
     position: Int[Array, ""]
     tokens: Int[Array, "b m"]
-    cache: KeyValues
+    cache: KeyValues | list[KeyValues]
     done: Bool[Array, " b"]
 
 
-def greedy(
-    reader: FiD, encoded: Encoded, cfg: Generation, prompt: Int[Array, "b p"] | None = None
-) -> Int[Array, "b m"]:
+def greedy(reader: FiD, source: Source, cfg: Generation, prompt: Int[Array, "b p"] | None = None) -> Int[Array, "b m"]:
     """The likeliest next token until `</s>`: the start token, the answer, padding up to `max_length`.
 
     A `prompt` gives the first tokens after the start token, `FREE` where it has ended.
     """
-    batch = encoded.mask.shape[0]
+    batch = source.mask.shape[0]
     tokens = jnp.full((batch, cfg.max_length), cfg.pad_id, jnp.int32)
 
     def step(state: _State) -> _State:
         inputs = jax.lax.dynamic_slice_in_dim(state.tokens, state.position, 1, axis=1)
-        logits, cache = reader.decode(inputs, encoded, past=state.cache, position=state.position)
+        logits, cache = reader.decode(inputs, source, past=state.cache, position=state.position)
         too_short = state.position + 1 < cfg.min_length
         logits = logits[:, 0, : cfg.vocabulary].at[:, cfg.eos_id].add(jnp.where(too_short, -jnp.inf, 0.0))
         chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -58,5 +56,5 @@ def greedy(
     def unfinished(state: _State) -> Bool[Array, ""]:
         return (state.position + 1 < cfg.max_length) & ~state.done.all()
 
-    start = _State(jnp.int32(0), tokens, reader.empty_cache(batch, cfg.max_length), jnp.zeros(batch, bool))
+    start = _State(jnp.int32(0), tokens, reader.empty_cache(source, cfg.max_length), jnp.zeros(batch, bool))
     return jax.lax.while_loop(unfinished, step, start).tokens

@@ -19,7 +19,7 @@ from atlas_jax.data.jsonl import Rows
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator, Result
 from atlas_jax.files import new_file, write_json
-from atlas_jax.mesh import batch_rows, make_mesh, prefers_rows, replicate
+from atlas_jax.mesh import batch_rows, is_one_cpu, make_mesh, replicate
 from atlas_jax.models.atlas import Atlas
 from atlas_jax.retrieval.embed import Embedder
 from atlas_jax.retrieval.library import open_library
@@ -71,7 +71,7 @@ def place(weights: Weights, config: Config, mesh: Mesh) -> Atlas:
         matrix = path.endswith(("/kernel", "reader/embed/embedding"))
         return replicate(mesh, array.astype(dtype) if matrix else array)
 
-    return build_model(weights.params, weights.cfg.computing(dtype=dtype, row_by_row=prefers_rows(mesh)), put)
+    return build_model(weights.params, weights.cfg.computing(dtype=dtype, for_cpu=is_one_cpu(mesh)), put)
 
 
 def passage_source(config: Config, weights: Weights, model: Atlas, mesh: Mesh, scratch: Path) -> Source:

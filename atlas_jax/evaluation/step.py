@@ -36,14 +36,14 @@ def read(
     reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Int[Array, "b p"] | None, cfg: Generation
 ) -> Reading:
     """Loss of the targets, logits of the choices, and a generated answer, out of one pass of the encoder."""
-    encoded = reader.encode(batch.passages, batch.mask)
-    logits, _ = reader.decode(shift_right(batch.target, cfg.pad_id), encoded)
+    source = reader.encode(batch.passages, batch.mask)
+    logits, _ = reader.decode(shift_right(batch.target, cfg.pad_id), source)
     loss = token_losses(logits, batch.target, batch.target_mask)
     return Reading(
         loss.sum(-1),
         batch.target_mask.sum(-1),
         jnp.take(logits[:, CHOICE_POSITION], choices, axis=-1),
-        greedy(reader, encoded, cfg, prompt),
+        greedy(reader, source, cfg, prompt),
     )
 
 

@@ -31,7 +31,7 @@ class ContrieverConfig:
     pooling: Literal["average", "sqrt", "cls"] = "average"
     normalize: bool = False  # vectors of length 1, for encoders trained so
     dropout: float = 0.0
-    row_by_row: bool = False  # in inference, attention of one row after the other: the logits stay in a CPU's cache
+    for_cpu: bool = False  # inference as a CPU's cache likes it: attention row by row
     dtype: Any = jnp.float32
 
 
@@ -70,7 +70,7 @@ class BertLayer(nnx.Module):
         self.down = einsum("blf,fd->bld", (f, d), (d,))
         self.mlp_norm = LayerNorm(cfg, rngs=rngs)
         self.rate = cfg.dropout
-        self.row_by_row = cfg.row_by_row
+        self.for_cpu = cfg.for_cpu
 
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"], *, rngs: nnx.Rngs | None = None
@@ -83,7 +83,7 @@ class BertLayer(nnx.Module):
             return jnp.einsum("bhts,bhsk->bhtk", dropout(weights, self.rate, rngs).astype(x.dtype), v)
 
         args = self.q(x), self.k(x), self.v(x), mask
-        y = self.o(row_by_row(attend, *args) if self.row_by_row and rngs is None else attend(*args))
+        y = self.o(row_by_row(attend, *args) if self.for_cpu and rngs is None else attend(*args))
         x = self.attn_norm(x + dropout(y, self.rate, rngs))
         y = self.down(jax.nn.gelu(self.up(x), approximate=False))
         return self.mlp_norm(x + dropout(y, self.rate, rngs))

@@ -1,19 +1,11 @@
 """Fusion-in-Decoder (arXiv 2007.01282): the encoder reads each passage alone, the decoder reads all of them at once."""
 
-from typing import NamedTuple
-
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from atlas_jax.models.t5 import Decoder, Encoder, KeyValues, T5Config
-
-
-class Encoded(NamedTuple):
-    """What the decoder reads of a batch: for each of its layers keys and values of all passages, fused; and their mask."""
-
-    cross: KeyValues  # "layers b h n*l k"
-    mask: Bool[Array, "b s"]
+from atlas_jax.models.t5 import Decoder, Encoder, KeyValues, Source, T5Config
 
 
 def split(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]:
@@ -62,24 +54,21 @@ class FiD(nnx.Module):
         rows = self.embed(passages.reshape(b * n, length))
         return split(self.encoder(rows, mask.reshape(b * n, length), rngs=rngs, remat=remat), n)
 
-    def encode(self, passages: Int[Array, "b n l"], mask: Bool[Array, "b n l"]) -> Encoded:
+    def encode(self, passages: Int[Array, "b n l"], mask: Bool[Array, "b n l"]) -> Source:
         """Reads the passages once, for any number of uses by the decoder."""
-        states = self.states(passages, mask)
-        return Encoded(self.decoder.cross(fuse(states)), mask.reshape(mask.shape[0], -1))
+        return self.decoder.source(fuse(self.states(passages, mask)), mask.reshape(mask.shape[0], -1))
 
     def decode(
         self,
         inputs: Int[Array, "b t"],
-        encoded: Encoded,
+        source: Source,
         *,
-        past: KeyValues | None = None,
+        past: KeyValues | list[KeyValues] | None = None,
         position: Int[Array, ""] | int = 0,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "b t v"], KeyValues]:
+    ) -> tuple[Float[Array, "b t v"], KeyValues | list[KeyValues]]:
         """Float32 logits of the tokens that follow the inputs, and the decoder's cache."""
-        x, present = self.decoder(
-            self.embed(inputs), encoded.cross, encoded.mask, past=past, position=position, rngs=rngs
-        )
+        x, present = self.decoder(self.embed(inputs), source, past=past, position=position, rngs=rngs)
         if self.lm_head is not None:
             return self.lm_head(x), present
         # T5 1.0: the embedding is the output matrix too, scaled as in Mesh TensorFlow
@@ -87,11 +76,9 @@ class FiD(nnx.Module):
         scaled = x * self.cfg.d_model**-0.5
         return jnp.einsum("btd,vd->btv", scaled, kernel, preferred_element_type=jnp.float32), present
 
-    def empty_cache(self, batch: int, length: int) -> KeyValues:
+    def empty_cache(self, source: Source, length: int) -> KeyValues | list[KeyValues]:
         """A decoder cache for `length` positions, nothing filled."""
-        cfg = self.cfg
-        shape = (cfg.num_decoder_layers, batch, cfg.num_heads, length, cfg.head_dim)
-        return KeyValues(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+        return jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], length, x.shape[-1]), x.dtype), source.cross)
 
 
 def shift_right(target: Int[Array, "b t"], pad_id: int) -> Int[Array, "b t"]:

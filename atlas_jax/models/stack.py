@@ -1,5 +1,6 @@
 """Layers of one kind, their parameters stacked on a leading axis and scanned over: one layer is compiled, not all."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,25 +16,42 @@ def stack(make_layer: Callable[[nnx.Rngs], Layer], depth: int, *, rngs: nnx.Rngs
     return nnx.split_rngs(splits=depth)(nnx.vmap(make_layer, in_axes=0, out_axes=0))(rngs)
 
 
+def apart(layers: Layer) -> list[Layer]:
+    """The stacked layers one by one, each with a copy of its parameters."""
+    graph, params = nnx.split(layers)
+    return [nnx.merge(graph, jax.tree.map(operator.itemgetter(n), params)) for n in range(_depth(params))]
+
+
 def scan(
     body: Callable[[Layer, Carry, Any, nnx.Rngs | None], tuple[Carry, Any]],
-    layers: Layer,
+    layers: Layer | list[Layer],
     carry: Carry,
     xs: Any = None,
     *,
     rngs: nnx.Rngs | None = None,
     remat: bool = False,
 ) -> tuple[Carry, Any]:
-    """Runs `carry, y = body(layer, carry, x, rngs)` through the stacked layers in order; returns (carry, stacked ys).
+    """Runs `carry, y = body(layer, carry, x, rngs)` through the layers in order; returns (carry, ys).
 
-    With `rngs`, each layer draws from a key of its own; with `remat`, its activations are recomputed in the gradient.
+    Stacked layers take xs stacked and give ys stacked; a list of layers, for inference alone, takes a list and gives
+    one. With `rngs`, each layer draws from a key of its own; with `remat`, its activations are computed again in the
+    gradient.
     """
+    if isinstance(layers, list):
+        ys = []
+        for layer, x in zip(layers, xs, strict=True):
+            carry, y = body(layer, carry, x, None)
+            ys.append(y)
+        return carry, ys
     graph, params = nnx.split(layers)
-    depth = jax.tree.leaves(params)[0].shape[0]
-    keys = None if rngs is None else jax.random.split(rngs.dropout(), depth)
+    keys = None if rngs is None else jax.random.split(rngs.dropout(), _depth(params))
 
     def step(carry: Carry, slices: tuple[Any, Any, Any]) -> tuple[Carry, Any]:
         params, key, x = slices
         return body(nnx.merge(graph, params), carry, x, None if key is None else nnx.Rngs(dropout=key))
 
     return jax.lax.scan(jax.checkpoint(step) if remat else step, carry, (params, keys, xs))
+
+
+def _depth(params: Any) -> int:
+    return int(jax.tree.leaves(params)[0].shape[0])

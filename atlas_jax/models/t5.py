@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from atlas_jax.models.stack import scan, stack
+from atlas_jax.models.stack import apart, scan, stack
 
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -36,7 +36,7 @@ class T5Config:
     relative_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     dropout: float = 0.0
-    row_by_row: bool = False  # in inference, attention of one row after the other: the logits stay in a CPU's cache
+    for_cpu: bool = False  # inference as a CPU's cache likes it: attention row by row, the decoder's layers apart
     dtype: Any = jnp.float32  # of matrix products and residuals; norms, softmax and logits are float32
 
 
@@ -68,6 +68,14 @@ class KeyValues(NamedTuple):
     values: Float[Array, "*depth b h s k"]
 
 
+class Source(NamedTuple):
+    """What the decoder reads, its layers, stacked or apart, and the keys and values of each."""
+
+    layers: "DecoderLayer | list[DecoderLayer]"
+    cross: KeyValues | list[KeyValues]
+    mask: Bool[Array, "b s"]
+
+
 def dropout(x: Float[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "..."]:
     """Inverted dropout with a key of `rngs`; the identity without them."""
     if rngs is None or rate == 0.0:
@@ -94,7 +102,7 @@ class Attention(nnx.Module):
         self.v = einsum("bsd,dhk->bhsk", (d, h, k), kernel_init=normal(d**-0.5))
         self.o = einsum("bhtk,hkd->btd", (h, k, d), kernel_init=normal((h * k) ** -0.5))
         self.rate = cfg.dropout
-        self.row_by_row = cfg.row_by_row
+        self.for_cpu = cfg.for_cpu
 
     def keys_values(self, source: Float[Array, "b s d"]) -> KeyValues:
         """The source's keys and values, which a cache may hold."""
@@ -120,8 +128,8 @@ class Attention(nnx.Module):
             return jnp.einsum("bhts,bhsk->bhtk", weights, source.values)
 
         q = self.q(x)
-        apart = self.row_by_row and rngs is None and mask.shape[0] == q.shape[0] > 1
-        return self.o(row_by_row(attend, q, source, mask) if apart else attend(q, source, mask))
+        by_row = self.for_cpu and rngs is None and mask.shape[0] == q.shape[0] > 1
+        return self.o(row_by_row(attend, q, source, mask) if by_row else attend(q, source, mask))
 
 
 class MLP(nnx.Module):
@@ -283,28 +291,30 @@ class Decoder(nnx.Module):
         self.layers = stack(lambda rngs: DecoderLayer(cfg, rngs=rngs), cfg.num_decoder_layers, rngs=rngs)
         self.final_norm = _norm(cfg, rngs)
         self.rate = cfg.dropout
+        self.for_cpu = cfg.for_cpu
 
-    def cross(self, states: Float[Array, "b s d"]) -> KeyValues:
-        """The keys and values of the encoder's states for every layer, to be used for many targets."""
-        _, cross = scan(lambda layer, _, __, ___: (None, layer.cross_attn.keys_values(states)), self.layers, None)
-        return cross
+    def source(self, states: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Source:
+        """The encoder's states as every layer reads them."""
+        layers = apart(self.layers) if self.for_cpu else self.layers
+        xs = [None] * len(layers) if isinstance(layers, list) else None
+        _, cross = scan(lambda layer, _, __, ___: (None, layer.cross_attn.keys_values(states)), layers, None, xs)
+        return Source(layers, cross, mask)
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        cross: KeyValues,
-        cross_mask: Bool[Array, "b s"],
+        source: Source,
         *,
-        past: KeyValues | None = None,
+        past: KeyValues | list[KeyValues] | None = None,
         position: Int[Array, ""] | int = 0,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "b t d"], KeyValues]:
+    ) -> tuple[Float[Array, "b t d"], KeyValues | list[KeyValues]]:
         """States of targets that stand at `position` and after it, and the self-attention's keys and values.
 
         `past` is a cache of fixed length, filled before `position`; without it `x` is the whole target.
         """
         queries = position + jnp.arange(x.shape[1])
-        keys = queries if past is None else jnp.arange(past.keys.shape[3])
+        keys = queries if past is None else jnp.arange(jax.tree.leaves(past)[0].shape[-2])
         bias = self.position_bias(queries, keys)
         causal = (keys[None, :] <= queries[:, None])[None]
 
@@ -312,7 +322,11 @@ class Decoder(nnx.Module):
             layer: DecoderLayer, x: Array, xs: tuple[KeyValues, KeyValues | None], rngs: nnx.Rngs | None
         ) -> tuple[Array, KeyValues]:
             cross, past = xs
-            return layer(x, past, position, cross, bias, causal, cross_mask[:, None], rngs=rngs)
+            return layer(x, past, position, cross, bias, causal, source.mask[:, None], rngs=rngs)
 
-        x, present = scan(body, self.layers, dropout(x, self.rate, rngs), (cross, past), rngs=rngs)
+        xs: Any = (source.cross, past)
+        if isinstance(source.layers, list):
+            nothing: list[KeyValues | None] = [None] * len(source.layers)
+            xs = list(zip(source.cross, past or nothing, strict=True))
+        x, present = scan(body, source.layers, dropout(x, self.rate, rngs), xs, rngs=rngs)
         return dropout(self.final_norm(x), self.rate, rngs), present

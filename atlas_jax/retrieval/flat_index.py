@@ -26,6 +26,7 @@ class FlatIndex:
     """
 
     kind = "flat"
+    on_host = False
 
     def __init__(self, rows: Float16[Array, "padded d"], count: int, mesh: Mesh):
         self.rows = rows  # zeros from `count` on

@@ -25,6 +25,7 @@ class Index(Protocol):
     kind: str
     count: int
     dim: int
+    on_host: bool  # it searches without the devices
 
     def search(self, queries: Float[np.ndarray | Array, "q d"], k: int) -> SearchResult: ...
 

@@ -85,10 +85,23 @@ def _open(folder: Path, config: Config, dim: int, retriever: str, mesh: Mesh) ->
             f"{folder}: built by another retriever than this one; load the index that belongs to --model_path, "
             "or build one with --passages"
         )
+    _warn(folder, about, config)
     passages = PassageStore.open(folder / PASSAGES)
     if len(passages) != about.get("count"):
         raise UserError(f"{folder}: {about.get('count')} vectors, but {len(passages)} passages; build the index again")
     return Library(_load(folder, about, config, mesh), passages)
+
+
+def _warn(folder: Path, about: dict[str, Any], config: Config) -> None:
+    """Says what differs between the index and the flags without making a search wrong."""
+    text = config.text
+    for flag, now in (("retriever_format", text.retriever_format), ("max_length", text.retriever_maxlength)):
+        if about.get(flag) != now:
+            logger.warning(
+                "%s: its passages were embedded with %s %r, this run says %r", folder, flag, about.get(flag), now
+            )
+    if config.index.save_index_path and folder != Path(os.path.abspath(config.index.save_index_path)):
+        logger.warning("--save_index_path has no effect: %s is there already", folder)
 
 
 def _load(folder: Path, about: dict[str, Any], config: Config, mesh: Mesh) -> Index:

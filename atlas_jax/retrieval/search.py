@@ -1,6 +1,7 @@
 """Queries to passage numbers: embed, search, and on request rerank with today's passage encoder."""
 
-from collections.abc import Sequence
+import concurrent.futures
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,11 +18,23 @@ class Search:
         self.queries = queries
         self.rows = rows  # of a batch, always the same
         self.programs = (queries.program,)
+        self._host = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search")
 
-    def __call__(self, queries: Sequence[str], k: int) -> SearchResult:
-        """The best k passages of each query; scores are inner products in float32."""
-        vectors = np.asarray(self.queries.queries(queries, self.rows))[: len(queries)]
-        return self.index.search(vectors, k)
+    def vectors(self, queries: Sequence[str]) -> np.ndarray:
+        """Vectors (float32, "q d") of queries."""
+        return np.asarray(self.queries.queries(queries, self.rows))[: len(queries)]
+
+    def start(self, queries: Sequence[str], k: int) -> Callable[[], SearchResult]:
+        """Begins to look for the best k passages of each query; calling the result waits for them.
+
+        What runs on the devices is done at once, so that no other work gets in between; an index on the host searches
+        while the devices go on.
+        """
+        vectors = self.vectors(queries)
+        if self.index.on_host:
+            return self._host.submit(self.index.search, vectors, k).result
+        found = self.index.search(vectors, k)
+        return lambda: found
 
 
 class Rerank:
@@ -35,15 +48,15 @@ class Rerank:
         self.batch = batch
         self.programs = (*search.programs, passages.program)
 
-    def __call__(self, queries: Sequence[str], k: int) -> SearchResult:
-        """The best k of the candidates; equal scores keep the index's order."""
-        search = self.search
-        vectors = np.asarray(search.queries.queries(queries, search.rows))[: len(queries)]
-        numbers = search.index.search(vectors, self.candidates).numbers
+    def start(self, queries: Sequence[str], k: int) -> Callable[[], SearchResult]:
+        """The best k of the candidates, at once; equal scores keep the index's order."""
+        vectors = self.search.vectors(queries)
+        numbers = self.search.index.search(vectors, self.candidates).numbers
         fresh = self._embed(numbers.reshape(-1)).reshape(*numbers.shape, -1)
         scores = np.einsum("qd,qcd->qc", vectors, fresh)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return SearchResult(np.take_along_axis(scores, best, 1), np.take_along_axis(numbers, best, 1))
+        found = SearchResult(np.take_along_axis(scores, best, 1), np.take_along_axis(numbers, best, 1))
+        return lambda: found
 
     def _embed(self, numbers: np.ndarray) -> np.ndarray:
         """Vectors (float32, "p d") of passages, each once."""

@@ -1,6 +1,6 @@
 """Where an example's passages come from: a search, or the example's own row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,7 +31,9 @@ class Source(Protocol):
         """What it compiles."""
         ...
 
-    def __call__(self, examples: Sequence[Example], n: int) -> Found: ...
+    def start(self, examples: Sequence[Example], n: int) -> Callable[[], Found]:
+        """Begins to look for n passages of each; calling the result waits for them."""
+        ...
 
 
 class FromIndex:
@@ -46,10 +48,15 @@ class FromIndex:
         """The encoders'."""
         return self.search.programs
 
-    def __call__(self, examples: Sequence[Example], n: int) -> Found:
+    def start(self, examples: Sequence[Example], n: int) -> Callable[[], Found]:
         """The best n."""
-        numbers = self.search([example.query for example in examples], n).numbers
-        return Found(self.store, numbers, np.ones(numbers.shape, bool))
+        search = self.search.start([example.query for example in examples], n)
+
+        def found() -> Found:
+            numbers = search().numbers
+            return Found(self.store, numbers, np.ones(numbers.shape, bool))
+
+        return found
 
 
 class FromRows:
@@ -57,13 +64,14 @@ class FromRows:
 
     programs: Sequence[Program] = ()
 
-    def __call__(self, examples: Sequence[Example], n: int) -> Found:
-        """As many as there are."""
+    def start(self, examples: Sequence[Example], n: int) -> Callable[[], Found]:
+        """As many as there are, at once."""
         passages = [list(example.passages or [])[:n] for example in examples]
         there = np.arange(n) < np.asarray([len(own) for own in passages])[:, None]
         numbers = np.zeros(there.shape, np.int64)
         numbers[there] = np.arange(there.sum())
-        return Found(_InMemory([dict(passage) for own in passages for passage in own]), numbers, there)
+        found = Found(_InMemory([dict(passage) for own in passages for passage in own]), numbers, there)
+        return lambda: found
 
 
 class _InMemory:

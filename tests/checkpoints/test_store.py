@@ -89,7 +89,7 @@ def test_half_a_model(tmp_path, tiny_weights, part):
 
 def test_how_a_run_computes_is_not_kept(tmp_path, tiny_weights):
     """A checkpoint written in a bfloat16 run with dropout is a float32 one without."""
-    cfg = tiny_weights.cfg.computing(dtype=jnp.bfloat16, dropout=0.1, row_by_row=True)
+    cfg = tiny_weights.cfg.computing(dtype=jnp.bfloat16, dropout=0.1, for_cpu=True)
     store.save(tmp_path / "half", dataclasses.replace(tiny_weights, cfg=cfg))
     assert store.load_config(tmp_path / "half") == (tiny_weights.cfg, 0)
 

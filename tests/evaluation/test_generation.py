@@ -15,8 +15,8 @@ from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.fid import FiD
 
 
-def load(folder) -> FiD:
-    cfg = AtlasConfig(reader_config(str(folder)), None)
+def load(folder, **how) -> FiD:
+    cfg = AtlasConfig(reader_config(str(folder)), None).computing(**how)
     source = {f"reader.{name}": array for name, array in folder_weights(str(folder)).items()}
     return build_model(import_weights(source, cfg, where=str(folder)), cfg, lambda _, array: jnp.asarray(array)).reader
 
@@ -45,6 +45,8 @@ def generate(reader, batch, cfg, prompt=None):
 def test_greedy_equals_the_reference(golden, reader, batch, answers):
     """The same tokens, start token included; the T5 1.0 twin's too."""
     np.testing.assert_array_equal(generate(reader, batch, Generation(16)), answers["greedy"])
+    for_cpu = load(golden / "assets/reader", for_cpu=True)
+    np.testing.assert_array_equal(generate(for_cpu, batch, Generation(16)), answers["greedy"])
     wanted = np.load(golden / "t5_1_0/golden.npz")["greedy"]
     np.testing.assert_array_equal(generate(load(golden / "t5_1_0"), batch, Generation(16)), wanted)
 

@@ -107,7 +107,7 @@ def test_the_cache_continues_what_it_holds(request, name, batch):
     @nnx.jit
     def both(reader: FiD):
         encoded = reader.encode(ids, mask)
-        cache, steps = reader.empty_cache(4, 9), []
+        cache, steps = reader.empty_cache(encoded, 9), []
         for position in range(6):
             logits, cache = reader.decode(inputs[:, position : position + 1], encoded, past=cache, position=position)
             steps.append(logits)
@@ -128,9 +128,9 @@ def test_bfloat16_is_near_and_keeps_float32_where_it_matters(golden, reader, bat
     assert 1e-3 < np.abs(logits - exact[1]).mean() < 0.5
 
 
-def test_rows_apart_are_rows_together(golden, reader, batch):
-    """Attention of one row after the other, which a CPU likes, changes nothing."""
-    apart = outputs(load(golden / "assets/reader", row_by_row=True), batch)
+def test_a_cpus_way_gives_the_same_numbers(golden, reader, batch):
+    """Attention of one row after the other, and the decoder's layers one by one, change nothing."""
+    apart = outputs(load(golden / "assets/reader", for_cpu=True), batch)
     for one, other in zip(apart, outputs(reader, batch), strict=True):
         close(one, np.asarray(other), 1e-5)
 

@@ -35,10 +35,10 @@ def example(*passages):
 
 def test_search_finds_what_the_reference_finds(search, store, batch, questions):
     """Text in, the reference's passages and scores out; fewer questions than a batch holds are no different."""
-    found = search(questions["query"], 5)
+    found = search.start(questions["query"], 5)()
     np.testing.assert_allclose(found.scores, batch["retrieved_scores"], rtol=0, atol=2e-2)
     assert ids(store, found.numbers) == batch["retrieved_ids"].astype(str).tolist()
-    alone = search(questions["query"][2:3], 5)
+    alone = search.start(questions["query"][2:3], 5)()
     np.testing.assert_array_equal(alone.numbers, found.numbers[2:3])
     np.testing.assert_allclose(alone.scores, found.scores[2:3], rtol=1e-6)
 
@@ -47,9 +47,9 @@ def test_rerank_is_the_reference_s(search, passages, tokens, store, golden, ques
     """20 candidates, then 5: its scores, and its passages where no score is within the error of its float16."""
     expected = json.loads((golden / "meta.json").read_text())["rerank"]
     rerank = Rerank(search, passages, tokens, 20, 8)
-    found = rerank(questions["query"], 5)
+    found = rerank.start(questions["query"], 5)()
     np.testing.assert_allclose(found.scores, expected["scores"], rtol=0, atol=2e-2)
-    gaps = -np.diff(rerank(questions["query"], 6).scores, axis=1)
+    gaps = -np.diff(rerank.start(questions["query"], 6)().scores, axis=1)
     apart = np.minimum(gaps, np.pad(gaps, ((0, 0), (1, 0)), constant_values=np.inf)[:, :-1]) > 5e-3
     assert (np.asarray(ids(store, found.numbers)) == np.asarray(expected["ids"]))[apart].all()
     assert apart.sum() >= 18  # of 20
@@ -59,11 +59,11 @@ def test_rerank_is_the_reference_s(search, passages, tokens, store, golden, ques
 
 def test_rerank_of_all_candidates_is_a_permutation(search, passages, tokens, questions):
     """The passages of the plain search in the order of their new scores; more candidates can only raise a score."""
-    plain = search(questions["query"], 20)
-    found = Rerank(search, passages, tokens, 20, 8)(questions["query"], 20)
+    plain = search.start(questions["query"], 20)()
+    found = Rerank(search, passages, tokens, 20, 8).start(questions["query"], 20)()
     np.testing.assert_array_equal(np.sort(found.numbers), np.sort(plain.numbers))
     assert (np.diff(found.scores) <= 0).all()
-    more = Rerank(search, passages, tokens, 60, 8)(questions["query"], 20)
+    more = Rerank(search, passages, tokens, 60, 8).start(questions["query"], 20)()
     assert (more.scores >= found.scores - 1e-5).all()
 
 
@@ -73,11 +73,11 @@ def test_rerank_mends_a_stale_index(passages, tokens, queries, mesh, questions):
     embed_corpus(passages, tokens, fresh, 8, lambda more: None)
     noise = np.random.default_rng(0).standard_normal(fresh.shape).astype(np.float16)
     good, stale = (Search(FlatIndex.from_array(array, mesh), queries, 8) for array in (fresh, noise))
-    wanted = good(questions["query"], 5)
-    found = Rerank(stale, passages, tokens, 240, 8)(questions["query"], 5)
+    wanted = good.start(questions["query"], 5)()
+    found = Rerank(stale, passages, tokens, 240, 8).start(questions["query"], 5)()
     np.testing.assert_array_equal(found.numbers, wanted.numbers)
     np.testing.assert_allclose(found.scores, wanted.scores, rtol=0, atol=2e-2)
-    assert not np.array_equal(stale(questions["query"], 5).numbers, wanted.numbers)
+    assert not np.array_equal(stale.start(questions["query"], 5)().numbers, wanted.numbers)
 
 
 class Rounding(Embedder):
@@ -96,8 +96,8 @@ def test_equal_scores_keep_the_order_of_the_index(search, passages, tokens, ques
     """Whatever order that was; the counter-case is the order of the numbers."""
     query = questions["query"][:1]
     sign = np.sign(np.asarray(search.queries.queries(query, 8))[0, 0])
-    plain = search(query, 60).numbers[0]
-    found = Rerank(search, Rounding(passages), tokens, 60, 8)(query, 60).numbers[0]
+    plain = search.start(query, 60)().numbers[0]
+    found = Rerank(search, Rounding(passages), tokens, 60, 8).start(query, 60)().numbers[0]
     assert found.tolist() == sorted(plain.tolist(), key=lambda number: -sign * (number // 10))  # sorted() is stable
     assert found.tolist() != sorted(plain.tolist(), key=lambda number: (-sign * (number // 10), number))
 
@@ -106,8 +106,8 @@ def test_a_search_is_a_source(search, store, questions):
     """Every example has all its n passages."""
     source = FromIndex(search, store)
     assert isinstance(source, Source)
-    found = source([Example(query, None, []) for query in questions["query"]], 3)
-    np.testing.assert_array_equal(found.numbers, search(questions["query"], 3).numbers)
+    found = source.start([Example(query, None, []) for query in questions["query"]], 3)()
+    np.testing.assert_array_equal(found.numbers, search.start(questions["query"], 3)().numbers)
     assert found.store is store
     assert found.there.all()
     assert found.there.shape == (4, 3)
@@ -118,7 +118,7 @@ def test_a_search_is_a_source(search, store, questions):
 def test_rows_bring_their_own(golden, n):
     """The first n of each in their order; where there are fewer, `there` says so."""
     given = [["a", "b", "c"], ["d"], [], ["e", "f"]]
-    found = FromRows()([example(*texts) for texts in given], n)
+    found = FromRows().start([example(*texts) for texts in given], n)()
     assert isinstance(FromRows(), Source)
     assert found.numbers.shape == found.there.shape == (4, n)
     assert found.there.sum(axis=1).tolist() == [min(len(texts), n) for texts in given]
@@ -133,7 +133,7 @@ def test_rows_bring_their_own(golden, n):
 @pytest.mark.parametrize("passages", [None, []])
 def test_rows_without_any_passage(passages):
     """Nothing is there, and there is still something to take."""
-    found = FromRows()([Example("who?", None, [], passages=passages)] * 2, 3)
+    found = FromRows().start([Example("who?", None, [], passages=passages)] * 2, 3)()
     assert not found.there.any()
     assert found.there.shape == (2, 3)
     assert found.store.take(found.numbers[0]) == [{"title": "", "text": ""}] * 3
@@ -142,5 +142,5 @@ def test_rows_without_any_passage(passages):
 def test_rows_are_left_as_they_are():
     """A passage is a copy: what a reader's format adds does not get into the row."""
     one = example("a")
-    FromRows()([one], 1).store.take([0])[0]["text"] = "changed"
+    FromRows().start([one], 1)().store.take([0])[0]["text"] = "changed"
     assert one.passages[0]["text"] == "a"
