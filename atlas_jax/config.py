@@ -167,6 +167,12 @@ class RetrievalConfig:
         if self.retrieve_only and (self.use_file_passages or self.closed_book):
             raise UserError("--retrieve_only: drop --use_file_passages and --closed_book, which retrieve nothing")
 
+    @property
+    def searched(self) -> tuple[str, int]:
+        """The flag that says how many passages a search must find per question, and that number."""
+        flag = "n_to_rerank_with_retrieve_with_rerank" if self.retrieve_with_rerank else "n_context"
+        return flag, getattr(self, flag)
+
 
 @dataclass(frozen=True)
 class IndexConfig:

@@ -10,6 +10,13 @@ import jax
 logger = logging.getLogger(__name__)
 
 
+def keep_programs(folder: str) -> None:
+    """Compiled programs are kept in a folder, where the next run of the same shapes finds them."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    logger.info("compiled programs are kept in %s", folder)
+
+
 class Program:
     """Calls `function(state, *args)` compiled; `args` are trees of arrays, `state` always has the same shapes."""
 

@@ -73,6 +73,8 @@ class Evaluator:
         self.generation = Generation(
             config.generation.generation_max_length,
             config.generation.generation_min_length or 0,
+            config.generation.generation_num_beams,
+            config.generation.generation_length_penalty,
             eos_id=tokenizer.suffix[0],
             pad_id=tokenizer.pad_id,
             # Reference: a prompted decoder may write known tokens only, the embedding has some more

@@ -1,16 +1,19 @@
-"""Writing an answer: greedy search, with the decoder's keys and values kept."""
+"""Writing an answer, with the decoder's keys and values kept: greedy, or a search with several beams."""
 
 import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.fid import FiD
 from atlas_jax.models.t5 import KeyValues, Source
 
 FREE = -1  # in a prompt: the search chooses this token
+
+Cache = KeyValues | list[KeyValues]
+Prompt = Int[Array, "b p"] | None  # the first tokens after the start token, `FREE` where it has ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,42 +22,127 @@ class Generation:
 
     max_length: int = 128
     min_length: int = 0
+    beams: int = 1
+    length_penalty: float = 1.0  # the power of its length that divides an answer's log-probability, with beams
     eos_id: int = 1
     pad_id: int = 0  # the start token too
     vocabulary: int | None = None  # only tokens below it are chosen
 
 
-class _State(NamedTuple):
+def generate(reader: FiD, source: Source, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
+    """The start token, the answer, padding up to `max_length`."""
+    return (greedy if cfg.beams == 1 else beam_search)(reader, source, cfg, prompt)
+
+
+def _allowed(
+    scores: Float[Array, "b ... v"], position: Int[Array, ""], cfg: Generation, prompt: Prompt
+) -> Float[Array, "b ... v"]:
+    """Scores of the token that follows `position`; -inf for those that the settings rule out there."""
+    token = jnp.arange(scores.shape[-1])
+    ruled_out = (token == cfg.eos_id) & (position + 1 < cfg.min_length)
+    if cfg.vocabulary is not None:
+        ruled_out |= token >= cfg.vocabulary
+    if prompt is None:
+        return jnp.where(_like(ruled_out, scores), -jnp.inf, scores)
+    given = jnp.pad(prompt, ((0, 0), (0, cfg.max_length)), constant_values=FREE)
+    given = jax.lax.dynamic_slice_in_dim(given, position, 1, axis=1)
+    ruled_out = jnp.where(given == FREE, ruled_out[None], token[None] != given)
+    return jnp.where(ruled_out.reshape(ruled_out.shape[0], *[1] * (scores.ndim - 2), -1), -jnp.inf, scores)
+
+
+def _like(x: Bool[Array, " v"], scores: Float[Array, "b ... v"]) -> Bool[Array, "... v"]:
+    return x.reshape(*[1] * (scores.ndim - 1), -1)
+
+
+class _Greedy(NamedTuple):
     position: Int[Array, ""]
     tokens: Int[Array, "b m"]
-    cache: KeyValues | list[KeyValues]
+    cache: Cache
     done: Bool[Array, " b"]
 
 
-def greedy(reader: FiD, source: Source, cfg: Generation, prompt: Int[Array, "b p"] | None = None) -> Int[Array, "b m"]:
-    """The likeliest next token until `</s>`: the start token, the answer, padding up to `max_length`.
-
-    A `prompt` gives the first tokens after the start token, `FREE` where it has ended.
-    """
+def greedy(reader: FiD, source: Source, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
+    """The likeliest next token until `</s>`."""
     batch = source.mask.shape[0]
-    tokens = jnp.full((batch, cfg.max_length), cfg.pad_id, jnp.int32)
 
-    def step(state: _State) -> _State:
+    def step(state: _Greedy) -> _Greedy:
         inputs = jax.lax.dynamic_slice_in_dim(state.tokens, state.position, 1, axis=1)
         logits, cache = reader.decode(inputs, source, past=state.cache, position=state.position)
-        too_short = state.position + 1 < cfg.min_length
-        logits = logits[:, 0, : cfg.vocabulary].at[:, cfg.eos_id].add(jnp.where(too_short, -jnp.inf, 0.0))
-        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        if prompt is not None:
-            padded = jnp.pad(prompt, ((0, 0), (0, cfg.max_length)), constant_values=FREE)
-            given = jax.lax.dynamic_slice_in_dim(padded, state.position, 1, axis=1)[:, 0]
-            chosen = jnp.where(given == FREE, chosen, given)
+        chosen = jnp.argmax(_allowed(logits[:, 0], state.position, cfg, prompt), axis=-1).astype(jnp.int32)
         chosen = jnp.where(state.done, cfg.pad_id, chosen)
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.position + 1, axis=1)
-        return _State(state.position + 1, tokens, cache, state.done | (chosen == cfg.eos_id))
+        return _Greedy(state.position + 1, tokens, cache, state.done | (chosen == cfg.eos_id))
 
-    def unfinished(state: _State) -> Bool[Array, ""]:
+    def unfinished(state: _Greedy) -> Bool[Array, ""]:
         return (state.position + 1 < cfg.max_length) & ~state.done.all()
 
-    start = _State(jnp.int32(0), tokens, reader.empty_cache(source, cfg.max_length), jnp.zeros(batch, bool))
-    return jax.lax.while_loop(unfinished, step, start).tokens
+    tokens = jnp.full((batch, cfg.max_length), cfg.pad_id, jnp.int32)
+    cache = reader.empty_cache(source, batch, cfg.max_length)
+    return jax.lax.while_loop(unfinished, step, _Greedy(jnp.int32(0), tokens, cache, jnp.zeros(batch, bool))).tokens
+
+
+class _Beams(NamedTuple):
+    position: Int[Array, ""]
+    tokens: Int[Array, "b w m"]  # of the w beams
+    scores: Float[Array, "b w"]  # log-probabilities
+    cache: Cache  # of b * w rows
+    finished: Int[Array, "b w m"]  # the best answers that have ended
+    finished_scores: Float[Array, "b w"]  # with the length penalty, best first; -inf where there is none yet
+    done: Bool[Array, " b"]  # no beam can beat what has ended
+
+
+def beam_search(reader: FiD, source: Source, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
+    """The answer of the best log-probability / length^penalty that a search with `beams` beams meets.
+
+    As Hugging Face's (version 4.49) without early stopping: each step looks at the best 2w continuations, ends the ones
+    with `</s>` among the first w, and goes on with the best w others.
+    """
+    batch, w = source.mask.shape[0], cfg.beams
+
+    def penalised(scores: Float[Array, "b ..."], length: Int[Array, ""]) -> Float[Array, "b ..."]:
+        return scores / length.astype(jnp.float32) ** cfg.length_penalty
+
+    def step(state: _Beams) -> _Beams:
+        inputs = jax.lax.dynamic_slice_in_dim(state.tokens, state.position, 1, axis=2).reshape(batch * w, 1)
+        logits, cache = reader.decode(inputs, source, past=state.cache, position=state.position)
+        logs = _allowed(jax.nn.log_softmax(logits.reshape(batch, w, -1)), state.position, cfg, prompt)
+        scores, place = jax.lax.top_k((state.scores[..., None] + logs).reshape(batch, -1), 2 * w)
+        beam, token = place // logs.shape[-1], (place % logs.shape[-1]).astype(jnp.int32)
+        tokens = jnp.take_along_axis(state.tokens, beam[..., None], axis=1)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[..., None], state.position + 1, axis=2)
+        ends = token == cfg.eos_id
+        length = state.position + 1  # without the start token
+
+        ended = jnp.where(ends[:, :w] & ~state.done[:, None], penalised(scores[:, :w], length), -jnp.inf)
+        finished_scores, finished = _best(w, (state.finished_scores, ended), (state.finished, tokens[:, :w]))
+        alive_scores, alive = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), w)
+        rows = (jnp.take_along_axis(beam, alive, axis=1) + w * jnp.arange(batch)[:, None]).reshape(-1)
+        return _Beams(
+            state.position + 1,
+            jnp.take_along_axis(tokens, alive[..., None], axis=1),
+            alive_scores,
+            jax.tree.map(lambda x: jnp.take(x, rows, axis=-4), cache),
+            finished,
+            finished_scores,
+            state.done | (finished_scores[:, -1] >= penalised(scores[:, 0], length)),
+        )
+
+    def unfinished(state: _Beams) -> Bool[Array, ""]:
+        return (state.position + 1 < cfg.max_length) & ~state.done.all()
+
+    nothing = jnp.full((batch, w, cfg.max_length), cfg.pad_id, jnp.int32)
+    none = jnp.full((batch, w), -jnp.inf)
+    first = jnp.zeros((batch, w)).at[:, 1:].set(-1e9)  # all beams are the same at first: one counts
+    cache = reader.empty_cache(source, batch * w, cfg.max_length)
+    start = _Beams(jnp.int32(0), nothing, first, cache, nothing, none, jnp.zeros(batch, bool))
+    end = jax.lax.while_loop(unfinished, step, start)
+    cut = jnp.where(end.done[:, None], -jnp.inf, penalised(end.scores, end.position))
+    return _best(1, (end.finished_scores, cut), (end.finished, end.tokens))[1][:, 0]
+
+
+def _best(
+    count: int, scores: tuple[Float[Array, "b _"], ...], tokens: tuple[Int[Array, "b _ m"], ...]
+) -> tuple[Float[Array, "b c"], Int[Array, "b c m"]]:
+    """The answers with the best scores, best first; of equals the earlier."""
+    best, place = jax.lax.top_k(jnp.concatenate(scores, axis=1), count)
+    return best, jnp.take_along_axis(jnp.concatenate(tokens, axis=1), place[..., None], axis=1)

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -21,8 +21,9 @@ from atlas_jax.evaluation.evaluator import Evaluator, Result
 from atlas_jax.files import new_file, write_json
 from atlas_jax.mesh import batch_rows, is_one_cpu, make_mesh, replicate
 from atlas_jax.models.atlas import Atlas
+from atlas_jax.programs import keep_programs
 from atlas_jax.retrieval.embed import Embedder
-from atlas_jax.retrieval.library import open_library
+from atlas_jax.retrieval.library import check_library, open_library
 from atlas_jax.retrieval.search import Rerank, Search
 from atlas_jax.retrieval.sources import FromIndex, FromRows, Source
 from atlas_jax.tasks import Task, make_task
@@ -35,7 +36,11 @@ ZERO_SHOT_STEP = 1  # the published commands expect the files of a model that wa
 def evaluate(config: Config, run: Path) -> dict[str, Result]:
     """Evaluates every file of --eval_data with one model; writes predictions and scores into the folder `run`."""
     task = make_task(config)
+    names = result_names(config.run.eval_data)
     files = [checked_rows(path, task) for path in config.run.eval_data]
+    check_library(config)
+    if config.run.compile_cache:
+        keep_programs(config.run.compile_cache)
     mesh = make_mesh(config.run.mesh)
     weights = restore(config)
     model = place(weights, config, mesh)
@@ -43,13 +48,23 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=run) as scratch:
         source = passage_source(config, weights, model, mesh, Path(scratch))
         evaluator = Evaluator(config, task, source, weights.tokenizer, mesh)
-        for rows in files:
-            stem = f"{Path(rows.path).stem}-step-{ZERO_SHOT_STEP}"
+        for rows, name in zip(files, names, strict=True):
+            stem = f"{name}-step-{ZERO_SHOT_STEP}"
             with _predictions(run / f"{stem}.jsonl", write=config.run.write_results) as write:
                 result = evaluator(rows, model.reader, write)
             report(run / f"{stem}.metrics.json", Path(rows.path).name, result)
             results[rows.path] = result
     return results
+
+
+def result_names(paths: Sequence[str]) -> list[str]:
+    """What the results of each file are called: its stem, or its whole name where two stems are the same."""
+    stems, names = [Path(path).stem for path in paths], [Path(path).name for path in paths]
+    found = [stem if stems.count(stem) == 1 else name for stem, name in zip(stems, names, strict=True)]
+    for name, path in zip(found, paths, strict=True):
+        if found.count(name) > 1:
+            raise UserError(f"--eval_data {path}: another file is called {name} too, and so would its results be")
+    return found
 
 
 def checked_rows(path: str, task: Task) -> Rows:
@@ -83,16 +98,11 @@ def passage_source(config: Config, weights: Weights, model: Atlas, mesh: Mesh, s
         Embedder(model.retriever, side, weights.retriever_tokenizer, mesh, length) for side in ("query", "passage")
     )
     library = open_library(config, passages, retriever_fingerprint(weights.params), mesh, scratch)
-    reranks = config.retrieval.retrieve_with_rerank
-    wanted = config.retrieval.n_to_rerank_with_retrieve_with_rerank if reranks else config.retrieval.n_context
-    if wanted > library.index.count:
-        flag = "--n_to_rerank_with_retrieve_with_rerank" if reranks else "--n_context"
-        raise UserError(f"{flag} {wanted}: the index holds {library.index.count} passages; ask for at most that many")
     search = Search(library.index, queries, batch_rows(mesh, config.run.per_gpu_batch_size))
-    if not reranks:
+    if not config.retrieval.retrieve_with_rerank:
         return FromIndex(search, library.passages)
     tokens = library.passages.tokens(weights.retriever_tokenizer, config.text.retriever_format, "retriever")
-    rerank = Rerank(search, passages, tokens, wanted, config.index.per_gpu_embedder_batch_size)
+    rerank = Rerank(search, passages, tokens, config.retrieval.searched[1], config.index.per_gpu_embedder_batch_size)
     return FromIndex(rerank, library.passages)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from atlas_jax.evaluation.generation import Generation, greedy
+from atlas_jax.evaluation.generation import Generation, Prompt, generate
 from atlas_jax.models.fid import FiD, shift_right
 
 
@@ -32,9 +32,7 @@ class Reading(NamedTuple):
 CHOICE_POSITION = 1  # the decoder position whose logits tell the letter: position 0 is the sentinel's
 
 
-def read(
-    reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Int[Array, "b p"] | None, cfg: Generation
-) -> Reading:
+def read(reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Prompt, cfg: Generation) -> Reading:
     """Loss of the targets, logits of the choices, and a generated answer, out of one pass of the encoder."""
     source = reader.encode(batch.passages, batch.mask)
     logits, _ = reader.decode(shift_right(batch.target, cfg.pad_id), source)
@@ -43,7 +41,7 @@ def read(
         loss.sum(-1),
         batch.target_mask.sum(-1),
         jnp.take(logits[:, CHOICE_POSITION], choices, axis=-1),
-        greedy(reader, source, cfg, prompt),
+        generate(reader, source, cfg, prompt),
     )
 
 

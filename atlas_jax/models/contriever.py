@@ -31,7 +31,7 @@ class ContrieverConfig:
     pooling: Literal["average", "sqrt", "cls"] = "average"
     normalize: bool = False  # vectors of length 1, for encoders trained so
     dropout: float = 0.0
-    for_cpu: bool = False  # inference as a CPU's cache likes it: attention row by row
+    for_cpu: bool = False  # inference as a CPU's cache likes it: row by row
     dtype: Any = jnp.float32
 
 
@@ -70,20 +70,15 @@ class BertLayer(nnx.Module):
         self.down = einsum("blf,fd->bld", (f, d), (d,))
         self.mlp_norm = LayerNorm(cfg, rngs=rngs)
         self.rate = cfg.dropout
-        self.for_cpu = cfg.for_cpu
 
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b l d"]:
-        def attend(
-            q: Float[Array, "r h l k"], k: Float[Array, "r h l k"], v: Float[Array, "r h l k"], mask: Bool[Array, "r l"]
-        ) -> Float[Array, "r h l k"]:
-            logits = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-            weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED))
-            return jnp.einsum("bhts,bhsk->bhtk", dropout(weights, self.rate, rngs).astype(x.dtype), v)
-
-        args = self.q(x), self.k(x), self.v(x), mask
-        y = self.o(row_by_row(attend, *args) if self.for_cpu and rngs is None else attend(*args))
+        q = self.q(x)
+        logits = jnp.einsum("bhtk,bhsk->bhts", q, self.k(x), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED))
+        weights = dropout(weights, self.rate, rngs).astype(x.dtype)
+        y = self.o(jnp.einsum("bhts,bhsk->bhtk", weights, self.v(x)))
         x = self.attn_norm(x + dropout(y, self.rate, rngs))
         y = self.down(jax.nn.gelu(self.up(x), approximate=False))
         return self.mlp_norm(x + dropout(y, self.rate, rngs))
@@ -115,7 +110,13 @@ class Contriever(nnx.Module):
         cfg = self.cfg
         x = self.words(ids) + self.positions.embedding[None, : ids.shape[1]] + self.token_types.embedding[None, :1]
         x = dropout(self.embed_norm(x), cfg.dropout, rngs)
-        x, _ = scan(lambda layer, x, _, rngs: (layer(x, mask, rngs=rngs), None), self.layers, x, rngs=rngs, remat=remat)
+
+        def body(layer: BertLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:
+            if cfg.for_cpu and rngs is None:
+                return row_by_row(layer, x, mask), None
+            return layer(x, mask, rngs=rngs), None
+
+        x, _ = scan(body, self.layers, x, rngs=rngs, remat=remat)
         vectors = self._pool(x.astype(jnp.float32), mask)
         return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True) if cfg.normalize else vectors
 

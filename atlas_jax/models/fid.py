@@ -60,14 +60,17 @@ class FiD(nnx.Module):
 
     def decode(
         self,
-        inputs: Int[Array, "b t"],
+        inputs: Int[Array, "r t"],
         source: Source,
         *,
         past: KeyValues | list[KeyValues] | None = None,
         position: Int[Array, ""] | int = 0,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "b t v"], KeyValues | list[KeyValues]]:
-        """Float32 logits of the tokens that follow the inputs, and the decoder's cache."""
+    ) -> tuple[Float[Array, "r t v"], KeyValues | list[KeyValues]]:
+        """Float32 logits of the tokens that follow the inputs, and the decoder's cache.
+
+        Several rows of inputs may go with each row of the source, one after the other: the beams of a search.
+        """
         x, present = self.decoder(self.embed(inputs), source, past=past, position=position, rngs=rngs)
         if self.lm_head is not None:
             return self.lm_head(x), present
@@ -76,9 +79,13 @@ class FiD(nnx.Module):
         scaled = x * self.cfg.d_model**-0.5
         return jnp.einsum("btd,vd->btv", scaled, kernel, preferred_element_type=jnp.float32), present
 
-    def empty_cache(self, source: Source, length: int) -> KeyValues | list[KeyValues]:
-        """A decoder cache for `length` positions, nothing filled."""
-        return jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], length, x.shape[-1]), x.dtype), source.cross)
+    def empty_cache(self, source: Source, rows: int, length: int) -> KeyValues | list[KeyValues]:
+        """A decoder cache for `length` positions of so many rows, nothing filled."""
+
+        def empty(x: Float[Array, "*depth b h s k"]) -> Float[Array, "*depth r h m k"]:
+            return jnp.zeros((*x.shape[:-4], rows, x.shape[-3], length, x.shape[-1]), x.dtype)
+
+        return jax.tree.map(empty, source.cross)
 
 
 def shift_right(target: Int[Array, "b t"], pad_id: int) -> Int[Array, "b t"]:

@@ -36,7 +36,7 @@ class T5Config:
     relative_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     dropout: float = 0.0
-    for_cpu: bool = False  # inference as a CPU's cache likes it: attention row by row, the decoder's layers apart
+    for_cpu: bool = False  # inference as a CPU's cache likes it: encoder row by row, the decoder's layers apart
     dtype: Any = jnp.float32  # of matrix products and residuals; norms, softmax and logits are float32
 
 
@@ -102,7 +102,6 @@ class Attention(nnx.Module):
         self.v = einsum("bsd,dhk->bhsk", (d, h, k), kernel_init=normal(d**-0.5))
         self.o = einsum("bhtk,hkd->btd", (h, k, d), kernel_init=normal((h * k) ** -0.5))
         self.rate = cfg.dropout
-        self.for_cpu = cfg.for_cpu
 
     def keys_values(self, source: Float[Array, "b s d"]) -> KeyValues:
         """The source's keys and values, which a cache may hold."""
@@ -117,19 +116,12 @@ class Attention(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "b t d"]:
-        def attend(
-            q: Float[Array, "r h t k"], source: KeyValues, mask: Bool[Array, "#r #t s"]
-        ) -> Float[Array, "r h t k"]:
-            logits = jnp.einsum("bhtk,bhsk->bhts", q, source.keys, preferred_element_type=jnp.float32)
-            if bias is not None:
-                logits = logits + bias
-            logits = jnp.where(mask[:, None], logits, MASKED)
-            weights = dropout(jax.nn.softmax(logits), self.rate, rngs).astype(x.dtype)
-            return jnp.einsum("bhts,bhsk->bhtk", weights, source.values)
-
-        q = self.q(x)
-        by_row = self.for_cpu and rngs is None and mask.shape[0] == q.shape[0] > 1
-        return self.o(row_by_row(attend, q, source, mask) if by_row else attend(q, source, mask))
+        logits = jnp.einsum("bhtk,bhsk->bhts", self.q(x), source.keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias
+        logits = jnp.where(mask[:, None], logits, MASKED)
+        weights = dropout(jax.nn.softmax(logits), self.rate, rngs).astype(x.dtype)
+        return self.o(jnp.einsum("bhts,bhsk->bhtk", weights, source.values))
 
 
 class MLP(nnx.Module):
@@ -194,7 +186,7 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],
+        x: Float[Array, "r t d"],
         past: KeyValues | None,
         position: Int[Array, ""] | int,
         cross: KeyValues,
@@ -203,7 +195,7 @@ class DecoderLayer(nnx.Module):
         cross_mask: Bool[Array, "b 1 s"],
         *,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "b t d"], KeyValues]:
+    ) -> tuple[Float[Array, "r t d"], KeyValues]:
         """The layer's output, and `past` with the keys and values of `x` put in at `position`."""
         y = self.self_attn_norm(x)
         present = self.self_attn.keys_values(y)
@@ -211,7 +203,9 @@ class DecoderLayer(nnx.Module):
             put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2)
             present = KeyValues(put(past.keys, present.keys), put(past.values, present.values))
         x = x + dropout(self.self_attn(y, present, bias, mask, rngs=rngs), self.rate, rngs)
-        y = self.cross_attn(self.cross_attn_norm(x), cross, None, cross_mask, rngs=rngs)
+        # Rows that share a source attend to it like further positions of one row: nothing tells positions apart there
+        y = self.cross_attn_norm(x).reshape(cross_mask.shape[0], -1, x.shape[-1])
+        y = self.cross_attn(y, cross, None, cross_mask, rngs=rngs).reshape(x.shape)
         x = x + dropout(y, self.rate, rngs)
         return x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs), present
 
@@ -264,6 +258,7 @@ class Encoder(nnx.Module):
         self.layers = stack(lambda rngs: EncoderLayer(cfg, rngs=rngs), cfg.num_layers, rngs=rngs)
         self.final_norm = _norm(cfg, rngs)
         self.rate = cfg.dropout
+        self.for_cpu = cfg.for_cpu
 
     def __call__(
         self,
@@ -277,6 +272,8 @@ class Encoder(nnx.Module):
         bias = self.position_bias(positions, positions)
 
         def body(layer: EncoderLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:
+            if self.for_cpu and rngs is None:
+                return row_by_row(lambda x, mask: layer(x, bias, mask), x, mask[:, None]), None
             return layer(x, bias, mask[:, None], rngs=rngs), None
 
         x, _ = scan(body, self.layers, dropout(x, self.rate, rngs), rngs=rngs, remat=remat)
@@ -302,13 +299,13 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],
+        x: Float[Array, "r t d"],
         source: Source,
         *,
         past: KeyValues | list[KeyValues] | None = None,
         position: Int[Array, ""] | int = 0,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "b t d"], KeyValues | list[KeyValues]]:
+    ) -> tuple[Float[Array, "r t d"], KeyValues | list[KeyValues]]:
         """States of targets that stand at `position` and after it, and the self-attention's keys and values.
 
         `past` is a cache of fixed length, filled before `position`; without it `x` is the whole target.

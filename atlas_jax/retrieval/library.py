@@ -61,6 +61,22 @@ def open_library(config: Config, embedder: Embedder, retriever: str, mesh: Mesh,
     return _open(folder, config, embedder.dim, retriever, mesh)
 
 
+def check_library(config: Config) -> None:
+    """What can be known of the library before any weights are loaded."""
+    folder = Path(config.index.load_index_path or "")
+    if config.index.load_index_path and (folder / ABOUT).is_file():
+        check_count(config, read_json(folder / ABOUT).get("count"))
+    elif config.index.save_index_path:
+        _check_replaceable(Path(os.path.abspath(config.index.save_index_path)))
+
+
+def check_count(config: Config, count: Any) -> None:
+    """Refuses to look for more passages than there are."""
+    flag, wanted = config.retrieval.searched
+    if isinstance(count, int) and wanted > count:
+        raise UserError(f"--{flag} {wanted}: the index holds {count} passages; ask for at most that many")
+
+
 def _check_replaceable(folder: Path) -> None:
     """Only an index, an empty folder or nothing gives way to a new index."""
     is_index = (folder / ABOUT).is_file() and "retriever" in read_json(folder / ABOUT)
@@ -89,6 +105,7 @@ def _open(folder: Path, config: Config, dim: int, retriever: str, mesh: Mesh) ->
     passages = PassageStore.open(folder / PASSAGES)
     if len(passages) != about.get("count"):
         raise UserError(f"{folder}: {about.get('count')} vectors, but {len(passages)} passages; build the index again")
+    check_count(config, len(passages))
     return Library(_load(folder, about, config, mesh), passages)
 
 

@@ -5,6 +5,7 @@
 
 t5_1_0/: a T5 1.0 (ReLU, tied, fewer encoder than decoder layers) with random weights, read as Fusion-in-Decoder: its
 encoder's states of every passage, and logits, loss and a greedy answer of its decoder over all of them.
+beams.npz: beam searches whose answers end.
 minilm.npz: vectors that a pretrained encoder gives (BERT with the standard layer norm, mean pooling, normalised).
 """
 
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, BertModel, T5Config, T5ForConditionalGen
 from transformers.modeling_outputs import BaseModelOutput
 
 HERE = Path(__file__).parent
+BEAM_END = 1166  # a token that the random reader likes
 
 
 def t5_1_0() -> None:
@@ -54,6 +56,30 @@ def t5_1_0() -> None:
     )
 
 
+def beams() -> None:
+    """Beam search of the golden reader over the golden batch with a frequent token as its end, so that answers end."""
+    model = T5ForConditionalGeneration.from_pretrained(HERE / "assets/reader").eval()
+    batch = np.load(HERE / "batch.npz")
+    ids, mask = torch.tensor(batch["reader_ids"]), torch.tensor(batch["reader_mask"])
+    b, n, length = ids.shape
+    with torch.no_grad():
+        states = model.encoder(ids.view(b * n, length), attention_mask=mask.view(b * n, length))[0]
+    found = {}
+    for penalty, width, shortest in ((1.0, 3, 0), (0.5, 3, 0), (2.0, 4, 0), (1.0, 4, 9)):
+        tokens = model.generate(
+            encoder_outputs=BaseModelOutput(states.view(b, n * length, -1)),  # generate() expands it in place
+            attention_mask=mask.view(b, -1),
+            max_length=24,
+            min_length=shortest,
+            num_beams=width,
+            length_penalty=penalty,
+            eos_token_id=BEAM_END,
+            do_sample=False,
+        )
+        found[f"{penalty}_{width}_{shortest}"] = np.pad(tokens.numpy(), ((0, 0), (0, 24 - tokens.shape[1])))
+    np.savez_compressed(HERE / "beams.npz", **found)
+
+
 def minilm(folder: str) -> None:
     texts = [json.loads(line)["text"] for line in (HERE / "passages.jsonl").open(encoding="utf-8")][:24]
     tokens = AutoTokenizer.from_pretrained(folder)(
@@ -68,4 +94,5 @@ def minilm(folder: str) -> None:
 
 if __name__ == "__main__":
     t5_1_0()
+    beams()
     minilm(sys.argv[1])

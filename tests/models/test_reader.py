@@ -107,7 +107,7 @@ def test_the_cache_continues_what_it_holds(request, name, batch):
     @nnx.jit
     def both(reader: FiD):
         encoded = reader.encode(ids, mask)
-        cache, steps = reader.empty_cache(encoded, 9), []
+        cache, steps = reader.empty_cache(encoded, 4, 9), []
         for position in range(6):
             logits, cache = reader.decode(inputs[:, position : position + 1], encoded, past=cache, position=position)
             steps.append(logits)
