@@ -38,4 +38,5 @@ def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callabl
             tell()
 
     yield more
-    tell()
+    if done:
+        tell()

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--encoder", required=True, help="folder of a pretrained encoder")
     parser.add_argument("--passages", required=True, help="jsonl rows with id, title, text, description")
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     described = [
         (number, row["description"])
         for number, (_, row) in enumerate(read_rows(given.passages))

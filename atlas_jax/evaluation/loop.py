@@ -16,12 +16,14 @@ from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import Config
 from atlas_jax.data.jsonl import Rows
+from atlas_jax.data.reader_inputs import ReaderText
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator, Result
 from atlas_jax.files import new_file, write_json
 from atlas_jax.mesh import batch_rows, is_one_cpu, make_mesh, replicate
 from atlas_jax.models.atlas import Atlas
 from atlas_jax.programs import keep_programs
+from atlas_jax.progress import progress
 from atlas_jax.retrieval.embed import Embedder
 from atlas_jax.retrieval.library import check_library, open_library
 from atlas_jax.retrieval.search import Rerank, Search
@@ -98,6 +100,10 @@ def passage_source(config: Config, weights: Weights, model: Atlas, mesh: Mesh, s
         Embedder(model.retriever, side, weights.retriever_tokenizer, mesh, length) for side in ("query", "passage")
     )
     library = open_library(config, passages, retriever_fingerprint(weights.params), mesh, scratch)
+    if model.reader is not None:
+        text = ReaderText(weights.tokenizer, config.text.encoder_format, config.text.text_maxlength)
+        with progress("tokenizing for the reader", "passages", len(library.passages)) as more:
+            text.prepare(library.passages, more)
     search = Search(library.index, queries, batch_rows(mesh, config.run.per_gpu_batch_size))
     if not config.retrieval.retrieve_with_rerank:
         return FromIndex(search, library.passages)
