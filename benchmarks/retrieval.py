@@ -29,13 +29,13 @@ from atlas_jax.retrieval.search import Search
 
 SAMPLE = Path(cli.__file__).parent / "sample"
 KINDS = (("flat", None), ("ivfflat", None), ("ivfsq", None), ("ivfpq", 64), ("pq", 64))
-LENGTH = 256  # tokens that MiniLM was trained to read
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", required=True, help="folder of a pretrained encoder")
     parser.add_argument("--passages", required=True, help="jsonl rows with id, title, text, description")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens of a text; MiniLM was trained with 256")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     described = [
@@ -45,18 +45,19 @@ def main() -> None:
     ]
     own = np.asarray([number for number, _ in described])
     with tempfile.TemporaryDirectory() as temporary:
-        saved = Path(temporary) / "flat"
+        saved = Path(temporary) / "index"
         config = Config(
             ModelConfig(str(SAMPLE / "reader"), given.encoder),
             TaskConfig("qa"),
-            text=TextConfig(text_maxlength=LENGTH),
+            text=TextConfig(text_maxlength=given.max_length),
             retrieval=RetrievalConfig(retrieve_only=True),
             index=IndexConfig(passages=(given.passages,), save_index_path=str(saved)),
         )
         weights, mesh = restore(config), make_mesh()
         model = place(weights, config, mesh)
         queries, passages = (
-            Embedder(model.retriever, side, weights.retriever_tokenizer, mesh, LENGTH) for side in ("query", "passage")
+            Embedder(model.retriever, side, weights.retriever_tokenizer, mesh, given.max_length)
+            for side in ("query", "passage")
         )
         fingerprint = retriever_fingerprint(weights.params)
         start = time.perf_counter()
