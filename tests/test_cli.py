@@ -587,7 +587,11 @@ def test_a_full_disk(refused, tmp_path, monkeypatch):
 def atlas(*argv: str, **options) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment} | options
-    return subprocess.Popen([sys.executable, "-m", "atlas_jax.cli", *argv], **options)
+    # A shell's background job, which the tests may be, ignores SIGINT, and so would what it starts
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from atlas_jax.cli import main; "
+    )
+    return subprocess.Popen([sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", *argv], **options)
 
 
 def test_a_bad_flag_as_a_process(tmp_path):
