@@ -7,7 +7,7 @@ SAMPLE := atlas_jax/sample
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lint types test demo clean
+.PHONY: help setup lint types test soak demo clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ types: setup ## mypy
 
 test: setup lint types ## lint, types and the tests
 	$(BIN)/python -m pytest
+
+soak: setup ## kill training runs a hundred times at random moments and compare what they end with (an hour)
+	$(BIN)/python tests/training/killing.py --kills 100
 
 demo: setup ## evaluate the sample model on the sample questions, on a CPU
 	$(BIN)/atlas evaluate --name demo --checkpoint_dir runs \

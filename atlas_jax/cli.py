@@ -7,14 +7,20 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from atlas_jax.errors import UserError
+from atlas_jax.training.interrupts import Interrupted, leave
+
+if TYPE_CHECKING:
+    from atlas_jax.config import Config
 
 USAGE = """usage: atlas COMMAND [FLAGS]
 
 ATLAS: a retriever and a reader, in JAX (arXiv 2208.03299).
 
-  evaluate   retrieve, read and score:      atlas evaluate --help
+  train      retriever and reader together:  atlas train --help
+  evaluate   retrieve, read and score:       atlas evaluate --help
   convert    a published checkpoint to ours: atlas convert --help
 """
 
@@ -35,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor shall the interpreter complain when it flushes
         return BROKEN_PIPE
     except KeyboardInterrupt:
-        return _failed("interrupted", INTERRUPTED)
+        return leave(_failed("interrupted", INTERRUPTED))
+    except Interrupted as stop:
+        return leave(_failed(f"{stop}; the same command goes on from here", stop.status))
     except UserError as error:
         return _failed(str(error))
     except MemoryError as error:
@@ -59,7 +67,7 @@ def _failed(message: str, status: int = 2) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    commands: dict[str, Callable[[Sequence[str]], None]] = {"evaluate": _evaluate, "convert": _convert}
+    commands: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "evaluate": _evaluate, "convert": _convert}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -74,11 +82,30 @@ def _run(arguments: Sequence[str]) -> None:
             raise
 
 
+def _train(argv: Sequence[str]) -> None:
+    from atlas_jax.config import parse_args
+
+    config = parse_args("train", argv)
+    from atlas_jax.training.loop import train
+
+    with _run_folder(config) as run:
+        train(config, run)
+
+
 def _evaluate(argv: Sequence[str]) -> None:
-    from atlas_jax.config import parse_args, to_dict
+    from atlas_jax.config import parse_args
 
     config = parse_args("evaluate", argv)
     from atlas_jax.evaluation.loop import evaluate  # takes seconds: after the flags are known to be right
+
+    with _run_folder(config) as run:
+        evaluate(config, run)
+
+
+@contextlib.contextmanager
+def _run_folder(config: "Config") -> Iterator[Path]:
+    """The run's folder, with its flags in config.json and its log in run.log."""
+    from atlas_jax.config import to_dict
     from atlas_jax.files import write_json
 
     run = Path(config.run.checkpoint_dir) / config.run.name
@@ -89,7 +116,7 @@ def _evaluate(argv: Sequence[str]) -> None:
         raise UserError(f"{run}: cannot be written ({error.strerror}); choose another --checkpoint_dir") from None
     with _handler(log):
         write_json(run / "config.json", to_dict(config))
-        evaluate(config, run)
+        yield run
 
 
 def _convert(argv: Sequence[str]) -> None:

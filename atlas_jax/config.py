@@ -32,7 +32,8 @@ READERS = (
     *("google/t5-v1_1-base", "google/t5-v1_1-large", "google/t5-v1_1-xl", "google/t5-v1_1-xxl"),
     *("google/t5-base-lm-adapt", "google/t5-large-lm-adapt", "google/t5-xl-lm-adapt", "google/t5-xxl-lm-adapt"),
 )
-PAPER_NAMES: dict[str, Literal["ppmean", "evalnormsum"]] = {"pdist": "ppmean", "adist": "evalnormsum"}
+GoldMode = Literal["evalnormsum", "loop", "ppmean", "emdr"]
+PAPER_NAMES: dict[str, GoldMode] = {"pdist": "ppmean", "adist": "evalnormsum"}
 OUR_CHECKPOINT = "atlas.json"  # the file that tells a checkpoint of ours
 BERT_POSITIONS = 512  # the retriever has no more
 FOREVER = 2**32
@@ -83,16 +84,20 @@ class RunConfig:
     shuffle: bool = False  # train on the rows in a new random order each epoch
     per_gpu_batch_size: int = 1  # questions per device and step
     log_freq: int = 100  # train: steps between two lines of metrics
-    eval_freq: int = 500  # train: steps between two evaluations
-    save_freq: int = 5000  # train: steps between two checkpoints
-    save_optimizer: bool = False  # store the optimizers in checkpoints too, so that a run can resume exactly
+    eval_freq: int = 500  # train: steps between two evaluations; the last step is evaluated in any case
+    save_freq: int = 5000  # train: steps between two checkpoints; the last step is saved in any case
+    save_optimizer: bool = False  # keep the optimizers in the last checkpoint of a finished run too; the others have
+    # them in any case, so that a run that was stopped resumes exactly
+    keep: int | None = None  # train: only the newest checkpoints stay, so many; left out, all do; 0: none once finished
+    max_bad_steps: int = 20  # train: stop after so many steps in a row whose loss or gradient is not finite
     write_results: bool = False  # write the predictions of each evaluation to a jsonl file
     dont_write_passages: bool = False  # leave the passages, most of the bytes, out of the --write_results files
     mesh: str = "auto"  # how devices share the work: axes and their sizes, such as data=8,fsdp=8, or auto
     compile_cache: str | None = None  # folder that keeps compiled programs, so that the next run starts at once
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "per_gpu_batch_size", "log_freq", "eval_freq", "save_freq")
+        _at_least(1, self, "per_gpu_batch_size", "log_freq", "eval_freq", "save_freq", "max_bad_steps")
+        _at_least(0, self, "keep")
 
 
 @dataclass(frozen=True)
@@ -258,6 +263,11 @@ class DistillConfig:
         _above_zero(self, "temperature_score", "temperature_gold")
         sound = self.refresh_schedule and all(start < end and every for start, end, every in self.refresh_schedule)
         _require(bool(sound), self, "refresh_index", "expected -1, or 100, or START-END:EVERY,START-END:EVERY")
+
+    @property
+    def gold(self) -> GoldMode:
+        """The judgement by its name in the code."""
+        return PAPER_NAMES.get(self.gold_score_mode, self.gold_score_mode)  # type: ignore[arg-type]
 
     @property
     def refresh_schedule(self) -> tuple[tuple[int, int, int], ...]:

@@ -62,6 +62,16 @@ def new_file(path: Path) -> Iterator[Path]:
             draft.unlink()
 
 
+def sync(*paths: Path) -> None:
+    """Files and folders outlive a power cut from here on; of a folder that is the names in it."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _is_about(error: OSError, draft: Path) -> bool:
     """Whether writing below `draft` failed: a failing `write` knows no name."""
     named = error.filename is None or draft.name in str(error.filename)

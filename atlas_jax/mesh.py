@@ -56,6 +56,6 @@ def put_batch(mesh: Mesh, array: np.ndarray) -> Array:
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec(BATCH)))
 
 
-def replicate(mesh: Mesh, array: np.ndarray) -> Array:
+def replicate(mesh: Mesh, array: np.ndarray | Array) -> Array:
     """An array that every device holds whole."""
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))

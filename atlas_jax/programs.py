@@ -1,13 +1,17 @@
 """A jitted function compiled ahead, once for each shape of its arguments, and said so."""
 
+import concurrent.futures
 import logging
+import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def keep_programs(folder: str) -> None:
@@ -18,27 +22,58 @@ def keep_programs(folder: str) -> None:
 
 
 class Program:
-    """Calls `function(state, *args)` compiled; `args` are trees of arrays, `state` always has the same shapes."""
+    """Calls `function(state, *args)` compiled; `args` are trees of arrays, `state` always has the same shapes.
 
-    def __init__(self, name: str, function: Callable[..., Any]):
+    With `donate` the state of a call is used up: its memory holds the results.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], *, donate: bool = False):
         self.name = name
         self.compile_seconds = 0.0
-        self._jitted = jax.jit(function)
-        self._compiled: dict[Any, Any] = {}
+        self._jitted = jax.jit(function, donate_argnums=0 if donate else ())
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def __call__(self, state: Any, *args: Any) -> Any:
+        return self.prepare(state, *args)(state, *args)
+
+    def prepare(self, state: Any, *args: Any) -> jax.stages.Compiled:
+        """Compiles for these shapes, unless that is done, and runs nothing."""
         leaves, structure = jax.tree.flatten(args)
         shapes = (structure, *((x.shape, str(x.dtype)) for x in leaves))
         if shapes not in self._compiled:
             start = time.perf_counter()
-            self._compiled[shapes] = self._jitted.lower(state, *args).compile()
+            lowered = self._jitted.lower(state, *args)
+            self._compiled[shapes] = _in_thread(f"compile {self.name}", lowered.compile)
             seconds = time.perf_counter() - start
             self.compile_seconds += seconds
             shape = " x ".join(map(str, max((x.shape for x in leaves), key=len, default=())))
             logger.info("compiled %s for %s in %.1f s (program %d)", self.name, shape, seconds, self.count)
-        return self._compiled[shapes](state, *args)
+        return self._compiled[shapes]
 
     @property
     def count(self) -> int:
         """How many shapes were compiled."""
         return len(self._compiled)
+
+
+def _in_thread(name: str, function: Callable[[], T]) -> T:
+    """Calls it in a thread of its own: XLA holds up the signals of its caller, who, waiting here, gets them at once.
+
+    When one ends the wait, XLA goes on. It would crash with the interpreter gone, so the thread is no daemon.
+    """
+    result: concurrent.futures.Future[T] = concurrent.futures.Future()
+    running = threading.Lock()  # a bare one: `join` and `Future.result` do not survive what a signal handler raises
+    running.acquire()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+        finally:
+            running.release()
+
+    threading.Thread(target=call, name=name).start()
+    while not running.acquire(timeout=0.1):  # a signal just before the wait does not wake it
+        pass
+    return result.result()

@@ -10,51 +10,14 @@ import argparse
 import json
 import re
 import resource
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+from shapes import SAMPLE, reader_folder, retriever_folder
+
 from atlas_jax import cli
-from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
-
-SAMPLE = Path(cli.__file__).parent / "sample"
-
-
-def reader_folder(name: str, folder: Path) -> Path:
-    """The published shape with the sample's tokenizer, no weights."""
-    shape = T5_CONFIGS[name]
-    shutil.copytree(SAMPLE / "reader", folder)
-    config = {
-        "model_type": "t5",
-        "d_model": shape.d_model,
-        "num_heads": shape.num_heads,
-        "d_kv": shape.head_dim,
-        "d_ff": shape.d_ff,
-        "num_layers": shape.num_layers,
-        "vocab_size": shape.vocab_size,
-        "feed_forward_proj": "gated-gelu" if shape.gated else "relu",
-        "tie_word_embeddings": shape.tied,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def retriever_folder(folder: Path) -> Path:
-    """Contriever's shape with the sample's tokenizer, no weights."""
-    shape = ContrieverConfig()
-    shutil.copytree(SAMPLE / "retriever", folder)
-    config = {
-        "model_type": "bert",
-        "hidden_size": shape.d_model,
-        "num_attention_heads": shape.num_heads,
-        "intermediate_size": shape.d_ff,
-        "num_hidden_layers": shape.num_layers,
-        "vocab_size": shape.vocab_size,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def main() -> None:

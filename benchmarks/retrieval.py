@@ -61,7 +61,7 @@ def main() -> None:
         )
         fingerprint = retriever_fingerprint(weights.params)
         start = time.perf_counter()
-        library = open_library(config, passages, fingerprint, mesh, Path(temporary))
+        library = open_library(config, passages, [fingerprint], mesh, Path(temporary))
         seconds = time.perf_counter() - start - passages.program.compile_seconds
         count = library.index.count
         print(json.dumps({"passages": count, "built_in_seconds": seconds, "passages_per_second": count / seconds}))
@@ -76,7 +76,7 @@ def main() -> None:
                 load_index_path=str(saved), index_mode="faiss", faiss_index_type=kind, faiss_code_size=code_size
             )
             index = open_library(
-                dataclasses.replace(config, index=options), passages, fingerprint, mesh, Path(temporary)
+                dataclasses.replace(config, index=options), passages, [fingerprint], mesh, Path(temporary)
             ).index
             folder.mkdir()
             index.save(folder)

@@ -191,7 +191,7 @@ def test_nothing_stays_behind_in_the_process(capsys, tmp_path):
 def test_unknown_commands(refused):
     """The nearest command is suggested, or all are named."""
     refused(["evalaute"], "atlas evalaute: no such command", "did you mean evaluate?")
-    refused(["--version"], "there are evaluate, convert")
+    refused(["--version"], "there are train, evaluate, convert")
 
 
 @pytest.mark.parametrize(
@@ -523,18 +523,17 @@ def test_a_pickle_that_wants_to_run_something(refused, golden, tmp_path):
 # -- Ends from outside -------------------------------------------------------------------------------------------------
 
 
-def failing(error: BaseException) -> type:
-    """An evaluator that fails after its first line."""
+EVALUATING = "atlas_jax.evaluation.evaluator.Evaluator.__call__"
 
-    class Evaluator:
-        def __init__(self, *args):
-            pass
 
-        def __call__(self, rows, reader, write):
-            write("{}\n")
-            raise error
+def failing(error: BaseException) -> Callable:
+    """Evaluating that fails after its first line."""
 
-    return Evaluator
+    def evaluate(self, rows, reader, write):
+        write("{}\n")
+        raise error
+
+    return evaluate
 
 
 @pytest.mark.parametrize(
@@ -550,14 +549,14 @@ def failing(error: BaseException) -> type:
 )
 def test_a_run_that_is_cut_off(refused, tmp_path, monkeypatch, error, status, parts):
     """Ctrl-C, no memory, no space, a failing disk: one line, and no half-written predictions."""
-    monkeypatch.setattr("atlas_jax.evaluation.loop.Evaluator", failing(error))
+    monkeypatch.setattr(EVALUATING, failing(error))
     refused(command(tmp_path, **CLOSED_BOOK), *parts, status=status)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
     """Errors that no user can mend are not disguised as theirs; the files are cleaned up all the same."""
     for error in (ValueError("a bug"), RuntimeError("a bug"), OSError("without a number")):
-        monkeypatch.setattr("atlas_jax.evaluation.loop.Evaluator", failing(error))
+        monkeypatch.setattr(EVALUATING, failing(error))
         with pytest.raises(type(error)):
             cli.main(command(tmp_path, **CLOSED_BOOK))
         assert leftovers(tmp_path) == []
@@ -572,12 +571,8 @@ def test_a_full_disk(refused, tmp_path, monkeypatch):
         full = "eval-step-1.jsonl" in path.name and mode == "w"
         return opened(Path("/dev/full") if full else path, mode, *args, **kwargs)
 
-    class Evaluator(failing(KeyError())):  # type: ignore[misc]
-        def __call__(self, rows, reader, write):
-            write("x" * 100_000)
-
     monkeypatch.setattr(Path, "open", open_full)
-    monkeypatch.setattr("atlas_jax.evaluation.loop.Evaluator", Evaluator)
+    monkeypatch.setattr(EVALUATING, lambda self, rows, reader, write: write("x" * 100_000))
     refused(command(tmp_path, **CLOSED_BOOK), "eval-step-1.jsonl: cannot be written (No space left on device)")
 
 

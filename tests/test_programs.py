@@ -1,6 +1,10 @@
 """Programs: one for each shape, with the results of the function."""
 
 import logging
+import os
+import signal
+import threading
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +83,122 @@ def test_arrays_stay_where_they_are(mesh):
     assert len({shard.device for shard in doubled.addressable_shards}) == jax.device_count() == 8
     assert {shard.data.shape for shard in doubled.addressable_shards} == {(2,)}
     np.testing.assert_array_equal(doubled, 2 * np.arange(16))
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_a_donated_state_is_used_up(donate):
+    """Its memory holds the next state; the other arguments stay, and so does a state that is not donated."""
+    program = Program("add", lambda state, x: ({"w": state["w"] + x}, x.sum()), donate=donate)
+    first, x = {"w": jnp.zeros(4)}, jnp.ones(4)
+    place = first["w"].unsafe_buffer_pointer()
+    second, _ = program(first, x)
+    assert first["w"].is_deleted() == donate
+    assert (second["w"].unsafe_buffer_pointer() == place) == donate
+    third, _ = program(second, x)
+    np.testing.assert_array_equal(third["w"], np.full(4, 2.0))
+    assert not x.is_deleted()
+    assert program.count == 1
+
+
+def test_prepared_programs_do_not_compile_again(traced):
+    """Nothing runs and nothing is used up; a call of other shapes still compiles."""
+    _, calls = traced
+    ran = []
+
+    def function(state, x):
+        calls.append(1)
+        jax.debug.callback(lambda: ran.append(1))
+        return state * x
+
+    program = Program("scale", function, donate=True)
+    state = jnp.ones(4)
+    for _ in range(2):
+        program.prepare(state, np.ones(4, np.float32))
+    jax.effects_barrier()
+    assert (program.count, len(calls), ran, state.is_deleted()) == (1, 1, [], False)
+    program(state, np.ones(4, np.float32))
+    jax.effects_barrier()
+    assert (program.count, len(calls), ran, state.is_deleted()) == (1, 1, [1], True)
+    program(jnp.ones(4), np.ones((), np.float32))
+    assert (program.count, len(calls)) == (2, 2)
+
+
+class State(NamedTuple):
+    """A state as training has one."""
+
+    weights: dict[str, jax.Array]
+    moments: jax.Array | None
+
+
+def test_keys_and_trees_as_arguments():
+    """A PRNG key is an argument like another: its bits make no other program, and a number in its place does."""
+
+    def function(state, batch, key):
+        noise = 0.0 if key is None else jax.random.normal(key, (4,))
+        return State({"w": state.weights["w"] + batch["x"] + noise}, state.moments)
+
+    program = Program("noise", function, donate=True)
+    state, batch = State({"w": jnp.zeros(4)}, None), {"x": jnp.ones(4), "none": None}
+    for seed in (1, 2):
+        key = jax.random.key(seed)
+        before = np.asarray(state.weights["w"]).copy()
+        state = program(state, batch, key)
+        np.testing.assert_allclose(state.weights["w"], before + 1 + jax.random.normal(key, (4,)), rtol=1e-6)
+        assert state.moments is None
+    assert program.count == 1
+    program(state, batch, None)
+    assert program.count == 2
+
+
+def test_an_error_of_xla_s_is_the_caller_s():
+    """It is raised by the call, the thread that compiled is gone, and what failed does not count as compiled."""
+    target = jax.ShapeDtypeStruct((4,), np.float32)
+    program = Program("broken", lambda state, x: state * jax.ffi.ffi_call("no_such_target", target)(x))
+    for _ in range(2):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_target"):
+            program(jnp.ones(1), jnp.ones(4))
+    assert (program.count, program.compile_seconds) == (0, 0.0)
+    assert not compiling("broken")
+
+
+def compiling(name):
+    """The threads that compile this program."""
+    return [thread for thread in threading.enumerate() if thread.name == f"compile {name}"]
+
+
+class Stop(BaseException):
+    """What a signal handler raises."""
+
+
+def test_what_a_signal_handler_raises_gets_through(monkeypatch):
+    """While XLA compiles the caller waits and nothing else: it can be stopped, and compile the program later."""
+    begun, end = threading.Event(), threading.Event()
+    compile_ = jax.stages.Lowered.compile
+
+    def slow(lowered):
+        begun.set()
+        end.wait(20)
+        return compile_(lowered)
+
+    def handler(*_):
+        raise Stop
+
+    def send():
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", slow)
+    before = signal.signal(signal.SIGUSR1, handler)
+    program = Program("slow", lambda state, x: state * x)
+    threading.Thread(target=send).start()
+    try:
+        with pytest.raises(Stop):
+            program(jnp.ones(1), jnp.ones(4))
+        assert (len(compiling("slow")), program.count) == (1, 0)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        end.set()
+    for thread in compiling("slow"):
+        thread.join()
+    assert program.count == 0
+    np.testing.assert_array_equal(program(jnp.ones(1), jnp.ones(4)), np.ones(4))

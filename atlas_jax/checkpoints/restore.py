@@ -29,7 +29,10 @@ PUBLISHED = "model.pth.tar"
 def restore(config: Config) -> Weights:
     """The weights that `--model_path` names, or else those of `--reader_model_type` and `--retriever_model_path`."""
     path = Path(config.model.model_path)
-    if config.model.model_path == "none":
+    latest = Path(config.run.checkpoint_dir) / config.run.name / "checkpoint" / "latest"
+    if config.model.model_path == "none" and store.is_checkpoint(latest):
+        path, weights = latest, _ours(latest, config)
+    elif config.model.model_path == "none":
         weights = _fresh(config)
     elif store.is_checkpoint(path):
         weights = _ours(path, config)

@@ -1,29 +1,36 @@
 """Our checkpoints, and the only file that knows Orbax.
 
-A folder that needs nothing else: `atlas.json` (shapes, step, the sizes of files), `params/` (Orbax), and the tokenizers
-`reader/` and `retriever/`.
+A folder that needs nothing else: `atlas.json` (shapes, step, sizes of files, checksums of arrays), `params/` (Orbax),
+and the tokenizers `reader/` and `retriever/`. A training run adds what it needs to go on: `training/` (Orbax) and
+`training.json`.
 """
 
 import dataclasses
 import logging
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 
+from atlas_jax.checkpoints.checksum import checksum
 from atlas_jax.checkpoints.pretrained import read_json
 from atlas_jax.checkpoints.weights import Params, flat_shapes
 from atlas_jax.config import OUR_CHECKPOINT
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
-from atlas_jax.files import new_folder, write_json
+from atlas_jax.files import new_folder, sync, write_json
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
 
-FORMAT = 1
+FORMAT = 2
+TREES = ("params", "training")  # what Orbax writes
+ABOUT_TRAINING = "training.json"
 OF_THE_RUN = ("dropout", "dtype", "for_cpu")  # fields of a shape that the run chooses, not the weights
 
 
@@ -36,6 +43,15 @@ class Weights:
     tokenizer: Tokenizer  # the reader's
     retriever_tokenizer: Tokenizer | None
     step: int = 0
+    index: str | None = None  # fingerprint of the passage encoder of the index that the retriever was trained with
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a training run needs besides the weights to go on as if it had not stopped."""
+
+    arrays: dict[str, np.ndarray]  # the optimizers' moments and the like, by name
+    about: dict[str, Any]  # the position in the data, counters: what JSON holds
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -43,21 +59,46 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / OUR_CHECKPOINT).is_file()
 
 
-def save(folder: Path, weights: Weights) -> None:
-    """Writes the folder, which appears when it is complete; an existing one is replaced then."""
+def is_whole(folder: Path) -> bool:
+    """Whether all files are there in full, without reading them."""
+    try:
+        _check_whole(folder)
+    except UserError:
+        return False
+    return True
+
+
+def save(folder: Path, weights: Weights, memory: Memory | None = None) -> None:
+    """Writes the folder, which appears when it is complete and on the disk; an existing one is replaced then.
+
+    Not being able to write is a `UserError`.
+    """
     cfg = weights.cfg
-    with new_folder(folder, "choose a folder that can be written", replace=True) as draft:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(draft.resolve() / "params", dict(weights.params))
-        for name, tokenizer in (("reader", weights.tokenizer), ("retriever", weights.retriever_tokenizer)):
-            if tokenizer:
-                tokenizer.save(draft / name)
+    trees = {"params": weights.params} | ({"training": memory.arrays} if memory else {})
+    remedy = "free some space there or choose a folder that can be written"
+    with new_folder(folder, remedy, replace=True) as draft:
+        try:
+            with _orbax() as checkpointer:
+                for name, arrays in trees.items():
+                    if arrays:
+                        checkpointer.save(draft.resolve() / name, dict(arrays))
+            for name, tokenizer in (("reader", weights.tokenizer), ("retriever", weights.retriever_tokenizer)):
+                if tokenizer:
+                    tokenizer.save(draft / name)
+        except Exception as error:  # Orbax, TensorStore and tokenizers raise every kind
+            raise UserError(f"{folder}: cannot be written ({_line(error)}); {remedy}") from None
+        checksums: dict[str, Any] = {name: _checksums(arrays) for name, arrays in trees.items()}
+        if memory:
+            write_json(draft / ABOUT_TRAINING, memory.about)
+            checksums[ABOUT_TRAINING] = _of_file(draft / ABOUT_TRAINING)
         shapes = {
             "reader": _to_json(cfg.reader) if cfg.reader else None,
             "retriever": _to_json(cfg.retriever) if cfg.retriever else None,
         }
-        about = {"format": FORMAT, "step": weights.step, "untied": cfg.untied, **shapes, "files": _sizes(draft)}
-        write_json(draft / OUR_CHECKPOINT, about)
+        about = {"format": FORMAT, "step": weights.step, "index": weights.index, "untied": cfg.untied, **shapes}
+        write_json(draft / OUR_CHECKPOINT, about | {"files": _sizes(draft), "checksums": checksums})
+        sync(*draft.rglob("*"), draft)
+    sync(folder.parent)
 
 
 def load_config(folder: Path) -> tuple[AtlasConfig, int]:
@@ -78,49 +119,98 @@ def load_config(folder: Path) -> tuple[AtlasConfig, int]:
 
 
 def load(folder: Path) -> Weights:
-    """Reads a checkpoint whole; UserError if anything is missing or of another shape."""
+    """Reads a checkpoint whole; UserError if anything is missing, of another shape or not what was saved."""
     cfg, step = load_config(folder)
     try:
         wanted = flat_shapes(cfg)
     except Exception as error:  # numbers that make no model
         raise UserError(f"{folder / OUR_CHECKPOINT}: damaged ({_line(error)}); write the checkpoint again") from None
     _check_whole(folder)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells its own life there
-    path = folder.resolve() / "params"
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            there = {name: tuple(x.shape) for name, x in checkpointer.metadata(path).item_metadata.items()}
-            needed = {name: x.shape for name, x in wanted.items()}
-            wrong = sorted(name for name in there | needed if there.get(name) != needed.get(name))
-            if wrong:  # Orbax would pad or cut
-                raise ValueError(f"{wrong[0]} is {there.get(wrong[0])}, not {needed.get(wrong[0])}")
-            params = checkpointer.restore(path, {name: np.zeros(x.shape, x.dtype) for name, x in wanted.items()})
-    except Exception as error:  # Orbax and TensorStore raise every kind
-        raise UserError(f"{folder}/params: damaged or incomplete ({_line(error)}); write it again") from None
+    index = _field(folder, "index", str | None)
+    params = _read(folder, "params", wanted)
     retriever_tokenizer = Tokenizer.load(folder / "retriever") if cfg.retriever else None
-    return Weights(params, cfg, Tokenizer.load(folder / "reader"), retriever_tokenizer, step)
+    return Weights(params, cfg, Tokenizer.load(folder / "reader"), retriever_tokenizer, step, index)
+
+
+def load_memory(folder: Path) -> Memory | None:
+    """What a training run left beside the weights, if it did; UserError if that is damaged."""
+    _check_whole(folder)
+    checksums = _field(folder, "checksums", dict)
+    if "training" not in checksums:
+        return None
+    if checksums.get(ABOUT_TRAINING) != _of_file(folder / ABOUT_TRAINING):
+        raise _damaged(folder / ABOUT_TRAINING)
+    return Memory(_read(folder, "training") if checksums["training"] else {}, read_json(folder / ABOUT_TRAINING))
+
+
+def _read(folder: Path, tree: str, wanted: Mapping[str, Any] | None = None) -> Params:
+    """The arrays of one of Orbax's folders, each as it was saved; `wanted` names the only shapes that will do."""
+    path = folder.resolve() / tree
+    try:
+        with _orbax() as checkpointer:
+            there = dict(checkpointer.metadata(path).item_metadata.items())
+            needed = there if wanted is None else wanted
+            shapes, right = ({name: tuple(x.shape) for name, x in arrays.items()} for arrays in (there, needed))
+            wrong = sorted(name for name in shapes | right if shapes.get(name) != right.get(name))
+            if wrong:  # Orbax would pad or cut
+                raise ValueError(f"{wrong[0]} is {shapes.get(wrong[0])}, not {right.get(wrong[0])}")
+            places = {name: np.zeros(x.shape, x.dtype) for name, x in needed.items()}
+            arrays: Params = checkpointer.restore(path, places)
+    except Exception as error:  # Orbax and TensorStore raise every kind
+        raise UserError(f"{folder}/{tree}: damaged or incomplete ({_line(error)}); write it again") from None
+    expected, found = _field(folder, "checksums", dict).get(tree, {}), _checksums(arrays)
+    for name in sorted(expected | found):
+        if expected.get(name) != found.get(name):
+            raise _damaged(f"{folder}/{tree}: {name}")
+    return arrays
+
+
+def _orbax() -> Any:
+    """Orbax, silenced: it tells its own life in the log, and a failure again from each of its threads."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    return ocp.StandardCheckpointer()
+
+
+def _checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    return {name: checksum(array) for name, array in arrays.items()}
+
+
+def _of_file(path: Path) -> str:
+    return checksum(np.fromfile(path, np.uint8))
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """The files that Orbax wrote, and their bytes."""
-    files = sorted(path for path in (folder / "params").rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    """The files of arrays and of the training, and their bytes."""
+    files = [folder / ABOUT_TRAINING, *(path for tree in TREES for path in (folder / tree).rglob("*"))]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files) if path.is_file()}
 
 
 def _check_whole(folder: Path) -> None:
     """A broken copy is told by its sizes: TensorStore, reading one, leaves tracebacks of its threads on stderr."""
-    expected = read_json(folder / OUR_CHECKPOINT).get("files")
-    if not isinstance(expected, dict):
-        raise UserError(f"{folder / OUR_CHECKPOINT}: damaged ('files'); write the checkpoint again")
     found = _sizes(folder)
-    for name, size in expected.items():
+    for name, size in _field(folder, "files", dict).items():
         if found.get(name) != size:
             has = f"{found[name]} bytes, not {size}" if name in found else "missing"
             raise UserError(f"{folder}/{name}: {has}; copy the checkpoint again")
 
 
+def _field(folder: Path, name: str, kind: type | UnionType) -> Any:
+    """A field of `atlas.json`."""
+    path = folder / OUR_CHECKPOINT
+    about = read_json(path)
+    if name not in about or not isinstance(about[name], kind):
+        raise UserError(f"{path}: damaged ({name!r}); write the checkpoint again")
+    return about[name]
+
+
+def _damaged(what: object) -> UserError:
+    return UserError(f"{what} is not what was saved; copy the checkpoint again or take an older one")
+
+
 def _line(error: Exception) -> str:
-    """The first line of others' messages, which may have many."""
+    """What the operating system said, or else the first line of others' messages, which may have many."""
+    if code := re.search(r"os(?:_error_code='| error )(\d+)", str(error)):  # TensorStore; tokenizers
+        return os.strerror(int(code[1]))
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

@@ -4,6 +4,7 @@
 over one layer. Each table serves both directions.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -233,12 +234,20 @@ def is_untied(source: Mapping[str, np.ndarray]) -> bool:
     return any(name.startswith("retriever.query_contriever.") for name in source)
 
 
-def build_model(params: Mapping[str, np.ndarray], cfg: AtlasConfig, place: Callable[[str, Any], jax.Array]) -> Atlas:
-    """The model with these parameters, each put where `place` (path, array) says."""
+@functools.cache
+def _abstract(cfg: AtlasConfig) -> tuple[Any, Any]:
+    """A model of this shape without any memory: its graph, and its parameters by path."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Atlas(cfg, rngs=nnx.Rngs(0))))
-    flat = nnx.to_flat_state(state)
-    paths = ["/".join(map(str, path)) for path, _ in flat]
+    return graph, nnx.to_flat_state(state)
+
+
+def build_model(
+    params: Mapping[str, np.ndarray | jax.Array], cfg: AtlasConfig, place: Callable[[str, Any], jax.Array] | None = None
+) -> Atlas:
+    """The model with these parameters, each put where `place` (path, array) says, or left where it is."""
+    graph, flat = _abstract(cfg)
+    named = [("/".join(map(str, path)), path, variable) for path, variable in flat]
     filled = [
-        (path, variable.replace(place(name, params[name]))) for name, (path, variable) in zip(paths, flat, strict=True)
+        (path, variable.replace(place(name, params[name]) if place else params[name])) for name, path, variable in named
     ]
     return nnx.merge(graph, nnx.from_flat_state(filled))

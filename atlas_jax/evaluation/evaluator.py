@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +14,10 @@ from jaxtyping import Array
 
 from atlas_jax.config import Config
 from atlas_jax.data.jsonl import Rows
-from atlas_jax.data.reader_inputs import ReaderText
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
+from atlas_jax.evaluation.batches import ReaderBatches
 from atlas_jax.evaluation.generation import FREE, Generation
-from atlas_jax.evaluation.step import CHOICE_POSITION, ReaderBatch, Reading, read
+from atlas_jax.evaluation.step import ReaderBatch, Reading, read
 from atlas_jax.mesh import batch_rows, put_batch, replicate
 from atlas_jax.models.fid import FiD
 from atlas_jax.prefetch import prefetch
@@ -25,8 +25,6 @@ from atlas_jax.programs import Program
 from atlas_jax.progress import progress
 from atlas_jax.retrieval.sources import Found, Source
 from atlas_jax.tasks import Example, Record, Task
-
-MAX_TARGET = 2**14  # tokens of a target where --target_maxlength sets no limit
 
 
 class Work(NamedTuple):
@@ -69,7 +67,6 @@ class Evaluator:
         self.source = source
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self.text = ReaderText(tokenizer, config.text.encoder_format, config.text.text_maxlength)
         self.generation = Generation(
             config.generation.generation_max_length,
             config.generation.generation_min_length or 0,
@@ -83,6 +80,7 @@ class Evaluator:
         letters = [tokenizer.finish(ids)[0] for ids in tokenizer.ids(list(task.choices))]
         self.choices = replicate(mesh, np.asarray(letters, np.int32))
         self.size = batch_rows(mesh, config.run.per_gpu_batch_size)
+        self.batches = ReaderBatches(config.text, tokenizer, mesh, self.size)
         self._read: Program | None = None
 
     def __call__(self, rows: Rows, reader: FiD | None, write: Callable[[str], object] | None = None) -> Result:
@@ -167,49 +165,14 @@ class Evaluator:
         if not reads:
             return Work(rows, examples, found, None, [], None)
         queries = [example.query for example in examples]
-        prompts = self._prompts(queries)
-        batch = self._batch(examples, found, queries, prompts)
+        prompts, passages = self.batches.prompts(queries), self.batches.passages(queries, found)
+        length = bucket(max(map(len, passages)), self.config.text.text_maxlength)
+        batch = self.batches.batch(examples, passages, prompts, length)
         prompt = None
         if prompts:
             longest = bucket(max(map(len, prompts)), self.generation.max_length)
             prompt = put_batch(self.mesh, pad([*prompts, *[[]] * (self.size - len(prompts))], longest, FREE)[0])
         return Work(rows, examples, found, batch, prompts, prompt)
-
-    def _batch(
-        self, examples: Sequence[Example], found: Found, queries: list[str], prompts: list[list[int]]
-    ) -> ReaderBatch:
-        """The arrays of a batch, filled up to its size with nothing."""
-        text = self.config.text
-        texts = [ids for row in self.text.encode(queries, found.numbers, found.store) for ids in row]
-        texts = [ids if there else [] for ids, there in zip(texts, found.there.reshape(-1), strict=True)]
-        n = found.numbers.shape[1]
-        length = bucket(max(map(len, texts)), text.text_maxlength)
-        empty = self.size - len(examples)
-        passages, mask = pad([*texts, *[[]] * (empty * n)], length, self.tokenizer.pad_id)
-        targets = self.tokenizer.target_ids([self._target(example) for example in examples], text.target_maxlength)
-        longest = max(CHOICE_POSITION + 1, *map(len, targets))
-        target, target_mask = pad(
-            [*targets, *[[]] * empty],
-            bucket(longest, max(longest, text.target_maxlength or MAX_TARGET)),
-            self.tokenizer.pad_id,
-        )
-        for row, prompt in enumerate(prompts):
-            target_mask[row, : len(prompt)] = False  # what is given is not to be learnt
-        shape = (self.size, n, length)
-        arrays = passages.reshape(shape), mask.reshape(shape), target, target_mask
-        return ReaderBatch(*(put_batch(self.mesh, array) for array in arrays))
-
-    def _target(self, example: Example) -> str:
-        text = self.config.text
-        target = example.target or ""
-        if text.decoder_prompt_format:
-            target = text.decoder_prompt_format.format(query=example.query) + target
-        return text.decoder_format.format(target=target) if text.decoder_format else target
-
-    def _prompts(self, queries: list[str]) -> list[list[int]]:
-        """What the decoder is given to go on from; empty without --decoder_prompt_format."""
-        form = self.config.text.decoder_prompt_format
-        return self.tokenizer.ids([form.format(query=query) for query in queries]) if form else []
 
     def _judged(self, rows: Rows, program: Program | None, state: Any, *, write: bool) -> Iterator[Judged]:
         """Every example of every row, judged, in order."""

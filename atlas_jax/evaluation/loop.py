@@ -16,18 +16,16 @@ from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import Config
 from atlas_jax.data.jsonl import Rows
-from atlas_jax.data.reader_inputs import ReaderText
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator, Result
 from atlas_jax.files import new_file, write_json
-from atlas_jax.mesh import batch_rows, is_one_cpu, make_mesh, replicate
+from atlas_jax.mesh import is_one_cpu, make_mesh, replicate
 from atlas_jax.models.atlas import Atlas
+from atlas_jax.models.fid import FiD
 from atlas_jax.programs import keep_programs
-from atlas_jax.progress import progress
-from atlas_jax.retrieval.embed import Embedder
-from atlas_jax.retrieval.library import check_library, open_library
-from atlas_jax.retrieval.search import Rerank, Search
-from atlas_jax.retrieval.sources import FromIndex, FromRows, Source
+from atlas_jax.retrieval.finder import Finder
+from atlas_jax.retrieval.library import check_library
+from atlas_jax.retrieval.sources import FromRows, Source
 from atlas_jax.tasks import Task, make_task
 
 logger = logging.getLogger(__name__)
@@ -38,25 +36,33 @@ ZERO_SHOT_STEP = 1  # the published commands expect the files of a model that wa
 def evaluate(config: Config, run: Path) -> dict[str, Result]:
     """Evaluates every file of --eval_data with one model; writes predictions and scores into the folder `run`."""
     task = make_task(config)
-    names = result_names(config.run.eval_data)
-    files = [checked_rows(path, task) for path in config.run.eval_data]
+    files = checked_files(config.run.eval_data, task)
     check_library(config)
     if config.run.compile_cache:
         keep_programs(config.run.compile_cache)
     mesh = make_mesh(config.run.mesh)
     weights = restore(config)
     model = place(weights, config, mesh)
-    results = {}
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=run) as scratch:
         source = passage_source(config, weights, model, mesh, Path(scratch))
         evaluator = Evaluator(config, task, source, weights.tokenizer, mesh)
-        for rows, name in zip(files, names, strict=True):
-            stem = f"{name}-step-{ZERO_SHOT_STEP}"
-            with _predictions(run / f"{stem}.jsonl", write=config.run.write_results) as write:
-                result = evaluator(rows, model.reader, write)
-            report(run / f"{stem}.metrics.json", Path(rows.path).name, result)
-            results[rows.path] = result
-    return results
+        return {
+            rows.path: evaluate_file(evaluator, rows, model.reader, run, f"{name}-step-{ZERO_SHOT_STEP}")
+            for name, rows in files.items()
+        }
+
+
+def evaluate_file(evaluator: Evaluator, rows: Rows, reader: FiD | None, run: Path, stem: str) -> Result:
+    """Evaluates one file; writes its scores, and with --write_results its predictions, as `stem` into `run`."""
+    with _predictions(run / f"{stem}.jsonl", write=evaluator.config.run.write_results) as write:
+        result = evaluator(rows, reader, write)
+    report(run / f"{stem}.metrics.json", Path(rows.path).name, result)
+    return result
+
+
+def checked_files(paths: Sequence[str], task: Task) -> dict[str, Rows]:
+    """The files to evaluate, by what their results are called."""
+    return {name: checked_rows(path, task) for name, path in zip(result_names(paths), paths, strict=True)}
 
 
 def result_names(paths: Sequence[str]) -> list[str]:
@@ -95,21 +101,11 @@ def passage_source(config: Config, weights: Weights, model: Atlas, mesh: Mesh, s
     """Where examples get their passages from: the index, or their own rows."""
     if model.retriever is None or weights.retriever_tokenizer is None:
         return FromRows()
-    length = min(config.text.retriever_maxlength, model.retriever.encoder_of("query").cfg.max_positions)
-    queries, passages = (
-        Embedder(model.retriever, side, weights.retriever_tokenizer, mesh, length) for side in ("query", "passage")
-    )
-    library = open_library(config, passages, retriever_fingerprint(weights.params), mesh, scratch)
+    fingerprints = [retriever_fingerprint(weights.params), *([weights.index] if weights.index else [])]
+    finder = Finder(config, model.retriever, weights.retriever_tokenizer, mesh, scratch, fingerprints)
     if model.reader is not None:
-        text = ReaderText(weights.tokenizer, config.text.encoder_format, config.text.text_maxlength)
-        with progress("tokenizing for the reader", "passages", len(library.passages)) as more:
-            text.prepare(library.passages, more)
-    search = Search(library.index, queries, batch_rows(mesh, config.run.per_gpu_batch_size))
-    if not config.retrieval.retrieve_with_rerank:
-        return FromIndex(search, library.passages)
-    tokens = library.passages.tokens(weights.retriever_tokenizer, config.text.retriever_format, "retriever")
-    rerank = Rerank(search, passages, tokens, config.retrieval.searched[1], config.index.per_gpu_embedder_batch_size)
-    return FromIndex(rerank, library.passages)
+        finder.prepare(weights.tokenizer)
+    return finder.source
 
 
 @contextlib.contextmanager

@@ -44,10 +44,16 @@ class Retriever(nnx.Module):
         return self.query_encoder if side == "query" else self.passage_encoder
 
     def __call__(
-        self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"], *, side: Literal["query", "passage"]
+        self,
+        ids: Int[Array, "b l"],
+        mask: Bool[Array, "b l"],
+        *,
+        side: Literal["query", "passage"],
+        rngs: nnx.Rngs | None = None,
+        remat: bool = False,
     ) -> Float[Array, "b d"]:
         """The vectors of queries or passages."""
-        return self.encoder_of(side)(ids, mask)
+        return self.encoder_of(side)(ids, mask, rngs=rngs, remat=remat)
 
 
 class Atlas(nnx.Module):

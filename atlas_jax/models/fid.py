@@ -1,11 +1,20 @@
 """Fusion-in-Decoder (arXiv 2007.01282): the encoder reads each passage alone, the decoder reads all of them at once."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from atlas_jax.models.t5 import Decoder, Encoder, KeyValues, Source, T5Config
+from atlas_jax.models.t5 import CrossAttention, Decoder, Encoder, KeyValues, Source, T5Config, Unread
+
+
+class Prediction(NamedTuple):
+    """What the decoder says of a target."""
+
+    logits: Float[Array, "r t v"]  # float32
+    looks: CrossAttention | None  # in sum over the layers, if asked for
 
 
 def split(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]:
@@ -65,19 +74,36 @@ class FiD(nnx.Module):
         *,
         past: KeyValues | list[KeyValues] | None = None,
         position: Int[Array, ""] | int = 0,
-        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "r t v"], KeyValues | list[KeyValues]]:
         """Float32 logits of the tokens that follow the inputs, and the decoder's cache.
 
         Several rows of inputs may go with each row of the source, one after the other: the beams of a search.
         """
-        x, present = self.decoder(self.embed(inputs), source, past=past, position=position, rngs=rngs)
+        x, present = self.decoder(self.embed(inputs), source, past=past, position=position)
+        return self._logits(x), present
+
+    def predict(
+        self,
+        inputs: Int[Array, "r t"],
+        source: Unread,
+        *,
+        rngs: nnx.Rngs | None = None,
+        remat: bool = False,
+        looks: bool = False,
+    ) -> Prediction:
+        """Logits for whole targets over states that nothing else reads: what training wants.
+
+        Several rows of inputs may go with each row of the source, one after the other.
+        """
+        x, seen = self.decoder.read_once(self.embed(inputs), source, rngs=rngs, remat=remat, looks=looks)
+        return Prediction(self._logits(x), seen)
+
+    def _logits(self, x: Float[Array, "r t d"]) -> Float[Array, "r t v"]:
         if self.lm_head is not None:
-            return self.lm_head(x), present
+            return self.lm_head(x)
         # T5 1.0: the embedding is the output matrix too, scaled as in Mesh TensorFlow
         kernel = self.embed.embedding[...].astype(x.dtype)
-        scaled = x * self.cfg.d_model**-0.5
-        return jnp.einsum("btd,vd->btv", scaled, kernel, preferred_element_type=jnp.float32), present
+        return jnp.einsum("btd,vd->btv", x * self.cfg.d_model**-0.5, kernel, preferred_element_type=jnp.float32)
 
     def empty_cache(self, source: Source, rows: int, length: int) -> KeyValues | list[KeyValues]:
         """A decoder cache for `length` positions of so many rows, nothing filled."""

@@ -69,11 +69,34 @@ class KeyValues(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What the decoder reads, its layers, stacked or apart, and the keys and values of each."""
+    """What the decoder reads, and its layers, stacked or apart, with the keys and values of each."""
 
     layers: "DecoderLayer | list[DecoderLayer]"
     cross: KeyValues | list[KeyValues]
     mask: Bool[Array, "b s"]
+
+
+class Unread(NamedTuple):
+    """What the decoder reads once: each layer makes its keys and values when its turn comes, and drops them."""
+
+    states: Float[Array, "b s d"]
+    mask: Bool[Array, "b #q s"]  # one for all the rows that go with a row of states, or one for each target
+
+
+class CrossAttention(NamedTuple):
+    """How targets look at their source, on average over the heads."""
+
+    scores: Float[Array, "b t s"]  # attention logits
+    probs: Float[Array, "b t s"]  # attention weights
+    norms: Float[Array, "b t s"]  # attention weights, each times the length of its value
+
+
+class LayerOutput(NamedTuple):
+    """What a layer of the decoder makes of its input."""
+
+    x: Float[Array, "r t d"]
+    present: KeyValues  # its own keys and values
+    looks: CrossAttention | None  # if asked for
 
 
 def dropout(x: Float[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "..."]:
@@ -107,6 +130,19 @@ class Attention(nnx.Module):
         """The source's keys and values, which a cache may hold."""
         return KeyValues(self.k(source), self.v(source))
 
+    def logits(
+        self,
+        x: Float[Array, "b t d"],
+        keys: Float[Array, "b h s k"],
+        bias: Float[Array, "#b #h t s"] | None,
+        mask: Bool[Array, "#b #t s"],
+    ) -> Float[Array, "b h t s"]:
+        """What the softmax is taken of, float32."""
+        logits = jnp.einsum("bhtk,bhsk->bhts", self.q(x), keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias
+        return jnp.where(mask[:, None], logits, MASKED)
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
@@ -116,12 +152,18 @@ class Attention(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "b t d"]:
-        logits = jnp.einsum("bhtk,bhsk->bhts", self.q(x), source.keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + bias
-        logits = jnp.where(mask[:, None], logits, MASKED)
+        logits = self.logits(x, source.keys, bias, mask)
         weights = dropout(jax.nn.softmax(logits), self.rate, rngs).astype(x.dtype)
         return self.o(jnp.einsum("bhts,bhsk->bhtk", weights, source.values))
+
+    def looks(self, x: Float[Array, "b t d"], source: KeyValues, mask: Bool[Array, "#b #t s"]) -> CrossAttention:
+        """Where the heads of this layer look, on average."""
+        logits = self.logits(x, source.keys, None, mask)
+        weights = jax.nn.softmax(logits)
+        lengths = jnp.linalg.norm(source.values.astype(jnp.float32), axis=-1)
+        return CrossAttention(
+            logits.mean(1), weights.mean(1), jnp.einsum("bhts,bhs->bts", weights, lengths) / lengths.shape[1]
+        )
 
 
 class MLP(nnx.Module):
@@ -192,11 +234,12 @@ class DecoderLayer(nnx.Module):
         cross: KeyValues,
         bias: Float[Array, "1 h t p"],
         mask: Bool[Array, "1 t p"],
-        cross_mask: Bool[Array, "b 1 s"],
+        cross_mask: Bool[Array, "b #q s"],
         *,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "r t d"], KeyValues]:
-        """The layer's output, and `past` with the keys and values of `x` put in at `position`."""
+        looks: bool = False,
+    ) -> LayerOutput:
+        """The layer's output, `past` with the keys and values of `x` put in at `position`, and where it looks."""
         y = self.self_attn_norm(x)
         present = self.self_attn.keys_values(y)
         if past is not None:
@@ -205,9 +248,10 @@ class DecoderLayer(nnx.Module):
         x = x + dropout(self.self_attn(y, present, bias, mask, rngs=rngs), self.rate, rngs)
         # Rows that share a source attend to it like further positions of one row: nothing tells positions apart there
         y = self.cross_attn_norm(x).reshape(cross_mask.shape[0], -1, x.shape[-1])
+        seen = self.cross_attn.looks(y, cross, cross_mask) if looks else None
         y = self.cross_attn(y, cross, None, cross_mask, rngs=rngs).reshape(x.shape)
         x = x + dropout(y, self.rate, rngs)
-        return x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs), present
+        return LayerOutput(x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs), present, seen)
 
 
 def relative_bucket(
@@ -304,7 +348,6 @@ class Decoder(nnx.Module):
         *,
         past: KeyValues | list[KeyValues] | None = None,
         position: Int[Array, ""] | int = 0,
-        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "r t d"], KeyValues | list[KeyValues]]:
         """States of targets that stand at `position` and after it, and the self-attention's keys and values.
 
@@ -316,14 +359,42 @@ class Decoder(nnx.Module):
         causal = (keys[None, :] <= queries[:, None])[None]
 
         def body(
-            layer: DecoderLayer, x: Array, xs: tuple[KeyValues, KeyValues | None], rngs: nnx.Rngs | None
+            layer: DecoderLayer, x: Array, xs: tuple[KeyValues, KeyValues | None], _: nnx.Rngs | None
         ) -> tuple[Array, KeyValues]:
             cross, past = xs
-            return layer(x, past, position, cross, bias, causal, source.mask[:, None], rngs=rngs)
+            out = layer(x, past, position, cross, bias, causal, source.mask[:, None])
+            return out.x, out.present
 
         xs: Any = (source.cross, past)
         if isinstance(source.layers, list):
             nothing: list[KeyValues | None] = [None] * len(source.layers)
             xs = list(zip(source.cross, past or nothing, strict=True))
-        x, present = scan(body, source.layers, dropout(x, self.rate, rngs), xs, rngs=rngs)
-        return dropout(self.final_norm(x), self.rate, rngs), present
+        x, present = scan(body, source.layers, x, xs)
+        return self.final_norm(x), present
+
+    def read_once(
+        self,
+        x: Float[Array, "r t d"],
+        source: Unread,
+        *,
+        rngs: nnx.Rngs | None = None,
+        remat: bool = False,
+        looks: bool = False,
+    ) -> tuple[Float[Array, "r t d"], CrossAttention | None]:
+        """States of whole targets, and with `looks` the sum over the layers of how they look at the source."""
+        positions = jnp.arange(x.shape[1])
+        bias = self.position_bias(positions, positions)
+        causal = (positions[None, :] <= positions[:, None])[None]
+        zeros = jnp.zeros(
+            (source.states.shape[0], x.shape[0] * x.shape[1] // source.states.shape[0], source.states.shape[1])
+        )
+        seen = CrossAttention(zeros, zeros, zeros) if looks else None
+
+        def body(layer: DecoderLayer, carry: Any, _: None, rngs: nnx.Rngs | None) -> tuple[Any, None]:
+            x, seen = carry
+            cross = layer.cross_attn.keys_values(source.states)
+            out = layer(x, None, 0, cross, bias, causal, source.mask, rngs=rngs, looks=looks)
+            return (out.x, jax.tree.map(jnp.add, seen, out.looks)), None
+
+        (x, seen), _ = scan(body, self.layers, (dropout(x, self.rate, rngs), seen), rngs=rngs, remat=remat)
+        return dropout(self.final_norm(x), self.rate, rngs), seen

@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,14 @@ class Library:
 
     index: Index
     passages: PassageStore
+    retriever: str  # fingerprint of the passage encoder that built it
 
 
-def open_library(config: Config, embedder: Embedder, retriever: str, mesh: Mesh, scratch: Path) -> Library:
-    """The library that the flags name; `retriever` is the fingerprint of the passage encoder.
+def open_library(config: Config, embedder: Embedder, retrievers: Sequence[str], mesh: Mesh, scratch: Path) -> Library:
+    """The library that the flags name.
 
-    What has to be built goes to --save_index_path, or into the folder `scratch`, and is opened from there.
+    `retrievers`: fingerprints of the passage encoder, and of others whose index will do as well. What has to be built
+    goes to --save_index_path, or into the folder `scratch`, and is opened from there.
     """
     folder = Path(config.index.load_index_path or "")
     if not config.index.load_index_path or not (folder / ABOUT).is_file():
@@ -56,9 +59,42 @@ def open_library(config: Config, embedder: Embedder, retriever: str, mesh: Mesh,
                 about = _take_published(Path(config.index.load_index_path or ""), vectors, config, draft)
             else:
                 about = _build(config, embedder, draft)
-            text = {"retriever_format": config.text.retriever_format, "max_length": config.text.retriever_maxlength}
-            write_json(draft / ABOUT, {"format": FORMAT, "retriever": retriever, **text, **about})
-    return _open(folder, config, embedder.dim, retriever, mesh)
+            _describe(draft, about, config, retrievers[0])
+    return _open(folder, config, embedder.dim, retrievers, mesh)
+
+
+def rebuild_library(
+    library: Library, config: Config, embedder: Embedder, retriever: str, mesh: Mesh, scratch: Path
+) -> Library:
+    """The same passages embedded again; goes to --save_index_path, or into the folder `scratch`."""
+    folder = Path(os.path.abspath(config.index.save_index_path or scratch / "index"))
+    with new_folder(folder, "pass --save_index_path with a folder that can be written", replace=True) as draft:
+        _share(library.passages.folder, draft / PASSAGES, copy=config.index.save_index_path is not None)
+        _describe(draft, _embed(config, embedder, PassageStore.open(draft / PASSAGES), draft), config, retriever)
+    return _open(folder, config, embedder.dim, [retriever], mesh)
+
+
+def is_index_of(folder: str | None, retriever: str) -> bool:
+    """Whether the folder holds an index of ours that this retriever built."""
+    path = Path(folder or "") / ABOUT
+    return folder is not None and path.is_file() and read_json(path).get("retriever") == retriever
+
+
+def _share(source: Path, target: Path, *, copy: bool) -> None:
+    """The same files in a second place, without their bytes where that is possible."""
+    try:
+        shutil.copytree(source, target, copy_function=os.link)
+    except (OSError, shutil.Error):  # another file system
+        shutil.rmtree(target, ignore_errors=True)
+        if copy:
+            shutil.copytree(source, target)
+        else:
+            target.symlink_to(source)
+
+
+def _describe(folder: Path, about: Mapping[str, Any], config: Config, retriever: str) -> None:
+    text = {"retriever_format": config.text.retriever_format, "max_length": config.text.retriever_maxlength}
+    write_json(folder / ABOUT, {"format": FORMAT, "retriever": retriever, **text, **about})
 
 
 def check_library(config: Config) -> None:
@@ -86,7 +122,7 @@ def _check_replaceable(folder: Path) -> None:
         raise UserError(f"--save_index_path {folder}: is the folder that this runs in; choose a new folder")
 
 
-def _open(folder: Path, config: Config, dim: int, retriever: str, mesh: Mesh) -> Library:
+def _open(folder: Path, config: Config, dim: int, retrievers: Sequence[str], mesh: Mesh) -> Library:
     """An index of ours; refuses the queries of another retriever than the one that built it."""
     about = read_json(folder / ABOUT)
     if about.get("format") != FORMAT:
@@ -96,7 +132,7 @@ def _open(folder: Path, config: Config, dim: int, retriever: str, mesh: Mesh) ->
             f"{folder}: vectors of width {about.get('dim')}, but this retriever's are {dim} wide; "
             "load the index that belongs to --model_path, or build one with --passages"
         )
-    if about.get("retriever") != retriever:
+    if about.get("retriever") not in retrievers:
         raise UserError(
             f"{folder}: built by another retriever than this one; load the index that belongs to --model_path, "
             "or build one with --passages"
@@ -106,7 +142,7 @@ def _open(folder: Path, config: Config, dim: int, retriever: str, mesh: Mesh) ->
     if len(passages) != about.get("count"):
         raise UserError(f"{folder}: {about.get('count')} vectors, but {len(passages)} passages; build the index again")
     check_count(config, len(passages))
-    return Library(_load(folder, about, config, mesh), passages)
+    return Library(_load(folder, about, config, mesh), passages, about["retriever"])
 
 
 def _warn(folder: Path, about: dict[str, Any], config: Config) -> None:
@@ -162,6 +198,11 @@ def _build(config: Config, embedder: Embedder, folder: Path) -> dict[str, Any]:
     """Passages from jsonl, embedded."""
     with progress("reading passages", "passages") as more:
         passages = build_passages(config.index.passages, folder / PASSAGES, config.index.max_passages, more)
+    return _embed(config, embedder, passages, folder)
+
+
+def _embed(config: Config, embedder: Embedder, passages: PassageStore, folder: Path) -> dict[str, Any]:
+    """Vectors of the passages, in the kind of index that the flags ask for."""
     with progress("tokenizing for the retriever", "passages", len(passages)) as more:
         tokens = passages.tokens(embedder.tokenizer, config.text.retriever_format, "retriever", more)
     vectors = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float16, (len(passages), embedder.dim))

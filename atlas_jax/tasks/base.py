@@ -37,12 +37,17 @@ class Task(Protocol):
         """The texts whose logits decide, for multiple choice; else empty."""
         ...
 
+    @property
+    def per_row(self) -> int:
+        """The number of examples that every row makes."""
+        ...
+
     def check(self, row: Row) -> None:
         """Raises ValueError, saying what is wrong and the remedy, if the row cannot be used."""
         ...
 
     def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
-        """The examples that evaluate row `number`; the reader's tokenizer tells what is too long."""
+        """The examples of a row; `number` decides what is drawn, the reader's tokenizer tells what is too long."""
         ...
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
@@ -82,6 +87,7 @@ class Base:
 
     metrics: tuple[str, ...] = ("accuracy", "eval_loss")
     choices: tuple[str, ...] = ()
+    per_row: int = 1
 
     def check(self, row: Row) -> None:
         """Needs `query` and `target`."""

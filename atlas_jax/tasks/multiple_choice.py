@@ -43,6 +43,11 @@ class MultipleChoice:
         """The letters, each with a logit in the reader's answer."""
         return string.ascii_uppercase[: self.num_options]
 
+    @functools.cached_property
+    def per_row(self) -> int:
+        """The number of orders."""
+        return len(orders(self.num_options, self.permutations))
+
     def check(self, row: Row) -> None:
         """Needs a question, texts for exactly the letters, and one of them as the answer."""
         need(row, "question", str, "a text")

@@ -16,6 +16,7 @@ class QA:
     prompt: str = "question: {question} answer: <extra_id_0>"
     metrics: tuple[str, ...] = ("exact_match", "f1", "eval_loss")
     choices: tuple[str, ...] = ()
+    per_row: int = 1
 
     def check(self, row: Row) -> None:
         """Needs `question`, and `answers` or `target`."""
@@ -27,7 +28,7 @@ class QA:
         check_lists(row)
 
     def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
-        """One example; where the row names no `target`, one of its answers, drawn by the row's number."""
+        """One example; where the row names no `target`, one of its answers, drawn by `number`."""
         del tokenizer
         target = row["target"] if "target" in row else random.Random(number).choice(row["answers"])
         return [

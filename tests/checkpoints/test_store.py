@@ -1,5 +1,6 @@
 """Our checkpoints: what is saved comes back bit for bit, and what is damaged is refused in one line."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.store import Weights
+from atlas_jax.checkpoints.store import Memory, Weights
 from atlas_jax.errors import UserError
 from atlas_jax.models.atlas import AtlasConfig
 
@@ -24,6 +26,24 @@ def saved(tmp_path_factory, tiny_weights) -> Path:
     """A checkpoint of the golden weights at step 7."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoint"
     store.save(folder, dataclasses.replace(tiny_weights, step=7))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def memory() -> Memory:
+    """What an optimizer and a loop may keep."""
+    moments = np.random.default_rng(0).normal(size=(2, 300, 70)).astype(np.float32)
+    counts = {"reader/count": np.asarray(12, np.int32), "rng/key": np.arange(2, dtype=np.uint32)}
+    return Memory({"reader/mu": moments[0], "reader/nu": moments[1], **counts}, {"position": 448, "best": {"em": 0.1}})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_weights, memory) -> Path:
+    """A checkpoint to go on training from, of the retriever alone."""
+    folder = tmp_path_factory.mktemp("trained") / "checkpoint"
+    cfg = AtlasConfig(None, tiny_weights.cfg.retriever)
+    params = {path: array for path, array in tiny_weights.params.items() if path.startswith("retriever/")}
+    store.save(folder, dataclasses.replace(tiny_weights, params=params, cfg=cfg, step=7, index="5eed"), memory)
     return folder
 
 
@@ -48,6 +68,7 @@ def test_what_is_saved_comes_back(saved, tiny_weights):
     """Parameters bit for bit, shapes, step, and tokenizers that give the same ids; the source is not needed."""
     found = store.load(saved)
     assert found.step == 7
+    assert found.index is None
     assert found.cfg == tiny_weights.cfg
     assert set(found.params) == set(tiny_weights.params)
     for path, array in tiny_weights.params.items():
@@ -67,7 +88,7 @@ def test_what_is_in_the_folder(saved):
     """Weights, tokenizers and shapes, nothing of the run: no dropout, no compute type; and no draft beside it."""
     assert sorted(path.name for path in saved.iterdir()) == ["atlas.json", "params", "reader", "retriever"]
     about = json.loads((saved / "atlas.json").read_text())
-    assert set(about) == {"format", "step", "untied", "reader", "retriever", "files"}
+    assert set(about) == {"format", "step", "index", "untied", "reader", "retriever", "files", "checksums"}
     assert not {"dropout", "dtype", "row_by_row"} & {*about["reader"], *about["retriever"]}
     assert list(saved.parent.iterdir()) == [saved]
     assert store.is_checkpoint(saved)
@@ -94,9 +115,9 @@ def test_how_a_run_computes_is_not_kept(tmp_path, tiny_weights):
     assert store.load_config(tmp_path / "half") == (tiny_weights.cfg, 0)
 
 
-def files(folder: Path) -> list[Path]:
+def files(folder: Path, tree: str = "params") -> list[Path]:
     """What Orbax wrote, the largest first."""
-    found = [path for path in (folder / "params").rglob("*") if path.is_file()]
+    found = [path for path in (folder / tree).rglob("*") if path.is_file()]
     return sorted(found, key=lambda path: -path.stat().st_size)
 
 
@@ -152,11 +173,11 @@ def test_a_damaged_atlas_json(copy):
     refusal(lambda: store.load(copy), f"{path}: not JSON")
     path.write_text("[]")
     refusal(lambda: store.load(copy), f"{path}: holds no object")
-    path.write_text(json.dumps(about | {"format": 2}))
-    refusal(lambda: store.load(copy), f"{path}: format 2, this program reads 1; use its release")
+    path.write_text(json.dumps(about | {"format": 1}))
+    refusal(lambda: store.load(copy), f"{path}: format 1, this program reads 2; use its release")
     path.write_text("{}")
     refusal(lambda: store.load(copy), f"{path}: format None")
-    for key in ("step", "untied", "reader", "retriever", "files"):
+    for key in ("step", "index", "untied", "reader", "retriever", "files", "checksums"):
         path.write_text(json.dumps({field: value for field, value in about.items() if field != key}))
         refusal(lambda: store.load(copy), f"{path}: damaged ('{key}')")
     for changes in (
@@ -166,6 +187,8 @@ def test_a_damaged_atlas_json(copy):
         {"reader": about["reader"] | {"d_model": "64"}},
         {"retriever": about["retriever"] | {"num_heads": 0}},
         {"files": None},
+        {"index": 7},
+        {"checksums": []},
     ):
         path.write_text(json.dumps(about | changes))
         refusal(lambda: store.load(copy), f"{path}: damaged")
@@ -192,6 +215,105 @@ def test_an_interrupted_save_leaves_the_old_one(copy, tiny_weights, monkeypatch)
     store.save(copy, dataclasses.replace(tiny_weights, step=9))
     assert list(copy.parent.iterdir()) == [copy]
     assert store.load(copy).step == 9
+
+
+def same(found: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> bool:
+    return set(found) == set(arrays) and all(
+        found[name].dtype == array.dtype
+        and found[name].shape == array.shape
+        and found[name].tobytes() == array.tobytes()
+        for name, array in arrays.items()
+    )
+
+
+def test_the_memory_of_a_training_comes_back(trained, saved, memory, tiny_weights, tmp_path):
+    """Arrays bit for bit with their shapes and types, the JSON beside them, the index; a model alone has no memory."""
+    found = store.load_memory(trained)
+    assert found
+    assert same(found.arrays, memory.arrays)
+    assert found.about == memory.about
+    assert store.load(trained).index == "5eed"
+    assert store.load_memory(saved) is None
+    store.save(tmp_path / "counters", tiny_weights, Memory({}, {"position": 1}))  # Orbax keeps no empty folder
+    assert store.load_memory(tmp_path / "counters") == Memory({}, {"position": 1})
+
+
+def plain(folder: Path) -> dict[str, np.ndarray]:
+    """What Orbax reads without us."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        there = checkpointer.metadata(folder).item_metadata
+        return checkpointer.restore(folder, {name: np.zeros(x.shape, x.dtype) for name, x in there.items()})
+
+
+def flip(file: Path, place: float = 0.5) -> None:
+    """One bit, so far into the file."""
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * place)] ^= 1 << 4
+    file.write_bytes(content)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # TensorStore's threads, of a closed loop
+def test_a_flipped_bit_in_any_file_is_found(trained, memory, tmp_path):
+    """In the middle of each of Orbax's files and of ours: refused, or what is read is what was saved.
+
+    Orbax alone reads other numbers without a word.
+    """
+    params = store.load(trained).params
+    silent, refusals = 0, []
+    for file in [*files(trained), *files(trained, "training"), trained / "training.json"]:
+        copy = Path(shutil.copytree(trained, tmp_path / "checkpoint"))
+        flip(copy / file.relative_to(trained))
+        try:
+            found = store.load(copy).params, store.load_memory(copy)
+        except UserError as error:
+            refusals.append(str(error))
+        else:
+            assert same(found[0], params), file
+            assert found[1], file
+            assert same(found[1].arrays, memory.arrays), file
+            assert found[1].about == memory.about, file
+        with contextlib.suppress(Exception):
+            silent += not (same(plain(copy / "params"), params) and same(plain(copy / "training"), memory.arrays))
+        shutil.rmtree(copy)
+    assert all(message.startswith(f"{tmp_path}/checkpoint/") and "\n" not in message for message in refusals)
+    assert sum("is not what was saved" in message for message in refusals) >= silent >= 1
+    assert len(refusals) > silent
+
+
+def test_a_changed_number_is_named(copy, trained, tmp_path):
+    """A checkpoint whose files are whole but whose numbers are others: the folder, the array and the remedy."""
+    about = json.loads((copy / "atlas.json").read_text())
+    name = "reader/embed/embedding"
+    about["checksums"]["params"][name] = about["checksums"]["params"][name][::-1]
+    edit(copy, **about)
+    refusal(lambda: store.load(copy), f"{copy}/params: {name} is not what was saved; copy the checkpoint again")
+    assert store.is_whole(copy)  # by its sizes
+    for name in ("training.json", "training/manifest.ocdbt"):
+        other = Path(shutil.copytree(trained, tmp_path / name.replace("/", "-")))
+        (other / name).write_bytes((other / name).read_bytes()[:-3])
+        refusal(lambda other=other: store.load_memory(other), f"{other}/{name}", "bytes, not")
+        (other / name).unlink()
+        refusal(lambda other=other: store.load(other), f"{other}/{name}: missing")
+        assert not store.is_whole(other)
+
+
+def test_all_is_on_the_disk_before_the_folder_appears(tmp_path, tiny_weights, memory, monkeypatch):
+    """Every file and folder of the draft is synced before it gets its name, and then the folder that holds the name."""
+    synced: list[Path] = []
+
+    def sync(*paths: Path) -> None:
+        assert (tmp_path / "checkpoint").exists() == bool(synced)
+        synced.extend(paths)
+
+    monkeypatch.setattr(store, "sync", sync)
+    store.save(tmp_path / "checkpoint", tiny_weights, memory)
+    *draft, parent = synced
+    root = draft[-1]
+    there = {path.relative_to(tmp_path / "checkpoint") for path in (tmp_path / "checkpoint").rglob("*")}
+    assert {path.relative_to(root) for path in draft} == {Path("."), *there}
+    assert parent == tmp_path
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, tiny_weights):

@@ -42,7 +42,7 @@ def opened(tiny_config, passages, mesh, tmp_path_factory):
     def open(retriever="r1", embedder=passages, **flags):
         flags = {name: str(value) if name.endswith("path") else value for name, value in flags.items()}
         config = dataclasses.replace(tiny_config, index=IndexConfig(per_gpu_embedder_batch_size=8, **flags))
-        return open_library(config, embedder, retriever, mesh, tmp_path_factory.mktemp("scratch"))
+        return open_library(config, embedder, [retriever], mesh, tmp_path_factory.mktemp("scratch"))
 
     return open
 

@@ -1,0 +1,61 @@
+"""Examples and the passages found for them, as arrays of a few fixed shapes for the reader."""
+
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from atlas_jax.config import TextConfig
+from atlas_jax.data.reader_inputs import ReaderText
+from atlas_jax.data.tokens import Tokenizer, bucket, pad
+from atlas_jax.evaluation.step import CHOICE_POSITION, ReaderBatch
+from atlas_jax.mesh import put_batch
+from atlas_jax.retrieval.sources import Found
+from atlas_jax.tasks import Example
+
+MAX_TARGET = 2**14  # tokens of a target where --target_maxlength sets no limit
+
+
+class ReaderBatches:
+    """Makes batches of `size` rows; what examples do not fill holds nothing."""
+
+    def __init__(self, text: TextConfig, tokenizer: Tokenizer, mesh: Mesh, size: int):
+        self.text = text
+        self.tokenizer = tokenizer
+        self.mesh = mesh
+        self.size = size
+        self._join = ReaderText(tokenizer, text.encoder_format, text.text_maxlength)
+
+    def passages(self, queries: Sequence[str], found: Found) -> list[list[int]]:
+        """The ids of each query with each of its passages, row after row; none where there is no passage."""
+        texts = [ids for row in self._join.encode(queries, found.numbers, found.store) for ids in row]
+        return [ids if there else [] for ids, there in zip(texts, found.there.reshape(-1), strict=True)]
+
+    def prompts(self, queries: Sequence[str]) -> list[list[int]]:
+        """What the decoder is given to go on from; empty without --decoder_prompt_format."""
+        form = self.text.decoder_prompt_format
+        return self.tokenizer.ids([form.format(query=query) for query in queries]) if form else []
+
+    def batch(
+        self, examples: Sequence[Example], passages: Sequence[list[int]], prompts: list[list[int]], length: int
+    ) -> ReaderBatch:
+        """The arrays, on the devices, for passages of at most `length` tokens."""
+        n = len(passages) // len(examples)
+        empty = self.size - len(examples)
+        ids, mask = pad([*passages, *[[]] * (empty * n)], length, self.tokenizer.pad_id)
+        maximum = self.text.target_maxlength
+        targets = self.tokenizer.target_ids([self._target(example) for example in examples], maximum)
+        longest = max(CHOICE_POSITION + 1, *map(len, targets))
+        target, target_mask = pad(
+            [*targets, *[[]] * empty], bucket(longest, max(longest, maximum or MAX_TARGET)), self.tokenizer.pad_id
+        )
+        for row, prompt in enumerate(prompts):
+            target_mask[row, : len(prompt)] = False  # what is given is not to be learnt
+        shape = (self.size, n, length)
+        arrays = ids.reshape(shape), mask.reshape(shape), target, target_mask
+        return ReaderBatch(*(put_batch(self.mesh, array) for array in arrays))
+
+    def _target(self, example: Example) -> str:
+        target = example.target or ""
+        if self.text.decoder_prompt_format:
+            target = self.text.decoder_prompt_format.format(query=example.query) + target
+        return self.text.decoder_format.format(target=target) if self.text.decoder_format else target

@@ -1,0 +1,82 @@
+"""What a step learns from: examples in order, and with their passages as arrays for both models."""
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from atlas_jax.config import Config
+from atlas_jax.data.jsonl import Rows
+from atlas_jax.data.order import Order
+from atlas_jax.data.tokens import Tokenizer, bucket, pad
+from atlas_jax.evaluation.batches import ReaderBatches
+from atlas_jax.mesh import batch_rows, put_batch
+from atlas_jax.retrieval.sources import Found
+from atlas_jax.tasks import Example, Task
+from atlas_jax.training.step import Batch, RetrieverBatch
+
+
+class TrainingExamples:
+    """The examples of all training files, in the order of training: a pure function of the position."""
+
+    def __init__(self, config: Config, task: Task, files: Sequence[Rows], tokenizer: Tokenizer):
+        self._task, self._files, self._tokenizer = task, files, tokenizer
+        self._starts = list(itertools.accumulate(map(len, files), initial=0))
+        self._rows = self._starts[-1]
+        self.order = Order(self._rows * task.per_row, config.run.seed, shuffle=config.run.shuffle)
+
+    def __getitem__(self, position: int) -> Example:
+        epoch, number = self.order[position]
+        row, which = divmod(number, self._task.per_row)
+        file = bisect.bisect_right(self._starts, row) - 1
+        found = self._files[file][row - self._starts[file]]
+        return self._task.examples(found, epoch * self._rows + row, self._tokenizer)[which]
+
+    def batches(self, position: int, size: int) -> Iterator[list[Example]]:
+        """Endless, from a position on."""
+        for start in itertools.count(position, size):
+            yield [self[start + i] for i in range(size)]
+
+
+class Batches:
+    """Makes the arrays of a step. All texts of a batch are padded to one length, so a length is a program."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, retriever_tokenizer: Tokenizer | None, mesh: Mesh):
+        self.size = batch_rows(mesh, config.run.per_gpu_batch_size)
+        self._text, self._mesh = config.text, mesh
+        self._reader = ReaderBatches(config.text, tokenizer, mesh, self.size)
+        self._retriever_tokenizer = retriever_tokenizer
+
+    def __call__(self, examples: Sequence[Example], found: Found, *, retriever: bool) -> Batch:
+        """With the retriever's side where it learns."""
+        queries = [example.query for example in examples]
+        prompts, passages = self._reader.prompts(queries), self._reader.passages(queries, found)
+        sides = self._retriever_ids(queries, found) if retriever else ([], [])
+        length = bucket(max(map(len, [*passages, *sides[0], *sides[1]])), self._text.text_maxlength)
+        read = self._reader.batch(examples, passages, prompts, length)
+        of_queries = np.asarray([min(len(ids), length) for ids in self._reader.tokenizer.ids(queries)], np.int32)
+        query_lengths = put_batch(self._mesh, of_queries)
+        if self._retriever_tokenizer is None or not retriever:
+            return Batch(read, query_lengths, None)
+        shorter = min(length, self._text.retriever_maxlength)
+        asked, given = (pad(ids, shorter, self._retriever_tokenizer.pad_id) for ids in sides)
+        shape = (self.size, found.numbers.shape[1], shorter)
+        arrays = (*asked, *(array.reshape(shape) for array in given))
+        return Batch(read, query_lengths, RetrieverBatch(*(put_batch(self._mesh, array) for array in arrays)))
+
+    def _retriever_ids(self, queries: Sequence[str], found: Found) -> tuple[list[list[int]], list[list[int]]]:
+        """The retriever's ids of the queries, and of their passages, row after row."""
+        tokenizer = self._retriever_tokenizer
+        assert tokenizer is not None
+        stored = found.store.tokens(tokenizer, self._format, "retriever").take(found.numbers.reshape(-1))
+        longest = self._text.retriever_maxlength
+        return (
+            [tokenizer.finish(ids, longest) for ids in tokenizer.ids(list(queries))],
+            [tokenizer.finish(np.asarray(ids), longest) for ids in stored],
+        )
+
+    @property
+    def _format(self) -> str:
+        return self._text.retriever_format

@@ -1,0 +1,127 @@
+"""The index of a run: searched with the retriever of today, built by the retriever of some step before."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from atlas_jax.checkpoints.restore import retriever_fingerprint
+from atlas_jax.checkpoints.weights import build_model
+from atlas_jax.config import Config
+from atlas_jax.errors import UserError
+from atlas_jax.mesh import replicate
+from atlas_jax.models.atlas import Atlas
+from atlas_jax.retrieval.finder import Finder
+from atlas_jax.retrieval.library import is_index_of
+from atlas_jax.retrieval.sources import Found, FromRows, Source
+from atlas_jax.tasks import Example
+from atlas_jax.training.resume import INDEX, Start
+
+logger = logging.getLogger(__name__)
+
+PASSAGE_ENCODER = ("retriever/encoder/", "retriever/passage_encoder/")
+
+
+class LiveIndex:
+    """Finds passages for training and evaluation; builds the index again when the schedule says so.
+
+    Without a retriever the passages come with the rows.
+    """
+
+    def __init__(self, config: Config, start: Start, mesh: Mesh, scratch: Path):
+        self.config = config
+        self.fingerprint: str | None = None  # of the encoder that built the index
+        self.loaded: str | None = None  # the same of the one in --load_index_path
+        self._built: dict[str, np.ndarray] = {}  # that encoder, where a later run could not have it from elsewhere
+        self._finder = self._open(start, mesh, scratch) if start.weights.cfg.retriever else None
+        self.source: Source = self._finder.source if self._finder else FromRows()
+        retrieval = config.retrieval
+        learns = config.distill.train_retriever
+        self._n = retrieval.n_context
+        if self._finder:
+            least = min(retrieval.n_context, retrieval.retriever_n_context)
+            self._n = retrieval.retriever_n_context if learns else least
+            self._check_count(len(self._finder.library.passages))
+
+    def find(self, model: Atlas, examples: Sequence[Example]) -> Found:
+        """The passages that a step learns from."""
+        self.update(model)
+        return self.source.start(examples, self._n)()
+
+    def update(self, model: Atlas) -> None:
+        """Takes the retriever's present parameters."""
+        if self._finder and model.retriever:
+            self._finder.update(model.retriever)
+
+    def refresh(self, model: Atlas, params: dict[str, Array], step: int) -> None:
+        """Embeds all passages again if it is time to, before the step after `step`."""
+        if self._finder and is_due(self.config, step):
+            encoder = passage_encoder(params)
+            self.update(model)
+            fingerprint = retriever_fingerprint(encoder)
+            self._finder.rebuild(fingerprint)
+            self.fingerprint, self._built = fingerprint, encoder
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a checkpoint must hold so that the same index can be built from it."""
+        return {INDEX + path: array for path, array in self._built.items()}
+
+    def _open(self, start: Start, mesh: Mesh, scratch: Path) -> Finder:
+        weights, before, config = start.weights, start.progress, self.config
+        self._built = start.index_params
+        encoder = self._built or passage_encoder(weights.params)
+        model = build_model(weights.params | encoder, weights.cfg, lambda _, array: replicate(mesh, array))
+        kept = before.index is not None and is_index_of(config.index.save_index_path, before.index)
+        if kept:  # as the run left it
+            index = dataclasses.replace(config.index, load_index_path=config.index.save_index_path)
+            config = dataclasses.replace(config, index=index)
+        fingerprints = [retriever_fingerprint(encoder), before.index, before.loaded, weights.index]
+        assert model.retriever is not None
+        assert weights.retriever_tokenizer is not None
+        finder = Finder(
+            config, model.retriever, weights.retriever_tokenizer, mesh, scratch, [one for one in fingerprints if one]
+        )
+        if self.config.index.load_index_path:
+            self.loaded = before.loaded or finder.library.retriever
+            if self._built and not kept:  # loaded, and built again since
+                finder.rebuild(fingerprints[0] or "")
+        elif start.memory is None and passages_learn(config):
+            self._built = encoder
+        self.fingerprint = finder.library.retriever
+        finder.prepare(weights.tokenizer)
+        return finder
+
+    def _check_count(self, count: int) -> None:
+        retrieval = self.config.retrieval
+        if self._n > count:
+            raise UserError(f"--retriever_n_context {self._n}: the index holds {count} passages; ask for no more")
+        candidates = retrieval.n_to_rerank_with_retrieve_with_rerank
+        if retrieval.retrieve_with_rerank and self._n > candidates:
+            raise UserError(f"--n_to_rerank_with_retrieve_with_rerank {candidates}: must be at least {self._n}")
+
+
+def passages_learn(config: Config) -> bool:
+    """Whether training changes how passages are embedded."""
+    return config.distill.train_retriever and not config.retrieval.query_side_retriever_training
+
+
+def is_due(config: Config, step: int) -> bool:
+    """Whether --refresh_index wants a new index before the step after `step`.
+
+    Reference: never during --freeze_retriever_steps. It also would where the passage encoder does not learn.
+    """
+    if not passages_learn(config) or step == 0 or step < config.distill.freeze_retriever_steps:
+        return False
+    for start, end, every in config.distill.refresh_schedule:
+        if start <= step < end:
+            return (step - start) % every == 0
+    return False
+
+
+def passage_encoder(params: Mapping[str, np.ndarray | Array]) -> dict[str, np.ndarray]:
+    """Copies of what embeds passages, on the host."""
+    return {path: np.array(array) for path, array in params.items() if path.startswith(PASSAGE_ENCODER)}

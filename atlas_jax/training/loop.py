@@ -1,0 +1,257 @@
+"""`atlas train`: check the rows, restore or begin, then step after step; evaluate and save on the way."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from atlas_jax.checkpoints.restore import restore
+from atlas_jax.checkpoints.run_checkpoints import RunCheckpoints
+from atlas_jax.checkpoints.store import Memory
+from atlas_jax.checkpoints.weights import build_model
+from atlas_jax.config import Config, to_dict
+from atlas_jax.data.jsonl import Rows
+from atlas_jax.data.tokens import Tokenizer
+from atlas_jax.errors import UserError
+from atlas_jax.evaluation.evaluator import Evaluator
+from atlas_jax.evaluation.loop import checked_files, checked_rows, evaluate_file
+from atlas_jax.mesh import is_one_cpu, make_mesh
+from atlas_jax.models.atlas import Atlas, AtlasConfig
+from atlas_jax.prefetch import prefetch
+from atlas_jax.programs import Program, keep_programs
+from atlas_jax.retrieval.library import check_library
+from atlas_jax.tasks import Example, make_task
+from atlas_jax.training.batches import Batches, TrainingExamples
+from atlas_jax.training.interrupts import Interrupted, Interrupts, requeue
+from atlas_jax.training.live_index import LiveIndex
+from atlas_jax.training.optimizer import rate
+from atlas_jax.training.report import Report
+from atlas_jax.training.resume import Start, check_same_run, make_state, read, snapshot
+from atlas_jax.training.step import StepConfig, train_step
+
+logger = logging.getLogger(__name__)
+
+SCRATCH = ".scratch-train-"
+
+
+def train(config: Config, run: Path) -> None:
+    """Trains until --total_steps; goes on where the run's folder has checkpoints. `Interrupted`, it has saved."""
+    files = [checked_rows(path, make_task(config, train=True)) for path in config.run.train_data]
+    evaluated = checked_files(config.run.eval_data, make_task(config))
+    check_library(config)
+    if config.run.compile_cache:
+        keep_programs(config.run.compile_cache)
+    with contextlib.ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
+        stack.push(_requeue)
+        stack.enter_context(_alone(run))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH, dir=run)))
+        checkpoints = stack.enter_context(RunCheckpoints(run / "checkpoint", config.run.keep))
+        start = _start(config, checkpoints)
+        trainer = Trainer(config, run, start, files, evaluated, make_mesh(config.run.mesh), scratch)
+        report = Report(run, config.optim.total_steps, config.run.log_freq, start.progress.step, start.progress.pending)
+        trainer.run(stack.enter_context(report), checkpoints, interrupts)
+        if config.run.keep == 0:
+            checkpoints.remove()
+    if checkpoints.failed:
+        raise UserError(checkpoints.failed)
+
+
+def _start(config: Config, checkpoints: RunCheckpoints) -> Start:
+    """The newest whole checkpoint of this run, or else what the flags name."""
+    found = checkpoints.restore(read)
+    if found is None:
+        return Start(restore(config), None)
+    start, folder = found
+    check_same_run(start, config, folder)
+    logger.info("going on from %s", folder)
+    return start
+
+
+def _requeue(_: object, error: BaseException | None, __: object) -> None:
+    """Back into the queue, when everything is saved and while further signals are only logged."""
+    if isinstance(error, Interrupted):
+        requeue(error.signum)
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """No other process may train in this folder."""
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run}: another process trains there now; wait for it or choose another --name") from None
+        for left in run.glob(f"{SCRATCH}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+class Trainer:
+    """A run: its state, where it is, and what it works with."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        start: Start,
+        files: Sequence[Rows],
+        evaluated: Mapping[str, Rows],
+        mesh: Mesh,
+        scratch: Path,
+    ):
+        self.config, self.run_folder, self.weights, self.progress = config, run, start.weights, start.progress
+        self.cfg = step_config(config, start.weights.cfg, start.weights.tokenizer, mesh)
+        self.index = LiveIndex(config, start, mesh, scratch)
+        self.state = make_state(config, start, mesh)
+        tokenizer, retriever_tokenizer = start.weights.tokenizer, start.weights.retriever_tokenizer
+        self.examples = TrainingExamples(config, make_task(config, train=True), files, tokenizer)
+        self.batches = Batches(config, tokenizer, retriever_tokenizer, mesh)
+        self.evaluator = Evaluator(config, make_task(config), self.index.source, tokenizer, mesh)
+        self.evaluated = evaluated
+        self.programs = {
+            update: Program(name, functools.partial(train_step, cfg=self.cfg, update=update), donate=True)
+            for update, name in ((True, "train step"), (False, "gradient step"))
+        }
+        self.key = jax.random.key(config.run.seed)
+        self.saved = self.progress.step if start.memory else -1
+        self.bad_in_a_row = 0
+        self._untold: list[tuple[int, dict[str, Array], dict[str, float]]] = []  # steps that the report lacks
+
+    def run(self, report: Report, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
+        """Until the last step."""
+        freq, total = self.config.run, self.config.optim.total_steps
+        try:
+            if self.progress.step and (self.progress.step % freq.eval_freq == 0 or self.progress.step == total):
+                self.evaluate(report, interrupts, only_missing=True)  # which a stop may have cut short
+            for examples in prefetch(self.examples.batches(self.progress.position, self.batches.size)):
+                if self.progress.step >= total:
+                    break
+                self.index.refresh(self.model(), self.state.params, self.progress.step)
+                self.step(examples, report, interrupts)
+                if self.bad_in_a_row >= freq.max_bad_steps:
+                    self._give_up(report, checkpoints, interrupts)
+                last = self.progress.step == total
+                if self.progress.step % freq.save_freq == 0 or last:
+                    self.save(report, checkpoints, interrupts)
+                if self.progress.step % freq.eval_freq == 0 or last:
+                    self.evaluate(report, interrupts)
+                interrupts.check()
+        except Interrupted:
+            self.save(report, checkpoints, interrupts)
+            raise
+
+    def model(self) -> Atlas:
+        """The model with the present parameters."""
+        return build_model(self.state.params, self.cfg.model)
+
+    def step(self, examples: Sequence[Example], report: Report, interrupts: Interrupts) -> None:
+        """One training step."""
+        began, compiled, step = time.perf_counter(), self._compile_seconds(), self.progress.step + 1
+        found = self.index.find(self.model(), examples)
+        retrieved = time.perf_counter()
+        retriever = self.config.distill.train_retriever and step > self.config.distill.freeze_retriever_steps
+        batch = self.batches(examples, found, retriever=retriever)
+        program = self.programs[step % self.config.optim.accumulation_steps == 0]
+        arguments = batch, jax.random.fold_in(self.key, step)
+        made = time.perf_counter()
+        program.prepare(self.state, *arguments)
+        with interrupts.held():
+            self.state, metrics = program(self.state, *arguments)
+            self.progress.step, self.progress.position = step, self.progress.position + len(examples)
+            compiling = self._compile_seconds() - compiled
+            seconds = {"runtime/retrieve": retrieved - began, "runtime/batch": made - retrieved}
+            seconds |= {"runtime/compile": compiling} if compiling else {}
+            self._untold.append((step, metrics, seconds))
+            self._tell(report, but=1)  # the device is busy with this step meanwhile
+            seconds["runtime/train_step"] = time.perf_counter() - began - compiling
+
+    def _compile_seconds(self) -> float:
+        return sum(program.compile_seconds for program in (*self.programs.values(), *self.index.source.programs))
+
+    def _tell(self, report: Report, but: int = 0) -> None:
+        """Reports the steps that are done, but for the last few."""
+        while len(self._untold) > but:
+            step, metrics, seconds = self._untold.pop(0)
+            values = {name: float(value) for name, value in metrics.items()}
+            bad, updates = int(values.pop("bad")), int(values.pop("updates"))
+            self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+            self.progress.skipped += bad
+            optim = self.config.optim
+            values["lr"] = rate(optim, optim.lr, updates)
+            if self.config.distill.train_retriever:
+                values["lr_retriever"] = rate(optim, optim.lr_retriever, updates)
+            report.step(step, values | seconds | {"skipped_steps": self.progress.skipped})
+
+    def save(self, report: Report, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
+        """Hands the state over to be written while the run goes on."""
+        if self.saved == self.progress.step and not checkpoints.failed:
+            return
+        with interrupts.held():
+            self._tell(report)
+            weights, arrays = snapshot(self.state, self.weights)
+            if self.progress.step >= self.config.optim.total_steps and not self.config.run.save_optimizer:
+                arrays = {}
+            self.progress.pending = report.pending()
+            self.progress.index, self.progress.loaded = self.index.fingerprint, self.index.loaded
+            memory = Memory(
+                arrays | self.index.arrays(),
+                {"progress": dataclasses.asdict(self.progress), "flags": to_dict(self.config)},
+            )
+            weights = dataclasses.replace(weights, index=self.progress.index)
+            checkpoints.save(self.progress.step, weights, memory)
+            self.saved = self.progress.step
+
+    def evaluate(self, report: Report, interrupts: Interrupts, *, only_missing: bool = False) -> None:
+        """Scores every file of --eval_data with the present parameters."""
+        step = self.progress.step
+        with interrupts.held():
+            self._tell(report)
+        model = self.model()
+        self.index.update(model)
+        for name, rows in self.evaluated.items():
+            stem = f"{name}-step-{step}"
+            if not (only_missing and (self.run_folder / f"{stem}.metrics.json").exists()):
+                result = evaluate_file(self.evaluator, rows, model.reader, self.run_folder, stem)
+                report.scores(step, Path(rows.path).name, result.scores)
+
+    def _give_up(self, report: Report, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
+        bad, step = self.bad_in_a_row, self.progress.step
+        self.save(report, checkpoints, interrupts)
+        checkpoints.wait()
+        raise UserError(
+            f"step {step}: loss or gradient was not finite in {bad} steps in a row, which "
+            "changed nothing; the state is saved; lower --lr or --lr_retriever under another --name"
+        )
+
+
+def step_config(config: Config, model: AtlasConfig, tokenizer: Tokenizer, mesh: Mesh) -> StepConfig:
+    """What is constant over the run."""
+    rate, precision = config.model.dropout, {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.model.precision]
+    return StepConfig(
+        model.computing(dtype=precision, dropout=rate, for_cpu=is_one_cpu(mesh)),
+        config.optim,
+        config.distill.gold,
+        config.distill.temperature_score,
+        config.distill.temperature_gold,
+        config.retrieval.n_context,
+        tokenizer.pad_id,
+        tokenizer.suffix[0],
+        config.text.text_maxlength,
+        dropout=rate > 0,
+        query_side=config.retrieval.query_side_retriever_training,
+        remat_reader=config.model.use_gradient_checkpoint_reader,
+        remat_retriever=config.model.use_gradient_checkpoint_retriever,
+        stats=config.distill.compute_crossattention_stats,
+    )

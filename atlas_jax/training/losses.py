@@ -1,0 +1,98 @@
+"""What the retriever learns from the reader: its judgement of each passage ("gold"), and the losses towards it.
+
+Axes: `b` queries, `n` passages of a query, `l` tokens of a passage, `t` target, `v` vocabulary. The judgements are
+those of arXiv 2208.03299, section 2.2; they are made without dropout, and no gradient goes through them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from atlas_jax.evaluation.step import token_losses
+from atlas_jax.models.fid import FiD, fuse, shift_right
+from atlas_jax.models.t5 import Unread
+
+TOKENS_OF_A_PASSAGE = 256  # Reference: cross-attention sums are divided by this, however long a passage is
+
+
+def mean_loss(losses: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, " b"]:
+    """Loss per token of each target, over the tokens that count."""
+    return losses.sum(-1) / jnp.maximum(mask.sum(-1), 1)
+
+
+def each_alone(
+    reader: FiD, states: Float[Array, "b n l d"], mask: Bool[Array, "b n l"], target: Int[Array, "b t"], pad_id: int
+) -> Float[Array, "b n t v"]:
+    """Logits of the target given one passage at a time."""
+    b, n, length, d = states.shape
+    source = Unread(states.reshape(b * n, length, d), mask.reshape(b * n, 1, length))
+    inputs = jnp.repeat(shift_right(target, pad_id), n, axis=0)
+    logits = reader.predict(inputs, source).logits
+    return logits.reshape(b, n, *logits.shape[1:])
+
+
+def perplexity_gold(
+    logits: Float[Array, "b n t v"], target: Int[Array, "b t"], target_mask: Bool[Array, "b t"]
+) -> Float[Array, "b n"]:
+    """PDist: minus the target's loss per token given that passage alone (`ppmean`)."""
+    b, n = logits.shape[:2]
+    rows = [jnp.repeat(x, n, axis=0) for x in (target, target_mask)]
+    return -mean_loss(token_losses(logits.reshape(b * n, *logits.shape[2:]), *rows), rows[1]).reshape(b, n)
+
+
+def attention_gold(
+    looks: Float[Array, "b t s"], mask: Bool[Array, "b n l"], target_mask: Bool[Array, "b t"], layers: int
+) -> Float[Array, "b n"]:
+    """ADist: cross-attention weights times the lengths of values, summed over a passage's tokens (`evalnormsum`)."""
+    by_passage = jnp.where(mask[:, None], looks.reshape(*looks.shape[:2], *mask.shape[1:]), 0.0).sum(-1)
+    total = jnp.where(target_mask[:, :, None], by_passage, 0.0).sum(1)
+    return total / (TOKENS_OF_A_PASSAGE * layers * target_mask.sum(-1, keepdims=True))
+
+
+def left_out_gold(
+    reader: FiD,
+    states: Float[Array, "b n l d"],
+    mask: Bool[Array, "b n l"],
+    target: Int[Array, "b t"],
+    target_mask: Bool[Array, "b t"],
+    pad_id: int,
+) -> Float[Array, "b n"]:
+    """LOOP: the target's loss per token when all passages but that one are given (`loop`)."""
+    (b, n, length), t = mask.shape, target.shape[1]
+    others = mask[:, None] & ~jnp.eye(n, dtype=bool)[None, :, :, None]  # "b left_out n l"
+    per_target = jnp.broadcast_to(others.reshape(b, n, 1, n * length), (b, n, t, n * length))
+    source = Unread(fuse(states), per_target.reshape(b, n * t, n * length))
+    inputs, targets, target_masks = (
+        jnp.repeat(x, n, axis=0) for x in (shift_right(target, pad_id), target, target_mask)
+    )
+    losses = token_losses(reader.predict(inputs, source).logits, targets, target_masks)
+    return mean_loss(losses, target_masks).reshape(b, n)
+
+
+def kl_to_gold(
+    scores: Float[Array, "b n"], gold: Float[Array, "b n"], temperature_score: float, temperature_gold: float
+) -> Float[Array, ""]:
+    """KL divergence from the gold distribution over a query's passages to the retriever's.
+
+    Reference: averaged over all queries and passages, not over queries alone.
+    """
+    wanted = jax.nn.softmax(gold / temperature_gold)
+    log_ratio = jax.nn.log_softmax(gold / temperature_gold) - jax.nn.log_softmax(scores / temperature_score)
+    return jnp.where(wanted > 0, wanted * log_ratio, 0.0).mean()
+
+
+def emdr_loss(
+    scores: Float[Array, "b n"],
+    logits: Float[Array, "b n t v"],
+    target: Int[Array, "b t"],
+    target_mask: Bool[Array, "b t"],
+    temperature_score: float,
+    temperature_gold: float,
+) -> Float[Array, ""]:
+    """EMDR2 (arXiv 2106.05346): minus the log-likelihood per token, the passage being a latent variable."""
+    scaled = logits / temperature_gold
+    chosen = jnp.take_along_axis(scaled, target[:, None, :, None], axis=-1)[..., 0]
+    log_prob = chosen - jax.nn.logsumexp(scaled, axis=-1)  # "b n t"
+    log_score = jax.nn.log_softmax(scores / temperature_score)
+    likelihood = jax.nn.logsumexp(log_prob + log_score[..., None], axis=1)
+    return -jnp.where(target_mask, likelihood, 0.0).sum() / target_mask.sum()

@@ -1,0 +1,156 @@
+"""From weights to the state of a run and from a state to a checkpoint, and back again exactly."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from atlas_jax.checkpoints import store
+from atlas_jax.checkpoints.store import Memory, Weights
+from atlas_jax.config import Config, to_dict
+from atlas_jax.errors import UserError
+from atlas_jax.mesh import replicate
+from atlas_jax.training.optimizer import start
+from atlas_jax.training.step import TrainState
+
+logger = logging.getLogger(__name__)
+
+INDEX = "index/"  # in a checkpoint: the parameters that built the index
+PASSAGE_ENCODER = ("retriever/encoder/", "retriever/passage_encoder/")
+MAY_DIFFER = (  # flags that a run may be continued with others of: they do not enter what it learns
+    *("name", "checkpoint_dir", "eval_data", "log_freq", "eval_freq", "save_freq", "save_optimizer", "keep"),
+    *("max_bad_steps", "write_results", "dont_write_passages", "mesh", "compile_cache", "model_path"),
+    *("reader_model_type", "retriever_model_path", "multiple_choice_eval_permutations", "per_gpu_embedder_batch_size"),
+    *("generation_max_length", "generation_min_length", "generation_length_penalty", "generation_num_beams"),
+    *("local_rank", "main_port", "shard_optim", "shard_grads", "save_index_n_shards", "scheduler_steps", "alpha"),
+)
+SHAPES_THE_REST = ("total_steps", "load_index_path", "save_index_path", "passages", "train_data")  # may, but it matters
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is: what a checkpoint holds besides arrays."""
+
+    step: int = 0
+    position: int = 0  # in the order of examples
+    skipped: int = 0  # steps that were not finite
+    pending: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the next line of metrics
+    index: str | None = None  # fingerprint of the encoder that built the index in use
+    loaded: str | None = None  # the same of --load_index_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run begins or goes on with."""
+
+    weights: Weights
+    memory: Memory | None  # none: it begins
+
+    @property
+    def progress(self) -> Progress:
+        """Where it is."""
+        return Progress(**self.memory.about["progress"]) if self.memory else Progress()
+
+    @property
+    def index_params(self) -> dict[str, np.ndarray]:
+        """The passage encoder that built the index, where that was done in the run."""
+        arrays = self.memory.arrays if self.memory else {}
+        return {path.removeprefix(INDEX): x for path, x in arrays.items() if path.startswith(INDEX)}
+
+
+def read(folder: Path) -> Start:
+    """A checkpoint of a run; UserError if it is damaged."""
+    return Start(store.load(folder), store.load_memory(folder))
+
+
+def check_same_run(found: Start, config: Config, folder: Path) -> None:
+    """Refuses to go on with flags that make it another run."""
+    now = to_dict(config)
+    before = found.memory.about["flags"] if found.memory else {}
+    differing = {flag: value for flag, value in before.items() if flag not in MAY_DIFFER and _plain(now[flag]) != value}
+    for flag in [flag for flag in SHAPES_THE_REST if flag in differing]:
+        logger.warning(
+            "--%s was %s until step %d, now it is %s", flag, differing.pop(flag), found.weights.step, now[flag]
+        )
+    if differing:
+        said = ", ".join(f"--{flag} {now[flag]} (was {value})" for flag, value in differing.items())
+        raise UserError(f"{folder}: a run with other flags: {said}; choose another --name, or remove this folder")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def learns(config: Config, path: str) -> bool:
+    """Whether training changes this parameter."""
+    if not path.startswith("retriever/"):
+        return True
+    frozen = config.retrieval.query_side_retriever_training and path.startswith("retriever/passage_encoder/")
+    return config.distill.train_retriever and not frozen
+
+
+def make_state(config: Config, found: Start, mesh: Mesh) -> TrainState:
+    """The state on the devices: as it was, or at the start."""
+    params = {path: jnp.asarray(x) for path, x in found.weights.params.items()}
+    parts = {
+        part: {path: x for path, x in params.items() if path.startswith(part) and learns(config, path)}
+        for part in ("reader/", "retriever/")
+    }
+    learning = parts["reader/"] | parts["retriever/"]
+    zeros = {path: jnp.zeros_like(x) for path, x in learning.items()} if config.optim.accumulation_steps > 1 else None
+    state = TrainState(
+        start(config.optim, parts["reader/"]),
+        start(config.optim, parts["retriever/"]) if parts["retriever/"] else None,
+        {path: x for path, x in params.items() if path not in learning},
+        zeros,
+        jnp.int32(0),
+    )
+    if found.memory is not None and found.progress.step < config.optim.total_steps:
+        state = _remember(state, found.memory.arrays, found.weights.step)
+    return jax.tree.map(lambda x: replicate(mesh, x), state)
+
+
+def snapshot(state: TrainState, weights: Weights) -> tuple[Weights, dict[str, np.ndarray]]:
+    """Copies on the host: the weights, and what else the state holds, by name."""
+    params = {path: np.array(x) for path, x in state.params.items()}
+    arrays = {name: np.array(x) for name, x in _named(_besides(state))[0].items()}
+    return dataclasses.replace(weights, params=params), arrays
+
+
+def _remember(state: TrainState, arrays: Mapping[str, np.ndarray], step: int) -> TrainState:
+    """The state with these arrays besides its parameters."""
+    names, structure = _named(_besides(state))
+    if not any(name in arrays for name in names):
+        raise UserError(
+            f"step {step}: this run was finished and kept its weights only; go on from them with --model_path and "
+            "another --name, or next time train with --save_optimizer"
+        )
+    for name, x in names.items():
+        if name not in arrays or arrays[name].shape != x.shape:
+            raise UserError(f"step {step}: its checkpoint has no {name} of this shape; is it one of this run?")
+    found = jax.tree.unflatten(structure, [arrays[name] for name in names])
+    return state._replace(
+        reader=state.reader._replace(moments=found["reader"]),
+        retriever=state.retriever and state.retriever._replace(moments=found["retriever"]),
+        gradients=found["gradients"],
+        updates=found["updates"],
+    )
+
+
+def _besides(state: TrainState) -> dict[str, Any]:
+    """Everything but the parameters."""
+    moments = {"reader": state.reader.moments, "retriever": state.retriever and state.retriever.moments}
+    return moments | {"gradients": state.gradients, "updates": state.updates}
+
+
+def _named(tree: Any) -> tuple[dict[str, Any], Any]:
+    """The leaves by name, and the structure to put them back into."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}, structure

@@ -1,0 +1,50 @@
+"""Folders of published shapes with the sample's tokenizers and no weights, which makes them random."""
+
+import json
+import shutil
+from pathlib import Path
+
+from atlas_jax import cli
+from atlas_jax.models.contriever import ContrieverConfig
+from atlas_jax.models.t5 import T5_CONFIGS
+
+SAMPLE = Path(cli.__file__).parent / "sample"
+
+
+def reader_folder(name: str, folder: Path) -> Path:
+    """A T5."""
+    shape = T5_CONFIGS[name]
+    return _folder(
+        "reader",
+        folder,
+        model_type="t5",
+        d_model=shape.d_model,
+        num_heads=shape.num_heads,
+        d_kv=shape.head_dim,
+        d_ff=shape.d_ff,
+        num_layers=shape.num_layers,
+        vocab_size=shape.vocab_size,
+        feed_forward_proj="gated-gelu" if shape.gated else "relu",
+        tie_word_embeddings=shape.tied,
+    )
+
+
+def retriever_folder(folder: Path) -> Path:
+    """Contriever."""
+    shape = ContrieverConfig()
+    return _folder(
+        "retriever",
+        folder,
+        model_type="bert",
+        hidden_size=shape.d_model,
+        num_attention_heads=shape.num_heads,
+        intermediate_size=shape.d_ff,
+        num_hidden_layers=shape.num_layers,
+        vocab_size=shape.vocab_size,
+    )
+
+
+def _folder(tokenizer: str, folder: Path, **config: object) -> Path:
+    shutil.copytree(SAMPLE / tokenizer, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -1,0 +1,86 @@
+"""Speed and memory of `atlas train` with random weights of a published shape, through the command itself.
+
+    python benchmarks/train.py --reader t5-base --passages passages.jsonl --questions questions.jsonl
+
+Joint training with ppmean, query side, both gradient checkpoints. Prints one JSON object: median seconds of a step
+without compilation, compile seconds and programs, peak memory. Weights are random, tokenizers the sample's.
+"""
+
+import argparse
+import json
+import re
+import resource
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from shapes import SAMPLE, reader_folder, retriever_folder
+
+from atlas_jax import cli
+from atlas_jax.models.t5 import T5_CONFIGS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reader", default="t5-base", choices=list(T5_CONFIGS))
+    parser.add_argument("--passages", default=str(SAMPLE / "passages.jsonl"))
+    parser.add_argument("--max_passages", default="150")
+    parser.add_argument("--questions", default=str(SAMPLE / "mmlu.jsonl"))
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--n_context", default="10")
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--dropout", default="0.1")
+    parser.add_argument("--gold", default="ppmean")
+    parser.add_argument("--precision", default="fp32")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        flags = {
+            "reader_model_type": reader_folder(given.reader, work / "reader"),
+            "retriever_model_path": retriever_folder(work / "retriever"),
+            "passages": given.passages,
+            "max_passages": given.max_passages,
+            "train_data": given.questions,
+            "task": "multiple_choice",
+            "n_context": given.n_context,
+            "retriever_n_context": given.n_context,
+            "text_maxlength": 512,
+            "target_maxlength": 16,
+            "per_gpu_batch_size": given.batch,
+            "dropout": given.dropout,
+            "gold_score_mode": given.gold,
+            "precision": given.precision,
+            "total_steps": given.steps,
+            "warmup_steps": 2,
+            "log_freq": 1,
+            "keep": 0,
+            "name": "benchmark",
+            "checkpoint_dir": work,
+        }
+        argv = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+        switches = ("train_retriever", "query_side_retriever_training")
+        remat = ("use_gradient_checkpoint_reader", "use_gradient_checkpoint_retriever")
+        if cli.main(["train", *argv, *(f"--{switch}" for switch in (*switches, *remat))]):
+            sys.exit(2)
+        run = work / "benchmark"
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        log = (run / "run.log").read_text()
+    compiled = re.findall(r"compiled (.+) for .+ in ([\d.]+) s", log)
+    steps = [line["runtime/train_step"] for line in lines]
+    print(
+        json.dumps(
+            {
+                "reader": given.reader,
+                "seconds_per_step": statistics.median(steps),
+                "steps": steps,
+                "compile_seconds": sum(float(seconds) for _, seconds in compiled),
+                "programs": len(compiled),
+                "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

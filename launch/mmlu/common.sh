@@ -1,0 +1,53 @@
+# What the four MMLU experiments share; sourced by them. Set:
+#   DATA_DIR   holds models/atlas/$SIZE, indices/atlas/wiki/$SIZE and data/mmlu_data, as the published downloads make it
+#   SIZE       base, large, xl or xxl (default xxl)
+# and if you like PRECISION (bf16, fp32), SAVE_DIR (where runs go), READER and RETRIEVER (folders with config.json and
+# tokenizer, where the Hugging Face hub is out of reach). Arguments of a script go to atlas as they are.
+set -euo pipefail
+
+: "${DATA_DIR:?set DATA_DIR: the folder that holds models/, indices/ and data/}"
+SIZE=${SIZE:-xxl}
+SAVE_DIR=${SAVE_DIR:-$DATA_DIR/experiments}
+MMLU=$DATA_DIR/data/mmlu_data
+ATLAS=${ATLAS:-atlas}
+SCORES="python $(dirname "${BASH_SOURCE[0]}")/../../eval/evaluate_mmlu_predictions.py"
+
+MODEL_FLAGS=(
+  --reader_model_type "${READER:-google/t5-$SIZE-lm-adapt}"
+  --model_path "$DATA_DIR/models/atlas/$SIZE"
+  --load_index_path "$DATA_DIR/indices/atlas/wiki/$SIZE"
+  --index_mode flat
+  --precision "${PRECISION:-bf16}"
+  --text_maxlength 512
+  --target_maxlength 16
+  --n_context 30
+  --retriever_n_context 30
+  --per_gpu_batch_size 1
+  --task multiple_choice
+  --multiple_choice_train_permutations all
+  --multiple_choice_eval_permutations cyclic
+  --write_results
+  --checkpoint_dir "$SAVE_DIR"
+)
+[ -z "${RETRIEVER:-}" ] || MODEL_FLAGS+=(--retriever_model_path "$RETRIEVER")
+
+TRAIN_FLAGS=(
+  --shuffle
+  --train_retriever
+  --query_side_retriever_training
+  --gold_score_mode ppmean
+  --temperature_gold 0.1
+  --temperature_score 0.1
+  --refresh_index -1
+  --use_gradient_checkpoint_reader
+  --use_gradient_checkpoint_retriever
+  --shard_optim
+  --shard_grads
+  --dropout 0.1
+  --lr 5e-5
+  --lr_retriever 1e-5
+  --scheduler linear
+  --weight_decay 0.01
+  --log_freq 4
+  --save_freq 100
+)

@@ -1,0 +1,137 @@
+"""Kills training runs at random moments and starts them again; `make soak` does so a hundred times.
+
+    python tests/training/killing.py --kills 100
+
+A killed run must end with the parameters, bit for bit, and the metrics of one that nobody killed.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+STEPS = 12
+
+
+def command(name: str, folder: Path, *more: str) -> list[str]:
+    """A run that shuffles, drops out, trains both models, refreshes its index, evaluates and saves."""
+    flags = {
+        "--name": name,
+        "--checkpoint_dir": str(folder),
+        "--task": "qa",
+        "--train_data": str(GOLDEN / "qa.jsonl"),
+        "--eval_data": str(folder / "eval.jsonl"),
+        "--model_path": str(GOLDEN / "checkpoint_initial"),
+        "--reader_model_type": str(GOLDEN / "assets/reader"),
+        "--retriever_model_path": str(GOLDEN / "assets/retriever"),
+        "--passages": str(GOLDEN / "passages.jsonl"),
+        "--per_gpu_batch_size": "5",  # which does not divide the 24 rows
+        "--n_context": "2",
+        "--retriever_n_context": "3",
+        "--text_maxlength": "64",
+        "--target_maxlength": "16",
+        "--generation_max_length": "4",
+        "--temperature_gold": "0.1",
+        "--temperature_score": "0.1",
+        "--refresh_index": "4",
+        "--total_steps": str(STEPS),
+        "--warmup_steps": "2",
+        "--lr": "1e-3",
+        "--lr_retriever": "1e-3",
+        "--log_freq": "3",
+        "--save_freq": "2",
+        "--eval_freq": "5",
+        "--compile_cache": str(folder / "programs"),
+    }
+    given = [text for flag, value in flags.items() for text in (flag, value)]
+    return [sys.executable, "-m", "atlas_jax.cli", "train", *given, "--shuffle", "--train_retriever", *more]
+
+
+def start(name: str, folder: Path, *more: str) -> subprocess.Popen:
+    """The run, on one device."""
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    with (folder / f"{name}.log").open("a") as log:
+        return subprocess.Popen(command(name, folder, *more), stdout=log, stderr=log, env=environment)
+
+
+def prepare(folder: Path) -> Path:
+    """What the runs need."""
+    rows = (GOLDEN / "qa.jsonl").read_text().splitlines(keepends=True)[:3]
+    (folder / "eval.jsonl").write_text("".join(rows))
+    return folder
+
+
+def finish(name: str, folder: Path, *more: str) -> float:
+    """Runs to the end; returns the seconds."""
+    began = time.monotonic()
+    status = start(name, folder, *more).wait()
+    assert status == 0, (folder / f"{name}.log").read_text()[-3000:]
+    return time.monotonic() - began
+
+
+def killed(name: str, folder: Path, kills: int, seconds: float, rng: random.Random, signals=(signal.SIGKILL,)) -> int:
+    """Kills the run at random moments of its first `seconds`, then lets it end; returns how often it was killed."""
+    done = 0
+    for _ in range(kills):
+        process = start(name, folder)
+        try:
+            process.wait(rng.uniform(0.0, seconds))
+            break  # it was done
+        except subprocess.TimeoutExpired:
+            process.send_signal(rng.choice(signals))
+            process.wait(60)
+            done += 1
+    finish(name, folder)
+    return done
+
+
+def outcome(run: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
+    """The parameters at the end, and the metrics without times."""
+    from atlas_jax.checkpoints.store import load
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in line.items() if not k.startswith("runtime/")} for line in lines]
+    return load(run / f"checkpoint/step-{STEPS}").params, metrics
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs ended alike, bit for bit."""
+    (params, metrics), (others, other_metrics) = outcome(one), outcome(other)
+    equal = params.keys() == others.keys() and all(x.tobytes() == others[p].tobytes() for p, x in params.items())
+    return equal and metrics == other_metrics
+
+
+def main() -> None:
+    """The soak."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    rng, kills, runs, different = random.Random(given.seed), 0, 0, 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = prepare(Path(temporary))
+        finish("warm", folder)
+        seconds = finish("whole", folder)
+        while kills < given.kills:
+            name = f"killed-{runs}"
+            kills += killed(
+                name, folder, min(10, given.kills - kills), 1.1 * seconds, rng, (signal.SIGKILL, signal.SIGTERM)
+            )
+            runs += 1
+            different += not same(folder / "whole", folder / name)
+            print(f"{kills} kills, {runs} runs, {different} different", flush=True)
+    sys.exit(bool(different))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`atlas train` against the reference: six steps of four questions, float32, without dropout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atlas_jax.checkpoints.store import load
+from atlas_jax.checkpoints.weights import export_weights
+
+RUNS = {
+    "linear": ["--scheduler", "linear"],
+    "cosine_refresh": ["--scheduler", "cosine", "--refresh_index", "2"],
+    "fixed_queryside": ["--scheduler", "fixed", "--query_side_retriever_training", "--gold_score_mode", "adist"],
+    "accumulate": ["--scheduler", "linear", "--accumulation_steps", "2", "--freeze_retriever_steps", "2"],
+}
+COLUMNS = ("loss/reader_loss", "loss/retriever_loss", "lr", "grad_norm")
+
+
+@pytest.fixture(scope="session")
+def flags(golden) -> list[str]:
+    """The flags behind the goldens."""
+    paths = {
+        "--train_data": "qa.jsonl",
+        "--reader_model_type": "assets/reader",
+        "--retriever_model_path": "assets/retriever",
+        "--model_path": "checkpoint_initial",
+        "--passages": "passages.jsonl",
+    }
+    numbers = (
+        "--per_gpu_batch_size 4 --n_context 5 --retriever_n_context 5 --text_maxlength 160 --target_maxlength 16 "
+        "--dropout 0 --temperature_gold 0.1 --temperature_score 0.1 --total_steps 6 --warmup_steps 3 --lr 1e-3 "
+        "--lr_retriever 3e-4 --weight_decay 0.01 --log_freq 1"
+    )
+    given = [text for flag, name in paths.items() for text in (flag, str(golden / name))]
+    return ["--task", "qa", "--train_retriever", *given, *numbers.split()]
+
+
+def train(folder: Path, name: str, *flags: str) -> subprocess.CompletedProcess:
+    """Runs the command on one device, as a laptop would."""
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "atlas_jax.cli", "train", "--name", name, "--checkpoint_dir", str(folder), *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_trajectory_equals_the_reference(golden, tmp_path, flags, name):
+    """Losses and gradient norms of all six steps, the learning rates exactly, and parameters after them."""
+    wanted = np.load(golden / f"train_{name}.npz")
+    done = train(tmp_path, name, *flags, *RUNS[name])
+    assert done.returncode == 0, done.stderr
+    rows = metrics(tmp_path / name)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    found = np.asarray([[row.get(column, np.nan) for column in COLUMNS] for row in rows])
+    np.testing.assert_allclose(found, wanted["trace"], rtol=3e-4)
+    assert found[:, 2].tolist() == wanted["trace"][:, 2].tolist()
+    weights = load(tmp_path / name / "checkpoint" / "latest")
+    after = export_weights(weights.params, weights.cfg)
+    names = [name for name in wanted.files if name.startswith("param/")]
+    assert len(names) > 15
+    for path in names:
+        theirs = path.removeprefix("param/").replace("/", ".")
+        np.testing.assert_allclose(after[theirs], wanted[path], rtol=1e-4, atol=2e-5, err_msg=path)
+
+
+def test_the_trajectories_differ(golden):
+    """The counter-case: what the tests above compare is not the same in every run."""
+    traces = [np.load(golden / f"train_{name}.npz")["trace"][-1, 0] for name in RUNS]
+    assert min(abs(a - b) / a for i, a in enumerate(traces) for b in traces[:i]) > 3e-3
+
+
+def test_a_run_that_diverges_stops(tmp_path, flags):
+    """A learning rate that breaks the weights: the bad steps are counted and saved, and the run ends in one line."""
+    done = train(tmp_path, "run", *flags, "--lr", "1e38", "--scheduler", "linear", "--max_bad_steps", "3")
+    assert done.returncode == 2
+    assert "not finite in 3 steps in a row" in done.stderr.splitlines()[-1]
+    assert metrics(tmp_path / "run")[-1]["skipped_steps"] >= 3
+    assert load(tmp_path / "run/checkpoint/latest").step == metrics(tmp_path / "run")[-1]["step"]

@@ -1,0 +1,52 @@
+"""A run that was stopped ends like one that was not: parameters bit for bit, and the metrics."""
+
+import random
+import signal
+
+import pytest
+
+from tests.training import killing
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run that nobody stopped, its compiled programs, and the seconds that it takes once they are there."""
+    folder = killing.prepare(tmp_path_factory.mktemp("runs"))
+    killing.finish("first", folder)
+    seconds = killing.finish("whole", folder)
+    assert killing.same(folder / "first", folder / "whole")
+    return folder, seconds
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGUSR1]], ids=["kill", "stop"])
+def test_a_stopped_run_ends_like_one_that_was_not(folder, signals):
+    """Three times, at random moments: loading, compiling, learning, refreshing, evaluating, saving."""
+    folder, seconds = folder
+    name = "-".join(one.name for one in signals)
+    assert killing.killed(name, folder, 3, seconds, random.Random(len(signals)), signals)
+    assert killing.same(folder / "whole", folder / name)
+
+
+def test_another_seed_ends_elsewhere(folder):
+    """The counter-case: what `same` compares depends on the run."""
+    folder, _ = folder
+    killing.finish("other", folder, "--seed", "1")
+    assert not killing.same(folder / "whole", folder / "other")
+
+
+def test_a_finished_run_started_again_does_nothing(folder):
+    """The same command: no step, no change."""
+    folder, _ = folder
+    before = killing.outcome(folder / "whole")[1]
+    killing.finish("whole", folder)
+    assert killing.outcome(folder / "whole")[1] == before
+
+
+def test_another_learning_rate_is_another_run(folder):
+    """Refused in one line that names the flag; a flag that does not enter the training is not."""
+    folder, _ = folder
+    process = killing.start("whole", folder, "--lr", "5e-4")
+    assert process.wait(120) == 2
+    said = (folder / "whole.log").read_text().splitlines()[-1]
+    assert "--lr 0.0005 (was 0.001)" in said
+    killing.finish("whole", folder, "--log_freq", "1")
