@@ -83,7 +83,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _train(argv: Sequence[str]) -> None:
-    from atlas_jax.config import parse_args
+    from atlas_jax.command_line import parse_args
 
     config = parse_args("train", argv)
     from atlas_jax.training.loop import train
@@ -93,7 +93,7 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _evaluate(argv: Sequence[str]) -> None:
-    from atlas_jax.config import parse_args
+    from atlas_jax.command_line import parse_args
 
     config = parse_args("evaluate", argv)
     from atlas_jax.evaluation.loop import evaluate  # takes seconds: after the flags are known to be right

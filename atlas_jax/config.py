@@ -1,23 +1,14 @@
-"""Every flag once: typed, documented, checked. The comment beside a field is its `--help`.
+"""Every flag once: typed, documented, checked. The comment beside a field is its `--help` (see `command_line`).
 
 A run is a `Config`: frozen groups of flags, by who reads them. Making one settles what flags say about each other and
-refuses contradictions; `parse_args` adds what only a command line knows: for which command, and are the files there.
+refuses contradictions.
 """
 
-import argparse
-import difflib
-import functools
-import inspect
-import io
 import logging
 import re
 import string
-import tokenize
-from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, fields, replace
-from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from atlas_jax.errors import UserError
 
@@ -33,18 +24,13 @@ READERS = (
     *("google/t5-base-lm-adapt", "google/t5-large-lm-adapt", "google/t5-xl-lm-adapt", "google/t5-xxl-lm-adapt"),
 )
 GoldMode = Literal["evalnormsum", "loop", "ppmean", "emdr"]
-PAPER_NAMES: dict[str, GoldMode] = {"pdist": "ppmean", "adist": "evalnormsum"}
 OUR_CHECKPOINT = "atlas.json"  # the file that tells a checkpoint of ours
 BERT_POSITIONS = 512  # the retriever has no more
 FOREVER = 2**32
 
 
-def _suggest(text: str, known: Sequence[str], otherwise: str = "") -> str:
-    near = difflib.get_close_matches(text.lower(), known, n=1)
-    return f"did you mean {near[0]}?" if near else otherwise or f"choose from {', '.join(known)}"
-
-
-def _require(ok: bool, group: object, flag: str, remedy: str) -> None:
+def require(ok: bool, group: object, flag: str, remedy: str) -> None:
+    """Refuses the value of a flag, naming both."""
     if not ok:
         raise UserError(f"--{flag} {getattr(group, flag)}: {remedy}")
 
@@ -52,12 +38,12 @@ def _require(ok: bool, group: object, flag: str, remedy: str) -> None:
 def _at_least(low: int, group: object, *flags: str) -> None:
     for flag in flags:
         value = getattr(group, flag)
-        _require(value is None or value >= low, group, flag, f"must be at least {low}")
+        require(value is None or value >= low, group, flag, f"must be at least {low}")
 
 
 def _above_zero(group: object, *flags: str) -> None:
     for flag in flags:
-        _require(getattr(group, flag) > 0, group, flag, "must be above 0")
+        require(getattr(group, flag) > 0, group, flag, "must be above 0")
 
 
 def _formats(group: object, flag: str, only: str | None = None) -> None:
@@ -68,8 +54,8 @@ def _formats(group: object, flag: str, only: str | None = None) -> None:
     except ValueError as error:
         raise UserError(f"--{flag} {text}: {error}; a literal brace is written twice") from None
     for name in names:
-        _require(name.isidentifier(), group, flag, f"{{{name}}} is not a field; a field is a name, such as {{title}}")
-        _require(only in (None, name), group, flag, f"{{{name}}} is not known here, only {{{only}}} is")
+        require(name.isidentifier(), group, flag, f"{{{name}}} is not a field; a field is a name, such as {{title}}")
+        require(only in (None, name), group, flag, f"{{{name}}} is not known here, only {{{only}}} is")
 
 
 @dataclass(frozen=True)
@@ -119,8 +105,8 @@ class ModelConfig:
     use_gradient_checkpoint_retriever: bool = False  # the same for the retriever
 
     def __post_init__(self) -> None:
-        _require(self.precision != "fp16", self, "precision", "overflows in T5; use bf16, as small and as fast")
-        _require(0 <= self.dropout < 1, self, "dropout", "must be at least 0 and below 1")
+        require(self.precision != "fp16", self, "precision", "overflows in T5; use bf16, as small and as fast")
+        require(0 <= self.dropout < 1, self, "dropout", "must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -168,7 +154,7 @@ class RetrievalConfig:
         _at_least(1, self, "n_context", "retriever_n_context", "filtering_overretrieve_ratio", rerank)
         if self.retrieve_with_rerank:
             enough = self.n_to_rerank_with_retrieve_with_rerank >= self.n_context
-            _require(enough, self, rerank, f"must be at least --n_context {self.n_context}")
+            require(enough, self, rerank, f"must be at least --n_context {self.n_context}")
         if self.retrieve_only and (self.use_file_passages or self.closed_book):
             raise UserError("--retrieve_only: drop --use_file_passages and --closed_book, which retrieve nothing")
 
@@ -198,7 +184,7 @@ class IndexConfig:
             _at_least(1, self, "max_passages")
         _at_least(1, self, "faiss_code_size", "per_gpu_embedder_batch_size")
         if self.index_mode == "faiss" and self.faiss_index_type in ("pq", "ivfpq"):
-            _require(self.faiss_code_size is not None, self, "faiss_index_type", "needs --faiss_code_size, such as 64")
+            require(self.faiss_code_size is not None, self, "faiss_index_type", "needs --faiss_code_size, such as 64")
 
 
 @dataclass(frozen=True)
@@ -214,7 +200,7 @@ class GenerationConfig:
         _at_least(1, self, "generation_max_length", "generation_num_beams")
         _at_least(0, self, "generation_min_length")
         room = (self.generation_min_length or 0) <= self.generation_max_length
-        _require(room, self, "generation_min_length", f"is over --generation_max_length {self.generation_max_length}")
+        require(room, self, "generation_min_length", f"is over --generation_max_length {self.generation_max_length}")
 
 
 @dataclass(frozen=True)
@@ -238,11 +224,11 @@ class TaskConfig:
         _formats(self, "qa_prompt_format", only="question")
         _at_least(0, self, "min_words_per_lm_instance")
         _above_zero(self, "mlm_noise_density", "mlm_mean_noise_span_length")
-        _require(1 <= self.multiple_choice_num_options <= 26, self, "multiple_choice_num_options", "must be 1 to 26")
-        _require(self.mlm_noise_density < 1, self, "mlm_noise_density", "must be below 1, or no text is left")
-        _require(0 <= self.min_lm_context_ratio <= 1, self, "min_lm_context_ratio", "must be 0 to 1")
+        require(1 <= self.multiple_choice_num_options <= 26, self, "multiple_choice_num_options", "must be 1 to 26")
+        require(self.mlm_noise_density < 1, self, "mlm_noise_density", "must be below 1, or no text is left")
+        require(0 <= self.min_lm_context_ratio <= 1, self, "min_lm_context_ratio", "must be 0 to 1")
         ordered = self.min_lm_context_ratio <= self.max_lm_context_ratio <= 1
-        _require(ordered, self, "max_lm_context_ratio", f"must be {self.min_lm_context_ratio} (the minimum) to 1")
+        require(ordered, self, "max_lm_context_ratio", f"must be {self.min_lm_context_ratio} (the minimum) to 1")
 
 
 @dataclass(frozen=True)
@@ -262,12 +248,18 @@ class DistillConfig:
     def __post_init__(self) -> None:
         _above_zero(self, "temperature_score", "temperature_gold")
         sound = self.refresh_schedule and all(start < end and every for start, end, every in self.refresh_schedule)
-        _require(bool(sound), self, "refresh_index", "expected -1, or 100, or START-END:EVERY,START-END:EVERY")
+        require(bool(sound), self, "refresh_index", "expected -1, or 100, or START-END:EVERY,START-END:EVERY")
 
     @property
     def gold(self) -> GoldMode:
-        """The judgement by its name in the code."""
-        return PAPER_NAMES.get(self.gold_score_mode, self.gold_score_mode)  # type: ignore[arg-type]
+        """The judgement by its name in the code, where the flag may have the paper's."""
+        match self.gold_score_mode:
+            case "pdist":
+                return "ppmean"
+            case "adist":
+                return "evalnormsum"
+            case mode:
+                return mode
 
     @property
     def refresh_schedule(self) -> tuple[tuple[int, int, int], ...]:
@@ -298,7 +290,7 @@ class OptimConfig:
         _at_least(1, self, "total_steps", "accumulation_steps")
         _at_least(0, self, "warmup_steps", "lr", "lr_retriever", "weight_decay", "epsilon")
         _above_zero(self, "clip")
-        _require(0 <= self.beta2 < 1, self, "beta2", "must be at least 0 and below 1")
+        require(0 <= self.beta2 < 1, self, "beta2", "must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -337,8 +329,7 @@ class Config:
             self._override("retrieval", query_side_retriever_training=False)
             self._override("distill", train_retriever=False)
             self._override("model", use_gradient_checkpoint_retriever=False)
-        if self.distill.gold_score_mode in PAPER_NAMES:
-            self._override("distill", gold_score_mode=PAPER_NAMES[self.distill.gold_score_mode])
+        self._override("distill", gold_score_mode=self.distill.gold)
         if self.text.target_maxlength == -1:
             self._override("text", target_maxlength=None)
 
@@ -349,123 +340,3 @@ class Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """Flag to value, flat: what config.json holds."""
     return {flag: value for group in vars(config).values() for flag, value in vars(group).items()}
-
-
-GROUPS: dict[str, type[Any]] = get_type_hints(Config)
-
-
-def parse_args(command: Command, argv: Sequence[str]) -> Config:
-    """The run that a command line asks for; both commands take all flags. `--help` prints and exits."""
-    namespace, unknown = _parser(command).parse_known_args(argv)
-    given = {flag: tuple(value) if isinstance(value, list) else value for flag, value in vars(namespace).items()}
-    flags = {field.name: field for group in GROUPS.values() for field in fields(group)}
-    if unknown:
-        what = "no such flag" if unknown[0].startswith("-") else "a value that belongs to no flag"
-        remedy = _suggest(unknown[0].split("=")[0], [f"--{flag}" for flag in flags], f"see atlas {command} --help")
-        raise UserError(f"{unknown[0]}: {what}; {remedy}")
-    for flag, field in flags.items():
-        if field.default is MISSING and flag not in given:
-            raise UserError(f"--{flag} is missing: {_suggest('', get_args(field.type) or READERS)}")
-        if flag in WITHOUT_MEANING and flag in given:
-            logger.warning("--%s has no effect: %s", flag, WITHOUT_MEANING[flag])
-    groups = {name: {f.name: given[f.name] for f in fields(group) if f.name in given} for name, group in GROUPS.items()}
-    config = Config(**{name: GROUPS[name](**values) for name, values in groups.items()})
-    _check_inputs(command, config)
-    return config
-
-
-def _check_inputs(command: Command, config: Config) -> None:
-    """What a Config cannot know by itself: what the command needs, and what is on the disk."""
-    run, model, retrieval, index = config.run, config.model, config.retrieval, config.index
-    if not (run.eval_data if command == "evaluate" else run.train_data):
-        kind = command.removesuffix("uate")
-        raise UserError(f"no {kind} file: pass --{kind}_data FILE.jsonl")
-    if command == "train" and retrieval.retrieve_only:
-        raise UserError("--retrieve_only: is for atlas evaluate; training needs the reader")
-    if not (index.load_index_path or index.passages or retrieval.use_file_passages):
-        raise UserError("no passages: pass --load_index_path, --passages, --use_file_passages or --closed_book")
-    for flag, files in (("train_data", run.train_data), ("eval_data", run.eval_data), ("passages", index.passages)):
-        for file in files:
-            if not Path(file).exists() or Path(file).is_dir():
-                raise UserError(f"--{flag} {file}: no such file")
-    found = model.model_path == "none" or Path(model.model_path).is_dir()
-    _require(found, model, "model_path", "no such folder; leave it out to start from plain T5 and Contriever")
-    found = index.load_index_path is None or Path(index.load_index_path).is_dir()
-    _require(found, index, "load_index_path", "no such folder; --passages FILE.jsonl builds an index")
-    reader = model.reader_model_type
-    if not reader and (Path(model.model_path) / OUR_CHECKPOINT).is_file():
-        return
-    if not reader:
-        raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
-    found = reader in READERS or (Path(reader) / "config.json").is_file()
-    what = "a folder without config.json" if Path(reader).is_dir() else "neither a known reader nor a local folder"
-    _require(found, model, "reader_model_type", f"{what}; {_suggest(reader, READERS)}")
-
-
-EXAMPLES: dict[Command, str] = {
-    "train": """atlas train --task qa --train_data train.jsonl --eval_data dev.jsonl --name run1 --precision bf16 \\
-         --reader_model_type google/t5-base-lm-adapt --model_path atlas/base --load_index_path index/base \\
-         --train_retriever --query_side_retriever_training --n_context 20 --retriever_n_context 20 --lr 4e-5""",
-    "evaluate": """atlas evaluate --task qa --eval_data dev.jsonl --name run1 --precision bf16 --write_results \\
-         --reader_model_type google/t5-base-lm-adapt --model_path atlas/base --load_index_path index/base""",
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
-
-
-@functools.cache
-def _parser(command: Command) -> argparse.ArgumentParser:
-    parser = _Parser(f"atlas {command}", EXAMPLES[command], allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for group in GROUPS.values():
-        section, help_of = parser.add_argument_group(group.__doc__), comments(group)
-        for field in fields(group):
-            section.add_argument(f"--{field.name}", **_argument(field, help_of[field.name]))
-    return parser
-
-
-def _argument(field: Field[Any], text: str) -> dict[str, Any]:
-    """How argparse takes a field: by its type."""
-    kind: Any = get_args(field.type)[0] if NoneType in get_args(field.type) else field.type  # X | None: an X
-    text = text.replace("%", "%%")
-    if kind is bool:
-        return {"help": text, "action": "store_true"}
-    if field.default not in (None, ()):
-        text += " (required)" if field.default is MISSING else f" (default: {field.default})"
-    if get_origin(kind) is tuple:
-        return {"help": text, "nargs": "+", "metavar": "FILE"}
-    read = functools.partial(_read, field.name, kind)
-    if get_origin(kind) is Literal:
-        return {"help": text, "type": read, "choices": get_args(kind)}
-    return {"help": text, "type": read, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
-
-
-def _read(flag: str, kind: Any, text: str) -> Any:
-    """A value of a flag, from its text."""
-    if choices := get_args(kind):
-        if text in choices:
-            return text
-        raise UserError(f"--{flag} {text}: {_suggest(text, choices)}")
-    try:
-        return kind(text)
-    except ValueError:
-        raise UserError(f"--{flag} {text}: expected a {'whole ' if kind is int else ''}number") from None
-
-
-def comments(group: type[Any]) -> dict[str, str]:
-    """Field to the comment beside it, continued on the comment lines right below."""
-    found: dict[str, str] = {}
-    names, name = {f.name for f in fields(group)}, ""
-    for kind, text, (_, column), _, line in tokenize.generate_tokens(io.StringIO(inspect.getsource(group)).readline):
-        if kind == tokenize.NAME and column == 4 and text in names:
-            name = text
-        elif kind == tokenize.COMMENT and name:
-            found[name] = f"{found.get(name, '')} {text.lstrip('# ')}".strip()
-        elif kind == tokenize.NL and not line.strip():
-            name = ""  # a blank line: the next comment is not about this field
-    return found
-
-
-WITHOUT_MEANING = comments(NoEffectConfig)

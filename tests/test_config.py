@@ -9,19 +9,15 @@ from typing import get_args
 
 import pytest
 
+from atlas_jax.command_line import EXAMPLES, GROUPS, WITHOUT_MEANING, comments, parse_args
 from atlas_jax.config import (
-    EXAMPLES,
-    GROUPS,
     READERS,
-    WITHOUT_MEANING,
     Config,
     DistillConfig,
     ModelConfig,
     RetrievalConfig,
     TaskConfig,
     TextConfig,
-    comments,
-    parse_args,
     to_dict,
 )
 from atlas_jax.errors import UserError

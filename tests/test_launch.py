@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas_jax.config import parse_args
+from atlas_jax.command_line import parse_args
 
 REPOSITORY = Path(__file__).parents[1]
 EXPERIMENTS = {"zeroshot": "evaluate", "5-shot": "train", "5-shot-multitask": "train", "full": "train"}

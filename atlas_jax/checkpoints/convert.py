@@ -1,28 +1,22 @@
 """`atlas convert`: a published checkpoint, or a T5 and an encoder, into one folder of ours."""
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.restore import restore
-from atlas_jax.config import READERS, Config, ModelConfig, RetrievalConfig, TaskConfig, comments
+from atlas_jax.command_line import Parser, comments
+from atlas_jax.config import READERS, Config, ModelConfig, RetrievalConfig, TaskConfig
 from atlas_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def main(argv: Sequence[str]) -> None:
     """Reads what the flags name and writes --output."""
     about = comments(ModelConfig)
-    parser = _Parser(
+    parser = Parser(
         prog="atlas convert",
         description="Writes a checkpoint of ours: weights, shapes and tokenizers in one folder, for --model_path.",
         epilog="example: atlas convert --model_path models/atlas/xxl --reader_model_type google/t5-xxl-lm-adapt "

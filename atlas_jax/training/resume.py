@@ -22,7 +22,6 @@ from atlas_jax.training.step import TrainState
 logger = logging.getLogger(__name__)
 
 INDEX = "index/"  # in a checkpoint: the parameters that built the index
-PASSAGE_ENCODER = ("retriever/encoder/", "retriever/passage_encoder/")
 MAY_DIFFER = (  # flags that a run may be continued with others of: they do not enter what it learns
     *("name", "checkpoint_dir", "eval_data", "log_freq", "eval_freq", "save_freq", "save_optimizer", "keep"),
     *("max_bad_steps", "write_results", "dont_write_passages", "mesh", "compile_cache", "model_path"),

@@ -59,7 +59,10 @@ def fresh(weights, cfg: StepConfig) -> TrainState:
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def losses(params, batch, cfg):
     """((loss, metrics), gradients)"""
-    loss_fn = lambda params: joint_loss(build_model(params, cfg.model), batch, None, cfg)  # noqa: E731
+
+    def loss_fn(params):
+        return joint_loss(build_model(params, cfg.model), batch, None, cfg)
+
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
 
