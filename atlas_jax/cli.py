@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return leave(_failed("interrupted", INTERRUPTED))
     except Interrupted as stop:
-        return leave(_failed(f"{stop}; the same command goes on from here", stop.status))
+        return leave(_failed(f"{stop}; the same command goes on from its newest checkpoint", stop.status))
     except UserError as error:
         return _failed(str(error))
     except MemoryError as error:
@@ -108,7 +108,7 @@ def _run_folder(config: "Config") -> Iterator[Path]:
     from atlas_jax.config import to_dict
     from atlas_jax.files import write_json
 
-    run = Path(config.run.checkpoint_dir) / config.run.name
+    run = config.run_folder
     try:
         run.mkdir(parents=True, exist_ok=True)
         log = logging.FileHandler(run / "run.log", encoding="utf-8")

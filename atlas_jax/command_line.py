@@ -69,7 +69,8 @@ def _check_inputs(command: Command, config: Config) -> None:
     found = index.load_index_path is None or Path(index.load_index_path).is_dir()
     require(found, index, "load_index_path", "no such folder; --passages FILE.jsonl builds an index")
     reader = model.reader_model_type
-    if not reader and (Path(model.model_path) / OUR_CHECKPOINT).is_file():
+    folder = config.weights_folder
+    if not reader and folder and (folder / OUR_CHECKPOINT).is_file():
         return
     if not reader:
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")

@@ -4,15 +4,13 @@ A run is a `Config`: frozen groups of flags, by who reads them. Making one settl
 refuses contradictions.
 """
 
-import logging
 import re
 import string
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from atlas_jax.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 Command = Literal["train", "evaluate"]
 TaskName = Literal["base", "mlm", "lm", "multiple_choice", "kilt", "section", "fever", "qa"]
@@ -332,6 +330,19 @@ class Config:
         self._override("distill", gold_score_mode=self.distill.gold)
         if self.text.target_maxlength == -1:
             self._override("text", target_maxlength=None)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.run.checkpoint_dir) / self.run.name
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """Where trained weights come from: --model_path, or else the run's latest checkpoint; None starts afresh."""
+        if self.model.model_path != "none":
+            return Path(self.model.model_path)
+        latest = self.run_folder / "checkpoint" / "latest"
+        return latest if (latest / OUR_CHECKPOINT).is_file() else None
 
     def _override(self, group: str, **flags: Any) -> None:
         object.__setattr__(self, group, replace(getattr(self, group), **flags))

@@ -28,11 +28,8 @@ PUBLISHED = "model.pth.tar"
 
 def restore(config: Config) -> Weights:
     """The weights that `--model_path` names, or else those of `--reader_model_type` and `--retriever_model_path`."""
-    path = Path(config.model.model_path)
-    latest = Path(config.run.checkpoint_dir) / config.run.name / "checkpoint" / "latest"
-    if config.model.model_path == "none" and store.is_checkpoint(latest):
-        path, weights = latest, _ours(latest, config)
-    elif config.model.model_path == "none":
+    path = config.weights_folder
+    if path is None:
         weights = _fresh(config)
     elif store.is_checkpoint(path):
         weights = _ours(path, config)
@@ -48,7 +45,7 @@ def restore(config: Config) -> Weights:
     if config.retrieval.query_side_retriever_training:
         weights = _untied(weights)
     count = sum(array.size for array in weights.params.values())
-    logger.info("%s: %.1f million parameters, step %d", path, count / 1e6, weights.step)
+    logger.info("%s: %.1f million parameters, step %d", path or "no trained weights", count / 1e6, weights.step)
     return weights
 
 

@@ -9,7 +9,9 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -77,6 +79,9 @@ def save(folder: Path, weights: Weights, memory: Memory | None = None) -> None:
     trees = {"params": weights.params} | ({"training": memory.arrays} if memory else {})
     remedy = "free some space there or choose a folder that can be written"
     with new_folder(folder, remedy, replace=True) as draft:
+        needed, free = sum(x.nbytes for tree in trees.values() for x in tree.values()), shutil.disk_usage(draft).free
+        if needed > free:  # before half of it is written
+            raise UserError(f"{folder}: needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are left there; {remedy}")
         try:
             with _orbax() as checkpointer:
                 for name, arrays in trees.items():
@@ -166,9 +171,23 @@ def _read(folder: Path, tree: str, wanted: Mapping[str, Any] | None = None) -> P
 
 
 def _orbax() -> Any:
-    """Orbax, silenced: it tells its own life in the log, and a failure again from each of its threads."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """Orbax, silenced: it tells its own life in the log, and after a failure says it again from each of its threads."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not isinstance(sys.unraisablehook, _LateCallbacks):
+        sys.unraisablehook = _LateCallbacks(sys.unraisablehook)
     return ocp.StandardCheckpointer()
+
+
+class _LateCallbacks:
+    """Drops what TensorStore's threads complain of when the event loop that waited for them has gone: a failed save."""
+
+    def __init__(self, others: Callable[["sys.UnraisableHookArgs"], Any]):
+        self._others = others
+
+    def __call__(self, lost: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(lost.exc_value, RuntimeError) and str(lost.exc_value) == "Event loop is closed"):
+            self._others(lost)
 
 
 def _checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:

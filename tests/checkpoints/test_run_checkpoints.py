@@ -263,8 +263,6 @@ def test_a_full_disk_does_not_stop_the_run(run):
             f"False {old}",
         )
     ]
-    ours = [
-        line for line in printed.splitlines() if line.startswith(("ERROR step", "False", "True"))
-    ]  # asyncio logs too
-    assert ours == [*expected, f"True {['latest', 'step-13']}"]
+    assert printed.splitlines() == [*expected, f"True {['latest', 'step-13']}"]
+    assert "Traceback" not in said  # of Orbax's threads
     assert RunCheckpoints(run).restore(read) == (13, run / "step-13")

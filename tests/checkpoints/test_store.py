@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -329,3 +330,16 @@ def test_orbax_is_silent(saved, capsys, caplog):
         store.load(saved)
     assert [record for record in caplog.records if record.levelno < logging.ERROR] == []
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, tiny_weights, monkeypatch):
+    """The bytes that are needed and those that are left are named, and nothing stays; with room it is saved."""
+    needed = sum(array.nbytes for array in tiny_weights.params.values())
+    for free, fits in ((needed - 1, False), (needed, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if fits:
+            store.save(tmp_path / "full", tiny_weights)
+        else:
+            with pytest.raises(UserError, match=r"needs 0\.0 GB, but 0\.0 GB are left there; free some space"):
+                store.save(tmp_path / "full", tiny_weights)
+        assert [path.name for path in tmp_path.iterdir()] == ["full"] * fits
