@@ -133,6 +133,8 @@ class Trainer:
         """Until the last step."""
         freq, total = self.config.run, self.config.optim.total_steps
         try:
+            if self.progress.step >= total:
+                logger.info("step %d of %d: the run is finished", self.progress.step, total)
             if self.progress.step and (self.progress.step % freq.eval_freq == 0 or self.progress.step == total):
                 self.evaluate(report, interrupts, only_missing=True)  # which a stop may have cut short
             for examples in prefetch(self.examples.batches(self.progress.position, self.batches.size)):
