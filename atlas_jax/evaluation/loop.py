@@ -5,6 +5,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +87,14 @@ def checked_rows(path: str, task: Task) -> Rows:
     return rows
 
 
+def compute_type(config: Config) -> Any:
+    """What --precision means for matrix products and residuals."""
+    return {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.model.precision]
+
+
 def place(weights: Weights, config: Config, mesh: Mesh) -> Atlas:
     """The model on the mesh in --precision: matrices in the compute type, norms and biases in float32."""
-    dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.model.precision]
+    dtype = compute_type(config)
 
     def put(path: str, array: np.ndarray) -> jax.Array:
         matrix = path.endswith(("/kernel", "reader/embed/embedding"))

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -25,7 +24,7 @@ from atlas_jax.data.jsonl import Rows
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator
-from atlas_jax.evaluation.loop import checked_files, checked_rows, evaluate_file
+from atlas_jax.evaluation.loop import checked_files, checked_rows, compute_type, evaluate_file
 from atlas_jax.mesh import is_one_cpu, make_mesh
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.prefetch import prefetch
@@ -240,9 +239,9 @@ class Trainer:
 
 def step_config(config: Config, model: AtlasConfig, tokenizer: Tokenizer, mesh: Mesh) -> StepConfig:
     """What is constant over the run."""
-    rate, precision = config.model.dropout, {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.model.precision]
+    rate = config.model.dropout
     return StepConfig(
-        model.computing(dtype=precision, dropout=rate, for_cpu=is_one_cpu(mesh)),
+        model.computing(dtype=compute_type(config), dropout=rate, for_cpu=is_one_cpu(mesh)),
         config.optim,
         config.distill.gold,
         config.distill.temperature_score,
