@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""Bring FEVER's claims to where `--task fever` reads them, with the paper's 64-shot subset.
+
+    prepare_fever.py --output_directory $DATA_DIR/data              download what is not there
+    prepare_fever.py --output_directory $DATA_DIR/data --train train.jsonl --dev shared_task_dev.jsonl \\
+        --test shared_task_test.jsonl                               without a network
+
+makes, below --output_directory,
+
+    fever_data/
+        train.jsonl   dev.jsonl   test.jsonl      the originals, unchanged: "claim", "label" (test has none) and more
+        train-64.jsonl                            64 of the training claims, as they follow in train.jsonl
+
+A file that is there is kept, unless --overwrite; train-64.jsonl is always made from the train.jsonl there.
+"""
+
+import argparse
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sources import integers, json_line, original, script, write_lines
+
+from atlas_jax.data.jsonl import read_rows
+from atlas_jax.errors import UserError
+from atlas_jax.files import new_file
+
+URL = "https://fever.ai/download/fever/"
+ORIGINALS = {"train": "train.jsonl", "dev": "shared_task_dev.jsonl", "test": "shared_task_test.jsonl"}
+LABELS = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
+FEW = integers(  # lines of train.jsonl, the first is 0
+    """
+    23236 131610 70907 110333 83874 121714 17355 115320 9907 42725 43614 139489 30589 76963 5916 7241 68848 59902
+    113855 110886 102332 79223 24359 105929 131435 118883 8152 119911 28803 111318 29503 43420 39533 15214 29807
+    29242 10288 111860 77451 102160 77982 132435 2875 47721 92378 128574 24721 83985 41521 97851 137243 74916 85056
+    135 130085 19233 2887 124345 91769 63969 50865 135928 143220 124300
+    """
+)
+
+
+def read_claims(path: Path, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of an original's lines, numbered from 0."""
+    for line, row in read_rows(path):
+        if not isinstance(row.get("claim"), str):
+            raise UserError(f"{path}:{line}: `claim` is no text; give FEVER's {ORIGINALS[split]}")
+        if row.get("label") not in LABELS and (split != "test" or "label" in row):
+            raise UserError(f"{path}:{line}: `label` is none of {', '.join(LABELS)}; give FEVER's {ORIGINALS[split]}")
+        yield line - 1, row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output_directory", type=Path, metavar="DIR", default=Path("data"), help="default: data")
+    for split, name in ORIGINALS.items():
+        parser.add_argument(f"--{split}", type=Path, metavar="FILE", help=f"instead of downloading {URL}{name}")
+    parser.add_argument("--overwrite", action="store_true", help="bring what is there anew")
+    args = parser.parse_args(argv)
+
+    folder = args.output_directory / "fever_data"
+    few_place = folder / "train-64.jsonl"
+    with script("prepare_fever"), contextlib.ExitStack() as drafts:
+        paths, said = {}, []
+        for split, name in ORIGINALS.items():
+            place = folder / f"{split}.jsonl"
+            kept = place.is_file() and not args.overwrite
+            given = None if kept else getattr(args, split)
+            paths[place] = original(given, f"--{split}", URL + name, place, again=args.overwrite)
+            count = sum(1 for _ in read_claims(paths[place], split))
+            said.append(f"{place}: {count:,} claims{', kept; --overwrite brings it anew' if kept else ''}")
+        train = paths[folder / "train.jsonl"]
+        few = [json_line(row) for number, row in read_claims(train, "train") if number in FEW]
+        write_lines(drafts.enter_context(new_file(few_place)), few)
+        for place, path in paths.items():
+            if path != place:
+                shutil.copyfile(path, drafts.enter_context(new_file(place)))
+    rest = len(FEW) - len(few)
+    said.append(f"{few_place}: {len(few)} claims{f'; {train} ends before the other {rest}' if rest else ''}")
+    said.append(f"use them: atlas train --task fever --train_data {few_place} --eval_data {folder}/dev.jsonl")
+    print(*said, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""The download commands: the published names, what the manifest says and forbids, and how they end."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from atlas_jax.command_line import GROUPS
+from tests.preprocessing.download_server import Fault, running
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "preprocessing"))
+import download_corpus
+import download_index
+import download_model
+import published
+
+SCRIPTS = Path(published.__file__).parent
+SIZES = ("xxl", "xl", "large", "base")
+BASE = "models/atlas/base"
+FILE = f"{BASE}/model.pth.tar"
+CONTENT = bytes(range(256)) * 1000
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Has CONTENT as the base model."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with running() as server:
+        server.files[FILE] = CONTENT
+        yield server
+
+
+@pytest.fixture
+def run(server, tmp_path, capsys):
+    """The command that downloads the base model to `tmp_path`: its status, output and lines on stderr."""
+
+    def call(*flags: str, catalogue=download_model.CATALOGUE) -> tuple[int, str, list[str]]:
+        name = next(name for name in reversed(catalogue.names) if "_nq" not in name)
+        argv = [f"--{catalogue.kind}", name, "--output_directory", str(tmp_path), "--base_url", server.url, *flags]
+        status = published.main(catalogue, "", argv)
+        out, err = capsys.readouterr()
+        return status, out, [line for line in err.splitlines() if line.startswith("download_")]
+
+    return call
+
+
+def launch(*argv: str | Path, **environment: str) -> subprocess.Popen:
+    """A script as a process of its own."""
+    env = os.environ | {"PYTHONPATH": str(SCRIPTS.parent)} | environment
+    argv = (sys.executable, "-W", "error", SCRIPTS / argv[0], *argv[1:])
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would pass on SIG_IGN
+    try:
+        return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def test_published_models():
+    """Eight, of one file."""
+    catalogue = download_model.CATALOGUE
+    assert list(catalogue.names) == [f"models/{family}/{size}" for family in ("atlas", "atlas_nq") for size in SIZES]
+    assert catalogue.files == ["model.pth.tar"]
+
+
+def test_published_indexes():
+    """Eight, of 128 shards of two files; the last shard comes first, so that a part of an index never looks whole."""
+    catalogue = download_index.CATALOGUE
+    assert list(catalogue.names) == [f"indices/{f}/wiki/{size}" for f in ("atlas", "atlas_nq") for size in SIZES]
+    assert sorted(catalogue.files) == sorted(
+        f"{kind}.{n}.pt" for n in range(128) for kind in ("embeddings", "passages")
+    )
+    assert {file.split(".")[1] for file in catalogue.files[:2]} == {"127"}
+
+
+def test_published_corpora():
+    """Five, of two files."""
+    catalogue = download_corpus.CATALOGUE
+    months = ("dec2017", "dec2018", "aug2019", "dec2020", "dec2021")
+    assert list(catalogue.names) == [f"corpora/wiki/enwiki-{month}" for month in months]
+    assert catalogue.files == ["text-list-100-sec.jsonl", "infobox.jsonl"]
+
+
+@pytest.mark.parametrize("script", [download_model, download_index, download_corpus])
+def test_everything_lands_where_it_is_looked_for(run, server, tmp_path, script):
+    """The tree is that of the names; what is said of the next step has flags of atlas, and paths that are there."""
+    catalogue = script.CATALOGUE
+    name = next(name for name in reversed(catalogue.names) if "_nq" not in name)
+    server.files |= {f"{name}/{file}": f"{name}/{file}".encode() for file in catalogue.files}
+    status, out, lines = run(catalogue=catalogue)
+    assert (status, lines) == (0, [])
+    for file in catalogue.files:
+        assert (tmp_path / name / file).read_bytes() == server.files[f"{name}/{file}"]
+    assert {path.name for path in (tmp_path / name).iterdir()} == {*catalogue.files, "manifest.json"}
+    flags = set(re.findall(r"--(\w+)", out))
+    assert flags
+    assert flags <= {"output"} | {field.name for group in GROUPS.values() for field in dataclasses.fields(group)}
+    paths = re.findall(rf"{tmp_path / name}\S*\b", out)
+    assert len(paths) >= 2
+    assert all(Path(path).exists() for path in paths)
+
+
+def test_the_scripts_run_by_themselves(tmp_path):
+    """Each from any folder; its --help has all the names."""
+    scripts = {module.__name__: module.CATALOGUE for module in (download_model, download_index, download_corpus)}
+    running = {script: launch(f"{script}.py", "--help") for script in scripts}
+    for script, process in running.items():
+        out, err = process.communicate()
+        assert (process.returncode, err) == (0, "")
+        assert all(name in out for name in scripts[script].names)
+        assert "manifest.json" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--model", "xxl"], "--model xxl: no such name; did you mean models/atlas/xxl or models/atlas_nq/xxl?"),
+        (["--model", "models/atlas/lrage"], "did you mean models/atlas/large"),
+        (["--model", "../../etc"], "--model ../../etc: no such name; --list shows the names"),
+        ([], "--model is missing; --list shows the names"),
+        (["--model", BASE, "--jobs", "0"], "--jobs: 0: must be a whole number, 1 or more; see --help"),
+        (["--model", BASE, "--base_url", "ftp://a/b"], "--base_url: ftp://a/b: no http(s) address; see --help"),
+        (["--model", BASE, "--base_url", "http://a:b"], "--base_url: invalid address value: 'http://a:b'; see --help"),
+        (["--model", BASE, "--base_url", "http://a/b c"], "--base_url: http://a/b c: no http(s) address; see --help"),
+        (["--modell", BASE], "unrecognized arguments: --modell"),
+    ],
+)
+def test_wrong_flags(capsys, flags, what):
+    """One line with the remedy, status 2."""
+    assert published.main(download_model.CATALOGUE, "", flags) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert what in err
+
+
+def test_the_list(run, server, capsys):
+    """Sizes as far as the server tells them; of shards from the first ones; without a server the names alone."""
+    status, out, _ = run("--list")
+    rows = out.splitlines()
+    assert (status, len(rows), len(server.asked)) == (0, 8, 8)
+    assert re.fullmatch(r"models/atlas/base +1 file\(s\) +256kB +Atlas base, pretrained", rows[3])
+    assert re.fullmatch(r"models/atlas/xxl +1 file\(s\) +\? +Atlas XXL, pretrained", rows[0])
+    server.files |= {f"indices/atlas/wiki/xl/{kind}.0.pt": CONTENT for kind in ("embeddings", "passages")}
+    _, out, _ = run("--list", catalogue=download_index.CATALOGUE)
+    assert re.fullmatch(r"indices/atlas/wiki/xl +256 file\(s\) +about 65.5MB +wiki-dec2018 .*", out.splitlines()[1])
+    status, out, _ = run("--list", "--base_url", "http://127.0.0.1:9")
+    assert status == 0
+    assert [row.split()[3] for row in out.splitlines()] == ["?"] * 8
+
+
+def test_verify(run, server, tmp_path):
+    """Intact files are listed as `sha256sum -c` reads them; a flipped bit is found, here and by nothing else."""
+    assert run("--verify")[2][0].endswith(
+        "has no manifest.json to verify by; the same command without --verify downloads"
+    )
+    assert run()[0] == 0
+    asked = len(server.asked)
+    status, out, _ = run("--verify")
+    assert (status, out) == (0, f"{hashlib.sha256(CONTENT).hexdigest()}  {FILE}\n")
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--strict"], input=out, text=True, check=True, cwd=tmp_path, stdout=-3)
+    damaged = bytearray(CONTENT)
+    damaged[1234] ^= 1
+    (tmp_path / FILE).write_bytes(damaged)
+    assert run()[0] == 0
+    status, out, (line,) = run("--verify")
+    assert (status, out) == (2, "")
+    assert f"{tmp_path / FILE}: damaged; delete it, and the same command without --verify fetches it" in line
+    assert len(server.asked) == asked
+    (tmp_path / FILE).unlink()
+    assert "not there" in run("--verify")[2][0]
+    assert run()[0] == run("--verify")[0] == 0
+    (tmp_path / FILE).write_bytes(CONTENT[:-1])
+    assert run("--verify")[0] == 2
+    assert run()[0] == run("--verify")[0] == 0
+
+
+def test_the_manifest_is_held_to(run, server, tmp_path):
+    """A file that became another one on the server is refused, by its size before, by its hash after it came."""
+    assert run()[0] == 0
+    (tmp_path / FILE).unlink()
+    server.files[FILE] = CONTENT[::-1]
+    status, _, (line,) = run()
+    assert status == 2
+    assert re.search(r"came with SHA-256 \w{64}, not manifest.json's \w{64}, and was thrown away; run again", line)
+    assert {path.name for path in (tmp_path / BASE).iterdir()} == {"manifest.json"}
+    server.files[FILE] = CONTENT + b"more"
+    before = len(server.gets())
+    status, _, (line,) = run()
+    assert status == 2
+    assert "now has 256,004 bytes on the server, 256,000 before; try another --base_url" in line
+    assert len(server.gets()) == before
+    (tmp_path / BASE / "manifest.json").write_text("{}")
+    assert run()[0] == 0
+
+
+def test_a_manifest_of_somebody_else(run, server, tmp_path):
+    """It counts from the first download on; one that is no manifest is named."""
+    (tmp_path / BASE).mkdir(parents=True)
+    path = tmp_path / BASE / "manifest.json"
+    path.write_text(json.dumps({"model.pth.tar": {"size": len(CONTENT), "sha256": "0" * 64}}))
+    assert run()[0] == 2
+    path.write_text(
+        json.dumps({"model.pth.tar": {"size": len(CONTENT), "sha256": hashlib.sha256(CONTENT).hexdigest()}})
+    )
+    assert run()[0] == 0
+    for text in ("{", "[]", '{"model.pth.tar": 1}', '{"model.pth.tar": {"size": 1}}'):
+        path.write_text(text)
+        status, _, (line,) = run()
+        assert status == 2
+        assert f"{path}: damaged; delete it" in line
+
+
+def test_a_file_that_somebody_else_fetched(run, server, tmp_path):
+    """Of the published size it is taken up without a download; of another it is left as it is, and named."""
+    (tmp_path / BASE).mkdir(parents=True)
+    (tmp_path / FILE).write_bytes(CONTENT[:-1])
+    status, _, (line,) = run()
+    assert status == 2
+    assert f"{tmp_path / FILE}: has 255,999 bytes, the published file 256,000; move it away" in line
+    assert (tmp_path / FILE).read_bytes() == CONTENT[:-1]
+    (tmp_path / FILE).write_bytes(CONTENT)
+    assert run()[0] == run("--verify")[0] == 0
+    assert server.gets() == []
+
+
+def test_two_processes(run, tmp_path):
+    """The second is refused while the first is at it."""
+    (tmp_path / BASE).mkdir(parents=True)
+    with (tmp_path / BASE / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, _, (line,) = run()
+        assert status == 2
+        assert "another process is downloading to it; wait for its end" in line
+    assert run()[0] == 0
+
+
+def test_a_folder_that_cannot_be_made(run, tmp_path):
+    """One line that names it."""
+    (tmp_path / "models").write_text("")
+    status, _, (line,) = run()
+    assert status == 2
+    assert str(tmp_path / "models") in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_process(run, server, tmp_path, number):
+    """Its part is kept, and no byte of it comes again; Ctrl-C says so, though the server is silent just then."""
+    server.faults["GET", FILE] = [Fault(stop_after=100, action=server.over.wait)]
+    flags = ("--model", BASE, "--output_directory", tmp_path)
+    with launch("download_model.py", *flags, ATLAS_BASE_URL=server.url) as process:
+        deadline = time.monotonic() + 10
+        while not any(path.stat().st_size == 100 for path in (tmp_path / BASE).glob(".*.part")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=10)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        what = "interrupted; what has arrived is kept, and the same command goes on from there"
+        assert err.splitlines()[-1] == f"download_model: {what}"
+        assert "Traceback" not in err
+    assert not (tmp_path / FILE).exists()
+    assert run()[0] == 0
+    assert (tmp_path / FILE).read_bytes() == CONTENT
+    assert server.gets()[-1] == (FILE, "bytes=100-")
+    assert server.sent[FILE] == len(CONTENT)
