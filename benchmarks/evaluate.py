@@ -14,9 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from shapes import SAMPLE, reader_folder, retriever_folder
+from shapes import SAMPLE, contriever_folder, t5_folder
 
 from atlas_jax import cli
+from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
 
 
@@ -38,8 +39,8 @@ def main() -> None:
         step = max(1, len(lines) // given.max_questions)  # spread over the domains
         (work / "questions.jsonl").write_text("".join(lines[::step][: given.max_questions]), encoding="utf-8")
         flags = {
-            "reader_model_type": reader_folder(given.reader, work / "reader"),
-            "retriever_model_path": given.retriever or retriever_folder(work / "retriever"),
+            "reader_model_type": t5_folder(T5_CONFIGS[given.reader], work / "reader"),
+            "retriever_model_path": given.retriever or contriever_folder(ContrieverConfig(), work / "retriever"),
             "passages": given.passages,
             "max_passages": given.max_passages,
             "eval_data": work / "questions.jsonl",

@@ -1,4 +1,4 @@
-"""Folders of published shapes with the sample's tokenizers and no weights, which makes them random."""
+"""Folders of models with the sample's tokenizers and no weights, which makes them random."""
 
 import json
 import shutil
@@ -6,14 +6,13 @@ from pathlib import Path
 
 from atlas_jax import cli
 from atlas_jax.models.contriever import ContrieverConfig
-from atlas_jax.models.t5 import T5_CONFIGS
+from atlas_jax.models.t5 import T5Config
 
 SAMPLE = Path(cli.__file__).parent / "sample"
 
 
-def reader_folder(name: str, folder: Path) -> Path:
+def t5_folder(shape: T5Config, folder: Path) -> Path:
     """A T5."""
-    shape = T5_CONFIGS[name]
     return _folder(
         "reader",
         folder,
@@ -29,9 +28,8 @@ def reader_folder(name: str, folder: Path) -> Path:
     )
 
 
-def retriever_folder(folder: Path) -> Path:
-    """Contriever."""
-    shape = ContrieverConfig()
+def contriever_folder(shape: ContrieverConfig, folder: Path) -> Path:
+    """A Contriever."""
     return _folder(
         "retriever",
         folder,

@@ -15,9 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from shapes import SAMPLE, reader_folder, retriever_folder
+from shapes import SAMPLE, contriever_folder, t5_folder
 
 from atlas_jax import cli
+from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
 
 
@@ -37,8 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         flags = {
-            "reader_model_type": reader_folder(given.reader, work / "reader"),
-            "retriever_model_path": retriever_folder(work / "retriever"),
+            "reader_model_type": t5_folder(T5_CONFIGS[given.reader], work / "reader"),
+            "retriever_model_path": contriever_folder(ContrieverConfig(), work / "retriever"),
             "passages": given.passages,
             "max_passages": given.max_passages,
             "train_data": given.questions,

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from atlas_jax.models.dropout import dropout
 from atlas_jax.models.stack import scan, stack
-from atlas_jax.models.t5 import MASKED, dropout, row_by_row
+from atlas_jax.models.t5 import MASKED, row_by_row
 
 MAX_LENGTH = 512  # positions that BERT has
 

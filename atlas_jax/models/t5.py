@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from atlas_jax.models.dropout import dropout
 from atlas_jax.models.stack import apart, scan, stack
 
 MASKED = float(jnp.finfo(jnp.float32).min)
@@ -97,14 +98,6 @@ class LayerOutput(NamedTuple):
     x: Float[Array, "r t d"]
     present: KeyValues  # its own keys and values
     looks: CrossAttention | None  # if asked for
-
-
-def dropout(x: Float[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "..."]:
-    """Inverted dropout with a key of `rngs`; the identity without them."""
-    if rngs is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(rngs.dropout(), 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 def row_by_row(function: Callable[..., Array], *args: Any) -> Array:

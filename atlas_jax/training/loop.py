@@ -57,9 +57,10 @@ def train(config: Config, run: Path) -> None:
         stack.enter_context(_alone(run))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH, dir=run)))
         checkpoints = stack.enter_context(RunCheckpoints(run / "checkpoint", config.run.keep))
-        start = _start(config, checkpoints)
-        trainer = Trainer(config, run, start, files, evaluated, make_mesh(config.run.mesh), scratch)
-        report = Report(run, config.optim.total_steps, config.run.log_freq, start.progress.step, start.progress.pending)
+        mesh = make_mesh(config.run.mesh)
+        trainer = Trainer(config, run, _start(config, checkpoints), files, evaluated, mesh, scratch)
+        done = trainer.progress
+        report = Report(run, config.optim.total_steps, config.run.log_freq, done.step, done.pending)
         trainer.run(stack.enter_context(report), checkpoints, interrupts)
         if config.run.keep == 0:
             checkpoints.remove()
@@ -110,7 +111,8 @@ class Trainer:
         mesh: Mesh,
         scratch: Path,
     ):
-        self.config, self.run_folder, self.weights, self.progress = config, run, start.weights, start.progress
+        self.config, self.run_folder, self.progress = config, run, start.progress
+        self.weights = dataclasses.replace(start.weights, params={})  # they are in the state, once
         self.cfg = step_config(config, start.weights.cfg, start.weights.tokenizer, mesh)
         self.index = LiveIndex(config, start, mesh, scratch)
         self.state = make_state(config, start, mesh)

@@ -1,5 +1,6 @@
 """AdamW for reader and retriever, their schedules, and the clip that they share."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -7,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from atlas_jax.config import OptimConfig
 
 Params = dict[str, Array]  # float32, by our paths
+B1 = 0.9  # decay of the mean; that of the square is --beta2
 FLOOR = 0.1  # the share of the highest rate at which the linear schedule starts, and at which both curves end
 NOT_ZERO = 1e-6  # Reference: added to the norm that the clip divides by
 
@@ -20,7 +22,7 @@ class Learner(NamedTuple):
     """Parameters that learn, and what their AdamW remembers."""
 
     params: Params
-    moments: Any
+    moments: optax.ScaleByAdamState
 
 
 def share_of_rate(cfg: OptimConfig, update: Any, xp: Any = jnp) -> Any:
@@ -47,22 +49,30 @@ def rate(cfg: OptimConfig, highest: float, updates: int) -> float:
     return highest * float(share_of_rate(cfg, np.float64(updates), np))
 
 
-def _adamw(cfg: OptimConfig) -> optax.GradientTransformation:
-    """The step of AdamW (arXiv 1711.05101) before it is multiplied by minus the learning rate."""
-    return optax.chain(
-        optax.scale_by_adam(b1=0.9, b2=cfg.beta2, eps=cfg.epsilon), optax.add_decayed_weights(cfg.weight_decay)
-    )
-
-
-def start(cfg: OptimConfig, params: Params) -> Learner:
+def start(params: Params) -> Learner:
     """Parameters that have not learnt yet."""
-    return Learner(params, _adamw(cfg).init(params))
+    return Learner(params, optax.scale_by_adam().init(params))
 
 
-def learn(cfg: OptimConfig, learner: Learner, gradients: Params, rate: Float[Array, ""]) -> Learner:
-    """One update."""
-    steps, moments = _adamw(cfg).update(gradients, learner.moments, learner.params)
-    return Learner(jax.tree.map(lambda p, step: p - rate * step, learner.params, steps), moments)
+def learn(
+    cfg: OptimConfig, learner: Learner, gradients: Params, rate: Float[Array, ""], good: Bool[Array, ""]
+) -> Learner:
+    """One update of AdamW (arXiv 1711.05101), or none unless `good`."""
+    params, before = learner
+    moments = optax.ScaleByAdamState(
+        count=before.count + 1,
+        mu=optax.tree.update_moment(gradients, before.mu, B1, 1),
+        nu=optax.tree.update_moment(gradients, before.nu, cfg.beta2, 2),
+    )
+    # The barrier lets parameters change after the moments, which without it XLA copies to be read in both places
+    moments = jax.lax.optimization_barrier(jax.tree.map(functools.partial(jnp.where, good), moments, before))
+    means = optax.tree.bias_correction(moments.mu, B1, moments.count)
+    squares = optax.tree.bias_correction(moments.nu, cfg.beta2, moments.count)
+
+    def after(p: Array, mean: Array, square: Array) -> Array:
+        return jnp.where(good, p - rate * (mean / (jnp.sqrt(square) + cfg.epsilon) + cfg.weight_decay * p), p)
+
+    return Learner(jax.tree.map(after, params, means, squares), moments)
 
 
 def clip_factor(cfg: OptimConfig, norm: Float[Array, ""]) -> Float[Array, ""]:

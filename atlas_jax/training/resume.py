@@ -105,8 +105,8 @@ def make_state(config: Config, found: Start, mesh: Mesh) -> TrainState:
     learning = parts["reader/"] | parts["retriever/"]
     zeros = {path: jnp.zeros_like(x) for path, x in learning.items()} if config.optim.accumulation_steps > 1 else None
     state = TrainState(
-        start(config.optim, parts["reader/"]),
-        start(config.optim, parts["retriever/"]) if parts["retriever/"] else None,
+        start(parts["reader/"]),
+        start(parts["retriever/"]) if parts["retriever/"] else None,
         {path: x for path, x in params.items() if path not in learning},
         zeros,
         jnp.int32(0),

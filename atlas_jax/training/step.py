@@ -109,8 +109,7 @@ def train_step(
 
     def learnt(learner: Learner, highest: float) -> Learner:
         clipped = {path: factor * gradients[path] for path in learner.params}
-        after = learn(cfg.optim, learner, clipped, highest * share)
-        return jax.tree.map(lambda new, old: jnp.where(good, new, old), after, learner)
+        return learn(cfg.optim, learner, clipped, highest * share, good)
 
     after = state._replace(
         reader=learnt(state.reader, cfg.optim.lr),

@@ -1,5 +1,6 @@
 """AdamW and its schedules, against PyTorch's formulas written out by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,16 +10,21 @@ from atlas_jax.training.optimizer import clip_factor, learn, rate, share_of_rate
 
 
 def test_learning_from_gradients_is_adamw():
-    """Three updates of two parameters, in float64 by the paper's algorithm 2; decay is decoupled from the moments."""
+    """Three updates in float64 by the paper's algorithm 2, decay apart from the moments; a bad one changes nothing."""
     cfg = OptimConfig(weight_decay=0.1, beta2=0.99, epsilon=1e-3)
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(3, 2)).astype(np.float32), "b": rng.normal(size=4).astype(np.float32)}
-    learner = start(cfg, {path: jnp.asarray(x) for path, x in params.items()})
+    learner = start({path: jnp.asarray(x) for path, x in params.items()})
     theirs = {path: x.astype(np.float64) for path, x in params.items()}
     m, v = ({path: np.zeros_like(x) for path, x in theirs.items()} for _ in range(2))
     for t in range(1, 4):
         gradients = {path: rng.normal(size=x.shape).astype(np.float32) for path, x in params.items()}
-        learner = learn(cfg, learner, {path: jnp.asarray(g) for path, g in gradients.items()}, jnp.float32(0.05))
+        given = {path: jnp.asarray(g) for path, g in gradients.items()}
+        learner = learn(cfg, learner, given, jnp.float32(0.05), jnp.bool(True))
+        worse = {path: g * jnp.nan for path, g in given.items()}
+        same = learn(cfg, learner, worse, jnp.float32(0.05), jnp.bool(False))
+        for now, then in zip(jax.tree.leaves(same), jax.tree.leaves(learner), strict=True):
+            np.testing.assert_array_equal(now, then)
         for path, g in gradients.items():
             m[path] = 0.9 * m[path] + 0.1 * g
             v[path] = 0.99 * v[path] + 0.01 * g.astype(np.float64) ** 2
