@@ -1,7 +1,15 @@
-"""How every test runs: offline, on eight host CPU devices, with shapes checked and rank promotion forbidden."""
+"""How every test runs: offline, on eight host CPU devices, with shapes checked and rank promotion forbidden.
+
+What one test has compiled the others find, also those that start a process.
+"""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
+
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="atlas-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,6 +26,11 @@ install_import_hook("atlas_jax", "beartype.beartype")  # from here on, each impo
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_sessionfinish() -> None:
+    """The compiled programs go."""
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
