@@ -4,10 +4,11 @@ PYTHON ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 SAMPLE := atlas_jax/sample
+MINUTES ?= 10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lint types test soak demo clean
+.PHONY: help setup lint types test soak fuzz demo clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -50,6 +51,10 @@ test: setup lint types ## lint, types and the tests
 
 soak: setup ## kill training runs a hundred times at random moments and compare what they end with (an hour)
 	$(BIN)/python tests/training/killing.py --kills 100
+
+fuzz: setup ## hostile files, for MINUTES=10, for the readers of PyTorch files and pickles; the one that broke them is kept
+	@$(PIP) -qq atheris || echo 'make: no atheris for this Python; files by rules only' >&2
+	$(BIN)/python tests/checkpoints/fuzzing.py --minutes $(MINUTES)
 
 demo: setup ## evaluate the sample model on the sample questions, on a CPU
 	$(BIN)/atlas evaluate --name demo --checkpoint_dir runs \

@@ -1,8 +1,9 @@
 """Pickles of plain data, read without `pickle`: data comes out, nothing in the file runs.
 
 A pickle is a small program. `unpickle` runs it and knows plain data only; what else a program may name stands in a
-`Names`, which knows nothing here and PyTorch's names in `torch_file`. Memory stays within a constant times the file: an
-opcode adds at most one object, memo numbers come in order, and a count past the end yields what is there.
+`Names`, which knows nothing here and PyTorch's names in `torch_file`. Memory and time stay within a constant times the
+file: an opcode adds at most one object, memo numbers come in order, a count past the end yields what is there, keys are
+quick to compare, and what comes out is small even where a value in many places counts as many.
 """
 
 import contextlib
@@ -20,6 +21,9 @@ Path = str | os.PathLike[str]
 
 MAX_PLAIN_PICKLE = 64 << 30  # bytes of one passages file
 MAX_DEPTH = 100  # containers inside containers
+MAX_KEY = 1000  # characters: an equal key is compared to its end, each time that it comes
+MAX_NUMBER_KEYS = 10_000  # in one file; an optimizer has one a parameter
+MAX_PLACES = 1_000_000  # of values in containers, or ten a byte of the pickle if that is more
 
 LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the number pickled at the start of a torch file before 1.6
 ZIP_MAGIC = b"PK\x03\x04"  # at the start of a newer one
@@ -65,9 +69,10 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def shortened(text: str) -> str:
-    """Text of a file in a message, quoted."""
-    return repr(text if len(text) <= 100 else text[:100] + "...")
+def shortened(value: str | tuple[int, ...]) -> str:
+    """What stands in a file, in a message: strings quoted, and nothing in it unprintable."""
+    whole = repr(value[:100])
+    return whole if len(value) <= 100 and len(whole) <= 200 else f"{whole[:200]}..."
 
 
 PROTO, FRAME, STOP, MARK = 0x80, 0x95, ord("."), ord("(")
@@ -92,9 +97,8 @@ COUNTED: dict[int, tuple[int, Callable[[bytes], Any]]] = {  # opcode: width of t
     0x8A: (1, lambda digits: int.from_bytes(digits, "little", signed=True)),
 }
 
-KEYS: frozenset[type[Any]] = frozenset(
-    {str, int, float, bool, bytes, type(None)}
-)  # a nested tuple could take forever to hash
+KEYS: frozenset[type[Any]] = frozenset({str, int, float, bool, bytes, type(None)})  # a nested tuple is slow to hash
+TEXT = {str}
 NESTED: frozenset[type[Any]] = frozenset({list, tuple, dict, set, frozenset})
 PLAIN = KEYS | NESTED | {bytearray}
 
@@ -114,6 +118,26 @@ class Names:
 
     def __init__(self) -> None:
         self.known: dict[str, Any] = {}
+        self.number_keys = 0
+
+    def keys(self, values: list[Any]) -> list[Any]:
+        """The same values, which may be the keys of a dict or the members of a set.
+
+        Numbers with equal hashes are easily found, and n of them take n * n steps to store; so numbers are few.
+        """
+        kinds = set(map(type, values))
+        if kinds == TEXT and max(map(len, values)) <= MAX_KEY:
+            return values
+        if not kinds <= KEYS:
+            bad = next(kind.__name__ for kind in map(type, values) if kind not in KEYS)
+            raise Refused(f"has a {bad} as the key of a dict or in a set; save it again with strings or numbers there")
+        if any(type(value) in (str, bytes) and len(value) > MAX_KEY for value in values):
+            raise Refused(f"has a key of more than {MAX_KEY} characters in a dict or set; save it again as a value")
+        if kinds & {int, float}:
+            self.number_keys += sum(type(value) in (int, float) for value in values)
+            if self.number_keys > MAX_NUMBER_KEYS:
+                raise Refused(f"has more than {MAX_NUMBER_KEYS} numbers as keys; save it again with strings there")
+        return values
 
     def find(self, module: Any, attribute: Any) -> Any:
         if type(module) is not str or type(attribute) is not str:
@@ -161,11 +185,9 @@ def unpickle(data: mmap.mmap | bytes, names: Names) -> Any:
                 pos = end
             elif op == MARK:
                 marks.append(len(stack))
-                if len(marks) > MAX_DEPTH:
-                    raise _too_deep()
             elif op == SETITEMS:
                 start = marks.pop()
-                dict.update(stack[start - 1], zip(hashable(stack[start::2]), stack[start + 1 :: 2], strict=True))
+                dict.update(stack[start - 1], zip(names.keys(stack[start::2]), stack[start + 1 :: 2], strict=True))
                 del stack[start:]
             elif op in EMPTY:
                 stack.append(EMPTY[op]())
@@ -195,14 +217,14 @@ def unpickle(data: mmap.mmap | bytes, names: Names) -> Any:
                 del stack[start:]
             elif op == SETITEM:
                 value, key = stack.pop(), stack.pop()
-                dict.__setitem__(stack[-1], hashable([key])[0], value)
+                dict.__setitem__(stack[-1], names.keys([key])[0], value)
             elif op == ADDITEMS:
                 start = marks.pop()
-                set.update(stack[start - 1], hashable(stack[start:]))
+                set.update(stack[start - 1], names.keys(stack[start:]))
                 del stack[start:]
             elif op == FROZENSET:
                 start = marks.pop()
-                stack[start:] = [frozenset(hashable(stack[start:]))]
+                stack[start:] = [frozenset(names.keys(stack[start:]))]
             elif op == FRAME:
                 pos += 8  # a hint for reading ahead
             elif op == GLOBAL:
@@ -234,31 +256,28 @@ def unpickle(data: mmap.mmap | bytes, names: Names) -> Any:
     except MALFORMED as error:
         problem = "is cut short" if pos >= len(data) else f"is damaged ({shortened(str(error))})"
         raise Refused(f"{problem} at byte {min(pos, len(data))} of its pickle; {AGAIN}") from None
-    _check_plain(stack[0], PLAIN | names.kinds)
+    _check_plain(stack[0], PLAIN | names.kinds, max(MAX_PLACES, 10 * len(data)))
     return stack[0]
 
 
-def hashable(values: list[Any]) -> list[Any]:
-    """The same values, which may be the keys of a dict or the members of a set."""
-    if KEYS.issuperset(map(type, values)):
-        return values
-    bad = next(type(value).__name__ for value in values if type(value) not in KEYS)
-    raise Refused(f"has a {bad} as the key of a dict or in a set; save it again with strings or numbers there")
+def _check_plain(root: Any, plain: frozenset[type[Any]], most: int) -> None:
+    """Refuse what is not plain data, nested too deeply or, which is nesting without end, part of itself.
 
-
-def _check_plain(root: Any, plain: frozenset[type[Any]]) -> None:
-    """Refuse what is not plain data, nested too deeply or, which is nesting without end, part of itself."""
-    level = {id(root): root}
+    A value is met, and counted, wherever it stands: so it is for whoever prints, compares or copies the data later.
+    """
+    level = [root]
     for _ in range(MAX_DEPTH + 1):
-        below: dict[int, Any] = {}
-        for value in level.values():
+        below: list[Any] = []
+        for value in level:
             kind = type(value)
             if kind not in plain:
                 name = value.name if kind is Maker else kind.__name__
                 raise Refused(f"holds {shortened(name)} itself as a value; {SAVE_PLAIN}")
             if kind in NESTED:
-                children = value.values() if kind is dict else value
-                below.update((id(child), child) for child in children if type(child) not in KEYS)
+                most -= len(value)
+                if most < 0:
+                    raise Refused(f"repeats the same values in too many places; {SAVE_PLAIN}, each once")
+                below += [child for child in (value.values() if kind is dict else value) if type(child) not in KEYS]
         if not below:
             return
         level = below

@@ -4,9 +4,11 @@ A `torch.save` file is an uncompressed zip. `NAME/data.pkl` pickles the structur
 one or more tensors, is a member `NAME/data/KEY`. Our tensors are views of the mapped file: to open 40 GB costs nothing.
 
 `unpickle` runs the pickle; all that it may name beyond plain data stands in `_TorchNames`. Memory stays within a
-constant times the file, because whatever copies must `pay`.
+constant times the pickle and the zip's directory, both small, because whatever copies must `pay`.
 """
 
+import io
+import itertools
 import math
 import mmap
 import struct
@@ -27,23 +29,25 @@ from atlas_jax.checkpoints.plain_pickle import (
     Names,
     Path,
     Refused,
-    hashable,
     map_file,
     refusals,
     shortened,
     unpickle,
 )
 
-MAX_TORCH_PICKLE = 16 << 20  # bytes of data.pkl: it holds no tensor, and 1 MB does for XXL with its optimizers
+MAX_DIRECTORY = 16 << 20  # bytes of what lists the members, 70 a tensor
+MAX_TORCH_PICKLE = 4 << 20  # bytes of data.pkl: it holds no tensor, and 1 MB does for XXL with its optimizers
 MAX_TENSORS = 100_000
 MAX_ELEMENTS = 1 << 48  # along a dimension
 MAX_DIMENSIONS = 64  # numpy's
 
 SAVE_ZIP = "with PyTorch 1.6 or newer, `torch.save(torch.load(p), p)` writes the form read here"
+ZIP_AGAIN = "unzip it and zip it again with `zip -0`"
 
-BAD_ZIP = (*MALFORMED, zipfile.BadZipFile, NotImplementedError)
+BAD_ZIP = (*MALFORMED, zipfile.BadZipFile, NotImplementedError, OSError)
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, length of the name, length of torch's padding behind it
+UTF8 = 0x800  # the flag that says how the name is written
 
 DTYPES = {
     **{"Double": np.dtype("float64"), "Float": np.dtype("float32"), "Half": np.dtype("float16")},
@@ -79,45 +83,64 @@ class _Storage(NamedTuple):
 
 
 def _open_archive(path: Path, file: mmap.mmap) -> Members:
-    """Where each member's bytes are: stored as they are, inside the file, each name once."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-    except BAD_ZIP as error:
-        if file[:4] != ZIP_MAGIC:
-            raise Refused(f"is not a file that torch.save wrote as a zip; {SAVE_ZIP}") from None
-        raise Refused(f"is a zip file cut short or damaged ({shortened(str(error))}); {AGAIN}") from None
+    """Where each member's bytes are: stored as they are, each name once, each byte in one member at most."""
+    infos, directory = _listed(path, file)
     folders = [info.filename.removesuffix("data.pkl") for info in infos if info.filename.endswith("/data.pkl")]
     if len(folders) != 1:
         raise Refused(f"is a zip file with {len(folders)} data.pkl, not one as torch.save writes; {SAVE_ZIP}")
     if any(info.filename.startswith((f"{folders[0]}constants.pkl", f"{folders[0]}code/")) for info in infos):
         raise Refused("is a TorchScript program; save the model's state_dict with torch.save instead")
     members: Members = {}
+    spans = [(directory, directory, "")]
     for info in infos:
         name = info.filename.removeprefix(folders[0])
         start, size = _data_start(file, info), info.file_size
+        if not info.filename.startswith(folders[0]):
+            raise Refused(f"member {shortened(name)} is outside of {shortened(folders[0])}; {ZIP_AGAIN} without it")
         if name in members:
             raise Refused(f"has two members {shortened(name)}; {AGAIN}")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != size or info.flag_bits & 1:
-            raise Refused(
-                f"member {shortened(name)} is compressed or encrypted; unzip it and zip it again with `zip -0`"
-            )
-        if start + size > len(file):
-            raise Refused(f"member {shortened(name)} reaches past the end of the file; {AGAIN}")
+            raise Refused(f"member {shortened(name)} is compressed or encrypted; {ZIP_AGAIN}")
         members[name] = start, size
+        spans.append((info.header_offset, start + size, name))
+    for (_, end, name), (following, _, _) in itertools.pairwise(sorted(spans)):
+        if end > following:
+            raise Refused(f"member {shortened(name)} reaches into what follows it; {AGAIN}")
     start, size = members.get("byteorder", (0, 0))
-    if size and file[start : start + size] != b"little":
+    if size and file[start : start + min(size, 10)] != b"little":
         raise Refused("was not saved on a little-endian machine; save it again on one")
     return members
 
 
+class _Directory(io.FileIO):
+    """The file as `zipfile` reads it: no more of it at once than a list of members takes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise Refused(f"lists its members in {size} bytes, more than {MAX_DIRECTORY}; {SAVE_ZIP}")
+        return super().read(size)
+
+
+def _listed(path: Path, file: mmap.mmap) -> tuple[list[zipfile.ZipInfo], int]:
+    """The members as the directory lists them, and where it starts."""
+    try:
+        with _Directory(path) as directory, zipfile.ZipFile(directory) as archive:
+            return archive.infolist(), archive.start_dir
+    except BAD_ZIP as error:
+        if file[:4] != ZIP_MAGIC:
+            raise Refused(f"is not a file that torch.save wrote as a zip; {SAVE_ZIP}") from None
+        raise Refused(f"is a zip file cut short or damaged ({shortened(str(error))}); {AGAIN}") from None
+
+
 def _data_start(file: mmap.mmap, info: zipfile.ZipInfo) -> int:
-    """A member's bytes begin behind its local header, which says how long it is itself."""
+    """A member's bytes begin behind its local header, which gives its name again and says how long it is itself."""
     header = info.header_offset
     if 0 <= header <= len(file) - LOCAL_HEADER.size:
-        magic, name, padding = LOCAL_HEADER.unpack_from(file, header)
-        if magic == ZIP_MAGIC:
-            return header + LOCAL_HEADER.size + int(name) + int(padding)
+        magic, width, padding = LOCAL_HEADER.unpack_from(file, header)
+        start = header + LOCAL_HEADER.size + int(width)
+        name = file[start - width : start].decode("utf-8" if info.flag_bits & UTF8 else "cp437", "replace")
+        if (magic, name) == (ZIP_MAGIC, info.orig_filename):
+            return start + int(padding)
     raise Refused(f"member {shortened(info.filename)} is not where the zip directory says; {AGAIN}")
 
 
@@ -136,8 +159,8 @@ class _TorchNames(Names):
             "argparse.Namespace": self.namespace,
             "collections.OrderedDict": lambda: {},
             "collections.defaultdict": lambda factory=None: {},
-            "builtins.set": lambda items: set(hashable(self.pay(items, list))),
-            "builtins.frozenset": lambda items: frozenset(hashable(self.pay(items, list))),
+            "builtins.set": lambda items: set(self.keys(self.pay(items, list))),
+            "builtins.frozenset": lambda items: frozenset(self.keys(self.pay(items, list))),
             "builtins.bytes": lambda: b"",
             "_codecs.encode": self.encode,
             "torch.Size": lambda sizes: self.pay(sizes, tuple),
@@ -167,7 +190,8 @@ class _TorchNames(Names):
 
     def set_state(self, target: Any, state: Any) -> None:
         if id(target) in self.namespaces:
-            target.update(self.pay(state, dict))
+            self.keys(list(self.pay(state, dict)))
+            target.update(state)
         elif type(target) is not dict:  # an OrderedDict's attributes (`_metadata`) say nothing about the weights
             super().set_state(target, state)
 
@@ -187,6 +211,8 @@ class _TorchNames(Names):
                 start, size = self.members.get(f"data/{key}", (0, -1))
             case _:
                 raise TypeError("a reference that is not to a storage")
+        if not 0 <= count <= MAX_ELEMENTS:
+            raise ValueError("a storage of impossible size")
         if count != size // dtype.itemsize:
             found = f"{size} bytes" if size >= 0 else "no bytes"
             raise Refused(f"has {found} for storage {shortened(key)} of {count} {dtype} values; {AGAIN}")
@@ -209,14 +235,18 @@ class _TorchNames(Names):
             dtype = TORCH_DTYPES[dtype]
         elif dtype is None:
             dtype = storage.dtype
+        elif type(dtype) is dict:  # what else may be told of a tensor: that its values are to be negated
+            raise Refused("has a tensor with a mark on it; save it as `.resolve_neg()`")
         else:
             raise TypeError("a tensor of unknown dtype")
         if not all(shape):
             return np.ndarray(shape, dtype, self.file)
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if (last + 1) * dtype.itemsize > storage.size:
-            raise Refused(f"has a tensor of shape {shape}, too large for its storage of {storage.size} bytes; {AGAIN}")
+            found = f"its storage of {storage.size} bytes"
+            raise Refused(f"has a tensor of shape {shortened(shape)}, too large for {found}; {AGAIN}")
         if math.prod(shape) * dtype.itemsize > len(self.file):
-            raise Refused(f"has a tensor of shape {shape} that repeats a few values; save it as `.contiguous()`")
+            remedy = "save it as `.contiguous()`"
+            raise Refused(f"has a tensor of shape {shortened(shape)} that repeats a few values; {remedy}")
         start = storage.start + offset * dtype.itemsize
         return np.ndarray(shape, dtype, self.file, start, tuple(stride * dtype.itemsize for stride in strides))

@@ -1,13 +1,11 @@
 """Files of PyTorch and pickle composed by hand, opcode by opcode: torch is not here, and honest tools write no lies."""
 
-import contextlib
 import struct
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 from atlas_jax.errors import UserError
 
@@ -66,24 +64,6 @@ def refusal(load, path: Path) -> str:
     assert "; " in message
     assert "\n" not in message
     return message.removeprefix(f"{path}: ")
-
-
-def tries(load, path: Path, data: bytes) -> None:
-    """Success or the one line, never anything else."""
-    path.write_bytes(data)
-    with contextlib.suppress(UserError):
-        load(path)
-
-
-def changed(data: bytes, edits: list[tuple[float, bytes]]) -> bytes:
-    """Bytes replaced here and there: each edit says where (0 to 1) and by what; nothing drops one byte."""
-    for where, change in edits:
-        at = int(where * len(data))
-        data = data[:at] + change + data[at + max(len(change), 1) :]
-    return data
-
-
-OPCODES = st.sampled_from([bytes([op]) for op in range(256)])
 
 
 def save(path: Path, tree: dict[str, np.ndarray | int | dict[str, np.ndarray]] | np.ndarray) -> Path:

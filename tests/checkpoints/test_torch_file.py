@@ -6,32 +6,16 @@ Torch is not here; the files are composed by hand, opcode by opcode, as torch.sa
 import json
 import pickle
 import struct
-import zipfile
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from atlas_jax.checkpoints import torch_file
 from atlas_jax.checkpoints.plain_pickle import load_pickle
 from atlas_jax.checkpoints.torch_file import load_torch
-from tests.checkpoints.pickles import (
-    MAGIC,
-    OPCODES,
-    call,
-    changed,
-    name,
-    refusal,
-    storage,
-    tensor,
-    text,
-    tries,
-    tuple_of,
-    write,
-)
+from tests.checkpoints.pickles import MAGIC, call, name, number, refusal, storage, tensor, text, tuple_of, write
 
 KINDS = {
     "DoubleStorage": np.float64,
@@ -146,6 +130,7 @@ def test_the_published_index(golden):
 @pytest.mark.parametrize(
     ("body", "named"),
     [
+        (tensor(storage("FloatStorage", "0", 1), 0, (1,), (1,), b"}" + text("neg") + b"\x88s"), "resolve_neg"),
         (name("os.system") + tuple_of(text("true")) + b"R", "os.system"),
         (name("torch._utils._rebuild_sparse_tensor") + b")R", "torch._utils._rebuild_sparse_tensor"),
         (b"(" + name("argparse.Namespace") + b"o", "OBJ"),
@@ -169,6 +154,7 @@ F = storage("FloatStorage", "0", 6)
         storage("FloatStorage", "0", 7),  # lies about the member
         storage("FloatStorage", "0", 2**100),
         storage("FloatStorage", "0", -1),
+        tensor(storage("FloatStorage", "1", -1), 0, (0,), (1,)),  # there is none, which is -1 long
         storage("DoubleStorage", "0", 6),
         storage("FloatStorage", "1", 6),  # no such member
         storage("FloatStorage", "../../etc/passwd", 6),
@@ -199,10 +185,26 @@ def test_a_tensor_that_lies_is_refused(path, body):
 
 def test_copies_are_paid_for(path):
     """A few bytes of pickle cannot copy a long list over and over."""
-    numbers = b"](" + b"".join(b"J" + struct.pack("<i", i) for i in range(1000)) + b"e\x94"
+    words = b"](" + b"".join(text(str(i)) for i in range(1000)) + b"e\x94"
     copy = name("__builtin__.set") + b"h\x00\x85R"
-    assert len(load_torch(write(path, b"(" + numbers + copy + b"t"))[1]) == 1000
-    assert "copy after copy" in refusal(load_torch, write(path, b"(" + numbers + copy * 1000 + b"t"))
+    assert len(load_torch(write(path, b"(" + words + copy + b"t"))[1]) == 1000
+    assert "copy after copy" in refusal(load_torch, write(path, b"(" + words + copy * 1000 + b"t"))
+
+
+@pytest.mark.parametrize("kind", ["set", "frozenset"])
+def test_what_a_set_by_name_may_hold(path, kind):
+    """The sets of protocol 2 hold what can be a key: no tuple, whose hash takes 2**50 steps when it is of 50 pairs."""
+    pairs = b"N\x85\x94" + b"h\x00h\x00\x86" + b"".join(b"\x94h%ch%c\x86" % (i, i) for i in range(1, 50))
+    assert load_torch(write(path, call(f"__builtin__.{kind}", b"]" + text("a") + b"a"))) == {"a"}
+    assert "tuple as the key" in refusal(load_torch, write(path, call(f"__builtin__.{kind}", b"](" + pairs + b"e")))
+
+
+def test_a_copy_of_colliding_keys_is_counted(path):
+    """A dict of numbers with one hash, slow to fill, cannot fill a Namespace over and over."""
+    keys = b"}\x94(" + b"".join(number(i * (2**61 - 1)) + b"N" for i in range(2000)) + b"u"
+    copy = name("argparse.Namespace") + b")\x81h\x00b"
+    assert len(load_torch(write(path, b"(" + keys + copy + b"t"))[1]) == 2000
+    assert "numbers as keys" in refusal(load_torch, write(path, b"(" + keys + copy * 10 + b"t"))
 
 
 def small_file(path: Path) -> Path:
@@ -220,31 +222,6 @@ def test_every_truncation_is_refused(path):
         assert ("is empty" if end == 0 else "") in refusal(load_torch, path)
 
 
-def test_a_broken_archive_is_refused(path):
-    """Compressed, duplicated, misplaced or encrypted members, big-endian, TorchScript: each has its own message."""
-    assert "compressed" in refusal(load_torch, write(path, b"N", zipfile.ZIP_DEFLATED))
-    assert "little-endian" in refusal(load_torch, write(path, b"N", byteorder=b"big"))
-    assert "TorchScript" in refusal(load_torch, write(path, b"N", **{"constants.pkl": b""}))
-    assert "TorchScript" in refusal(load_torch, write(path, b"N", **{"code/a.py": b""}))
-    assert "2 data.pkl" in refusal(load_torch, write(path, b"N", **{"x/data.pkl": b""}))
-    with pytest.warns(UserWarning, match="Duplicate"):
-        write(path, b"N", version=b"4")
-    assert "two members 'version'" in refusal(load_torch, path)
-
-    data = small_file(path).read_bytes()
-    first = data.index(b"PK\x01\x02")
-    for at, value, said in (
-        (42, 2**31, "not where the zip directory says"),
-        (42, 1, "not where the zip directory says"),
-        (24, 2**31, "compressed or encrypted"),
-        (8, 1, "compressed or encrypted"),
-    ):
-        path.write_bytes(data[: first + at] + struct.pack("<I", value) + data[first + at + 4 :])
-        assert said in refusal(load_torch, path)
-    path.write_bytes(data[: first + 20] + struct.pack("<II", 2**31, 2**31) + data[first + 28 :])
-    assert "past the end" in refusal(load_torch, path)
-
-
 def test_other_files_are_refused(path, tmp_path, monkeypatch):
     """A missing file, an older torch file, JSON, too much: the remedy is in the line."""
     refusal(load_torch, tmp_path / "missing")
@@ -258,22 +235,3 @@ def test_other_files_are_refused(path, tmp_path, monkeypatch):
     monkeypatch.setattr(torch_file, "MAX_TORCH_PICKLE", 1 << 20)
     monkeypatch.setattr(torch_file, "MAX_TENSORS", 0)
     assert "more than 0 tensors" in refusal(load_torch, path)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=4)), min_size=1, max_size=4))
-def test_changed_bytes_never_crash(path, edits):
-    """However its bytes are changed: success or one line."""
-    tries(load_torch, path, changed(small_file(path).read_bytes(), edits))
-
-
-PIECES = st.sampled_from(
-    [b"]", b"}", b"(", b")", b"N", b"K\x00", b"\x94", b"h\x00", F, text("a"), name("argparse.Namespace")]
-)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(body=st.lists(OPCODES | PIECES | PIECES, max_size=30).map(b"".join))
-def test_random_programs_never_crash(path, body):
-    """Random opcodes in an archive: success or one line."""
-    tries(load_torch, path, write(path, body, _0=b"\0" * 24).read_bytes())

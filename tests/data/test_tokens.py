@@ -1,6 +1,7 @@
 """Text to ids: equal to Hugging Face and to the reference, and where a text may be tokenized in two parts."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from huggingface_hub import constants
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
@@ -17,6 +19,7 @@ from atlas_jax.data.tokens import Tokenizer, bucket, ends_visibly, pad
 from atlas_jax.errors import UserError
 
 ASSETS = Path(__file__).parent.parent / "golden" / "assets"
+SAMPLE = Path(__file__).parents[2] / "atlas_jax" / "sample"
 TOKENIZERS = {name: Tokenizer.load(ASSETS / name) for name in ("reader", "retriever")}
 HF = {name: transformers.AutoTokenizer.from_pretrained(ASSETS / name) for name in TOKENIZERS}
 TEXTS = ("question: what is Tribe? answer: <extra_id_0>", "", " two  spaces ", "naïve 漢字 👍🏽 שלום</s> x", "y" * 300)
@@ -191,6 +194,24 @@ def test_a_saved_tokenizer_is_the_same(tmp_path):
     other = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == reader.fingerprint
     assert other.stderr == ""  # nor does transformers talk about PyTorch
+
+
+def test_by_name_offline(tmp_path, monkeypatch):
+    """Offline, a name of the hub is read from its cache; one that is not there is a line with the remedy."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        Tokenizer.load("google-t5/t5-small")
+    message = str(caught.value)
+    assert message.startswith(
+        "google-t5/t5-small: neither a folder nor a tokenizer that the Hugging Face hub or its cache"
+    )
+    assert message.endswith("pass a folder that holds tokenizer.json")
+    assert "\n" not in message
+    cached = tmp_path / "models--google-t5--t5-small"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("1")
+    shutil.copytree(SAMPLE / "reader", cached / "snapshots" / "1")
+    assert Tokenizer.load("google-t5/t5-small").fingerprint == TOKENIZERS["reader"].fingerprint
 
 
 def test_tokenizers_that_cannot_be_loaded(tmp_path):
