@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from atlas_jax.checkpoints.safetensors_file import open_safetensors
+from atlas_jax.checkpoints.torch_file import load_torch
 from atlas_jax.errors import UserError
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS, T5Config
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 KNOWN_RETRIEVERS = {"facebook/contriever": ContrieverConfig()}
 
 
@@ -31,11 +36,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _choose(config: Mapping[str, Any], key: str, choices: tuple[str, ...], default: str, path: Path) -> str:
+def _choose(config: Mapping[str, Any], key: str, choices: tuple[Any, ...], default: Any, path: Path) -> Any:
     value = config.get(key, default)
-    if value not in choices:
-        raise UserError(f"{path}: {key} is {value!r}; this program knows {', '.join(choices)}")
-    return str(value)
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise UserError(f"{path}: {key} is {value!r}; this program knows {', '.join(map(str, choices))}")
+    return value
 
 
 def _sizes(config: Mapping[str, Any], path: Path, *keys: str) -> list[int]:
@@ -74,8 +79,6 @@ def reader_config(name_or_folder: str) -> T5Config:
     d_model, heads, head_dim, d_ff = _sizes(config, path, "d_model", "num_heads", "d_kv", "d_ff")
     layers, decoder_layers, vocabulary = _sizes(config, path, "num_layers", "num_decoder_layers", "vocab_size")
     buckets, distance = _sizes(config, path, "relative_attention_num_buckets", "relative_attention_max_distance")
-    if type(config["tie_word_embeddings"]) is not bool:
-        raise UserError(f"{path}: tie_word_embeddings is {config['tie_word_embeddings']!r}; it is true or false")
     activation = _choose(config, "feed_forward_proj", ("relu", "gated-gelu"), "relu", path)
     return T5Config(
         d_model,
@@ -86,7 +89,7 @@ def reader_config(name_or_folder: str) -> T5Config:
         decoder_layers,
         vocab_size=vocabulary,
         gated=activation == "gated-gelu",
-        tied=config["tie_word_embeddings"],
+        tied=_choose(config, "tie_word_embeddings", (True, False), True, path),
         relative_buckets=buckets,
         relative_max_distance=distance,
         layer_norm_epsilon=_epsilon(config, path, "layer_norm_epsilon"),
@@ -122,9 +125,9 @@ def retriever_config(name_or_folder: str) -> ContrieverConfig:
         max_positions=positions,
         type_vocab_size=types,
         layer_norm_epsilon=_epsilon(config, path, "layer_norm_eps"),
-        norm=_choose(config, "layer_norm", ("atlas", "standard"), "standard" if modules else "atlas", path),  # type: ignore[arg-type]
-        pooling=_choose(config, "pooling", ("average", "sqrt", "cls"), modules.get("pooling", "average"), path),  # type: ignore[arg-type]
-        normalize=modules.get("normalize", False),
+        norm=_choose(config, "layer_norm", ("atlas", "standard"), "standard" if modules else "atlas", path),
+        pooling=_choose(config, "pooling", ("average", "sqrt", "cls"), modules.get("pooling", "average"), path),
+        normalize=_choose(config, "normalize", (True, False), modules.get("normalize", False), path),
     )
 
 
@@ -146,13 +149,45 @@ def _sentence_transformer(folder: Path) -> dict[str, Any]:
 
 
 def folder_weights(name_or_folder: str) -> dict[str, np.ndarray] | None:
-    """The arrays of a folder's model.safetensors; None, said aloud, where there are none."""
-    path = Path(name_or_folder) / "model.safetensors"
-    if not path.is_file():
+    """A folder's arrays by name, views of its files; None, said aloud, where there are none."""
+    file = weights_file(name_or_folder)
+    if file is None:
         logger.warning("%s: no model.safetensors there, so its weights are random", name_or_folder)
         return None
-    try:
-        with safe_open(path, framework="np") as file:
-            return {name.removeprefix("bert."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+    found: dict[str, np.ndarray] = {}
+    for shard in _shards(file):
+        for name, array in _arrays(shard).items():
+            plain = name.removeprefix("bert.")
+            if plain in found:
+                raise UserError(f"{shard}: has {plain} once more; fetch the folder again")
+            found[plain] = array
+    return found
+
+
+def weights_file(name_or_folder: str) -> Path | None:
+    """The file of a folder's arrays, or the index of its files; safetensors first, as Hugging Face takes them."""
+    paths = [Path(name_or_folder) / name for name in WEIGHTS]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _shards(file: Path) -> list[Path]:
+    """The files that an index names; of any other file that itself."""
+    if file.suffix != ".json":
+        return [file]
+    places = read_json(file).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{file}: has no weight_map; restore the file")
+    names = {str(name) for name in places.values()}
+    for name in sorted(names):
+        if Path(name).name != name or not (file.parent / name).is_file():
+            raise UserError(f"{file}: names {name}, which is no file beside it; fetch the folder again")
+    return [file.parent / name for name in sorted(names)]
+
+
+def _arrays(file: Path) -> dict[str, np.ndarray]:
+    if file.suffix == ".safetensors":
+        return open_safetensors(file)
+    found = load_torch(file)
+    if not isinstance(found, dict) or not all(isinstance(array, np.ndarray) for array in found.values()):
+        raise UserError(f"{file}: holds no named tensors; is this a model of Hugging Face's?")
+    return {str(name): array for name, array in found.items()}

@@ -12,10 +12,11 @@ import numpy as np
 from flax import nnx
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.pretrained import folder_weights, reader_config, retriever_config
-from atlas_jax.checkpoints.store import Weights
+from atlas_jax.checkpoints.arrays import Either
+from atlas_jax.checkpoints.pretrained import folder_weights, reader_config, retriever_config, weights_file
+from atlas_jax.checkpoints.store import Opened, Weights
 from atlas_jax.checkpoints.torch_file import load_torch
-from atlas_jax.checkpoints.weights import Params, import_weights, is_untied, plain_names
+from atlas_jax.checkpoints.weights import Params, is_untied, link_weights, plain_names
 from atlas_jax.config import Config
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
@@ -29,24 +30,29 @@ PUBLISHED = "model.pth.tar"
 def restore(config: Config) -> Weights:
     """The weights that `--model_path` names, or else those of `--reader_model_type` and `--retriever_model_path`."""
     path = config.weights_folder
-    if path is None:
-        weights = _fresh(config)
-    elif store.is_checkpoint(path):
-        weights = _ours(path, config)
-    elif (path / PUBLISHED).is_file():
-        weights = _published(path / PUBLISHED, config)
-    else:
-        raise UserError(f"{path}: neither {PUBLISHED} nor a checkpoint of ours (atlas.json) in this folder")
-    weights = _used(weights, config)
+    weights = _used(open_weights(config), config)
     if not (weights.cfg.retriever or config.retrieval.use_file_passages):
         raise UserError(f"{path}: has no retriever; pass --use_file_passages or --closed_book, or take another")
     if not (weights.cfg.reader or config.retrieval.retrieve_only):
         raise UserError(f"{path}: has no reader; pass --retrieve_only, or take another")
+    loaded = weights.load()
     if config.retrieval.query_side_retriever_training:
-        weights = _untied(weights)
-    count = sum(array.size for array in weights.params.values())
-    logger.info("%s: %.1f million parameters, step %d", path or "no trained weights", count / 1e6, weights.step)
-    return weights
+        loaded = _untied(loaded)
+    count = sum(array.size for array in loaded.params.values())
+    logger.info("%s: %.1f million parameters, step %d", path or "no trained weights", count / 1e6, loaded.step)
+    return loaded
+
+
+def open_weights(config: Config) -> Opened:
+    """All that is there of what `restore` loads, unread: names and shapes are known to be right, and nothing else."""
+    path = config.weights_folder
+    if path is None:
+        return _fresh(config)
+    if store.is_checkpoint(path):
+        return _ours(path, config)
+    if (path / PUBLISHED).is_file():
+        return _published(path / PUBLISHED, config)
+    raise UserError(f"{path}: neither {PUBLISHED} nor a checkpoint of ours (atlas.json) in this folder")
 
 
 def retriever_fingerprint(params: Params) -> str:
@@ -75,23 +81,30 @@ def _tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
     )
 
 
-def _published(file: Path, config: Config) -> Weights:
-    """The reference's checkpoint, read without PyTorch and without running its pickle."""
+def open_published(file: Path) -> tuple[dict[str, np.ndarray], int]:
+    """The arrays of the reference's checkpoint by name, views of the file, and its step.
+
+    It is read without PyTorch and without running its pickle; UserError if it is none.
+    """
     found: Any = load_torch(file)
     model, step = (found.get("model"), found.get("step", 0)) if isinstance(found, Mapping) else (None, 0)
     if not isinstance(model, Mapping) or not all(isinstance(array, np.ndarray) for array in model.values()):
         raise UserError(f"{file}: holds no `model` of named tensors; is this an Atlas checkpoint?")
     if type(step) is not int:
         raise UserError(f"{file}: its `step` is {step!r:.40}, no whole number; is this an Atlas checkpoint?")
-    source = plain_names({str(name): array for name, array in model.items()})
+    return plain_names({str(name): array for name, array in model.items()}), step
+
+
+def _published(file: Path, config: Config) -> Opened:
+    source, step = open_published(file)
     if config.retrieval.use_file_passages:
         source = {name: array for name, array in source.items() if not name.startswith("retriever.")}
     cfg = _shapes(config, untied=is_untied(source))
     tokenizers = _tokenizers(config)  # before the minutes that weights take
-    return Weights(import_weights(source, cfg, where=str(file)), cfg, *tokenizers, step=step)
+    return Opened(link_weights(source, cfg, where=str(file)), cfg, *tokenizers, step=step)
 
 
-def _ours(folder: Path, config: Config) -> Weights:
+def _ours(folder: Path, config: Config) -> Opened:
     """Our checkpoint; a shape that `--reader_model_type` contradicts is an error."""
     found = store.load_config(folder)[0].reader
     if config.model.reader_model_type:
@@ -106,34 +119,34 @@ def _ours(folder: Path, config: Config) -> Weights:
                 f"{folder}: its reader is not --reader_model_type {config.model.reader_model_type}: {said}; "
                 "leave the flag out or name the right one"
             )
-    return store.load(folder)
+    return store.open_checkpoint(folder)
 
 
-def _fresh(config: Config) -> Weights:
+def _fresh(config: Config) -> Opened:
     """A T5 and an encoder that never met; a part without weights is random."""
     cfg = _shapes(config, untied=False)
     tokenizers = _tokenizers(config)
-    params: Params = {}
+    params: dict[str, Either] = {}
     if not config.retrieval.retrieve_only:
         part = AtlasConfig(cfg.reader, None)
         params |= _part(config.model.reader_model_type, "reader.", part, config.run.seed)
     if cfg.retriever:
         part = AtlasConfig(None, cfg.retriever)
         params |= _part(config.model.retriever_model_path, "retriever.contriever.", part, config.run.seed)
-    return Weights(params, cfg, *tokenizers)
+    return Opened(params, cfg, *tokenizers)
 
 
-def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Params:
+def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Mapping[str, Either]:
     """One of the two models from a folder's own weights, else random."""
     source = folder_weights(name)
     if source is not None:
         named = {prefix + key: array for key, array in source.items()}
-        return import_weights(named, cfg, where=f"{name}/model.safetensors")
+        return link_weights(named, cfg, where=str(weights_file(name)))
     flat = nnx.to_flat_state(nnx.state(Atlas(cfg, rngs=nnx.Rngs(seed)), nnx.Param))
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
 
 
-def _used(weights: Weights, config: Config) -> Weights:
+def _used(weights: Opened, config: Config) -> Opened:
     """Without the part that this run does not use."""
     cfg = weights.cfg
     if config.retrieval.retrieve_only:

@@ -1,25 +1,23 @@
-"""Our checkpoints, and the only file that knows Orbax.
+"""Our checkpoints: what stands in the folder, how it is written, and how it is known to be whole.
 
 A folder that needs nothing else: `atlas.json` (shapes, step, sizes of files, checksums of arrays), `params/` (Orbax),
 and the tokenizers `reader/` and `retriever/`. A training run adds what it needs to go on: `training/` (Orbax) and
 `training.json`.
 """
 
+import contextlib
 import dataclasses
-import logging
-import os
-import re
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 
+from atlas_jax.checkpoints.arrays import Either, read
 from atlas_jax.checkpoints.checksum import checksum
+from atlas_jax.checkpoints.orbax_arrays import Stored, damaged, line, open_arrays, write_arrays
 from atlas_jax.checkpoints.pretrained import read_json
 from atlas_jax.checkpoints.weights import Params, flat_shapes
 from atlas_jax.config import OUR_CHECKPOINT
@@ -33,6 +31,7 @@ from atlas_jax.models.t5 import T5Config
 FORMAT = 2
 TREES = ("params", "training")  # what Orbax writes
 ABOUT_TRAINING = "training.json"
+REMEDY = "free some space there or choose a folder that can be written"
 OF_THE_RUN = ("dropout", "dtype", "for_cpu")  # fields of a shape that the run chooses, not the weights
 
 
@@ -46,6 +45,23 @@ class Weights:
     retriever_tokenizer: Tokenizer | None
     step: int = 0
     index: str | None = None  # fingerprint of the passage encoder of the index that the retriever was trained with
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """`Weights` that are still in their files."""
+
+    params: Mapping[str, Either]
+    cfg: AtlasConfig
+    tokenizer: Tokenizer
+    retriever_tokenizer: Tokenizer | None
+    step: int = 0
+    index: str | None = None
+
+    def load(self) -> Weights:
+        """Reads them into memory, where each is there once."""
+        params = {path: np.asarray(read(array), np.float32) for path, array in self.params.items()}
+        return Weights(params, self.cfg, self.tokenizer, self.retriever_tokenizer, self.step, self.index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,40 +86,54 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def save(folder: Path, weights: Weights, memory: Memory | None = None) -> None:
+def save(
+    folder: Path,
+    weights: Weights | Opened,
+    memory: Memory | None = None,
+    tell: Callable[[int], object] = lambda count: None,
+) -> None:
     """Writes the folder, which appears when it is complete and on the disk; an existing one is replaced then.
 
-    Not being able to write is a `UserError`.
+    Parameters that are in files are never all in memory. `tell` hears how many more bytes of arrays were written. Not
+    being able to write is a `UserError`.
     """
-    cfg = weights.cfg
-    trees = {"params": weights.params} | ({"training": memory.arrays} if memory else {})
-    remedy = "free some space there or choose a folder that can be written"
-    with new_folder(folder, remedy, replace=True) as draft:
-        needed, free = sum(x.nbytes for tree in trees.values() for x in tree.values()), shutil.disk_usage(draft).free
-        if needed > free:  # before half of it is written
-            raise UserError(f"{folder}: needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are left there; {remedy}")
-        try:
-            with _orbax() as checkpointer:
-                for name, arrays in trees.items():
-                    if arrays:
-                        checkpointer.save(draft.resolve() / name, dict(arrays))
+    trees: dict[str, Mapping[str, Either]] = {"params": weights.params}
+    if memory:
+        trees["training"] = memory.arrays
+    with new_folder(folder, REMEDY, replace=True) as draft:
+        check_room(draft, folder, sum(array.nbytes for tree in trees.values() for array in tree.values()))
+        checksums: dict[str, Any] = {}
+        with writing(folder):
+            for name, arrays in trees.items():
+                checksums[name] = write_arrays(draft.resolve() / name, arrays, tell) if arrays else {}
             for name, tokenizer in (("reader", weights.tokenizer), ("retriever", weights.retriever_tokenizer)):
                 if tokenizer:
                     tokenizer.save(draft / name)
-        except Exception as error:  # Orbax, TensorStore and tokenizers raise every kind
-            raise UserError(f"{folder}: cannot be written ({_line(error)}); {remedy}") from None
-        checksums: dict[str, Any] = {name: _checksums(arrays) for name, arrays in trees.items()}
         if memory:
             write_json(draft / ABOUT_TRAINING, memory.about)
             checksums[ABOUT_TRAINING] = _of_file(draft / ABOUT_TRAINING)
-        shapes = {
-            "reader": _to_json(cfg.reader) if cfg.reader else None,
-            "retriever": _to_json(cfg.retriever) if cfg.retriever else None,
-        }
-        about = {"format": FORMAT, "step": weights.step, "index": weights.index, "untied": cfg.untied, **shapes}
+        about = {"format": FORMAT, "step": weights.step, "index": weights.index, **_shapes(weights.cfg)}
         write_json(draft / OUR_CHECKPOINT, about | {"files": _sizes(draft), "checksums": checksums})
         sync(*draft.rglob("*"), draft)
     sync(folder.parent)
+
+
+def check_room(draft: Path, folder: Path, needed: int) -> None:
+    """UserError if the disk has not so many bytes left, before half of them are written."""
+    free = shutil.disk_usage(draft).free
+    if needed > free:
+        raise UserError(f"{folder}: needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are left there; {REMEDY}")
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What others' code raises when it cannot write is a `UserError`; ours, about what it reads, stays as it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Orbax, TensorStore and tokenizers raise every kind
+        raise UserError(f"{folder}: cannot be written ({line(error)}); {REMEDY}") from None
 
 
 def load_config(folder: Path) -> tuple[AtlasConfig, int]:
@@ -120,21 +150,26 @@ def load_config(folder: Path) -> tuple[AtlasConfig, int]:
             raise TypeError(f"step {step!r}")
         return cfg, step
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({_line(error)}); write the checkpoint again") from None
+        raise UserError(f"{path}: damaged ({line(error)}); write the checkpoint again") from None
 
 
 def load(folder: Path) -> Weights:
     """Reads a checkpoint whole; UserError if anything is missing, of another shape or not what was saved."""
+    return open_checkpoint(folder).load()
+
+
+def open_checkpoint(folder: Path) -> Opened:
+    """The same without its arrays, which are read and verified when they are asked for."""
     cfg, step = load_config(folder)
+    _check_whole(folder)
     try:
         wanted = flat_shapes(cfg)
     except Exception as error:  # numbers that make no model
-        raise UserError(f"{folder / OUR_CHECKPOINT}: damaged ({_line(error)}); write the checkpoint again") from None
-    _check_whole(folder)
+        raise UserError(f"{folder / OUR_CHECKPOINT}: damaged ({line(error)}); write the checkpoint again") from None
     index = _field(folder, "index", str | None)
-    params = _read(folder, "params", wanted)
+    params = _open(folder, "params", wanted)
     retriever_tokenizer = Tokenizer.load(folder / "retriever") if cfg.retriever else None
-    return Weights(params, cfg, Tokenizer.load(folder / "reader"), retriever_tokenizer, step, index)
+    return Opened(params, cfg, Tokenizer.load(folder / "reader"), retriever_tokenizer, step, index)
 
 
 def load_memory(folder: Path) -> Memory | None:
@@ -144,54 +179,21 @@ def load_memory(folder: Path) -> Memory | None:
     if "training" not in checksums:
         return None
     if checksums.get(ABOUT_TRAINING) != _of_file(folder / ABOUT_TRAINING):
-        raise _damaged(folder / ABOUT_TRAINING)
-    return Memory(_read(folder, "training") if checksums["training"] else {}, read_json(folder / ABOUT_TRAINING))
+        raise damaged(folder / ABOUT_TRAINING)
+    arrays = _open(folder, "training") if checksums["training"] else {}  # Orbax keeps no empty folder
+    return Memory({name: array.read() for name, array in arrays.items()}, read_json(folder / ABOUT_TRAINING))
 
 
-def _read(folder: Path, tree: str, wanted: Mapping[str, Any] | None = None) -> Params:
-    """The arrays of one of Orbax's folders, each as it was saved; `wanted` names the only shapes that will do."""
-    path = folder.resolve() / tree
-    try:
-        with _orbax() as checkpointer:
-            there = dict(checkpointer.metadata(path).item_metadata.items())
-            needed = there if wanted is None else wanted
-            shapes, right = ({name: tuple(x.shape) for name, x in arrays.items()} for arrays in (there, needed))
-            wrong = sorted(name for name in shapes | right if shapes.get(name) != right.get(name))
-            if wrong:  # Orbax would pad or cut
-                raise ValueError(f"{wrong[0]} is {shapes.get(wrong[0])}, not {right.get(wrong[0])}")
-            places = {name: np.zeros(x.shape, x.dtype) for name, x in needed.items()}
-            arrays: Params = checkpointer.restore(path, places)
-    except Exception as error:  # Orbax and TensorStore raise every kind
-        raise UserError(f"{folder}/{tree}: damaged or incomplete ({_line(error)}); write it again") from None
-    expected, found = _field(folder, "checksums", dict).get(tree, {}), _checksums(arrays)
-    for name in sorted(expected | found):
-        if expected.get(name) != found.get(name):
-            raise _damaged(f"{folder}/{tree}: {name}")
+def _open(folder: Path, tree: str, wanted: Mapping[str, Any] | None = None) -> dict[str, Stored]:
+    """The arrays of one of Orbax's folders, unread; `wanted` names the only shapes that will do."""
+    arrays = open_arrays(folder / tree, _field(folder, "checksums", dict).get(tree, {}))
+    if wanted is not None:
+        shapes, right = ({name: tuple(x.shape) for name, x in tree.items()} for tree in (arrays, wanted))
+        for name in sorted(shapes | right):
+            if shapes.get(name) != right.get(name):
+                said = f"{name} is {shapes.get(name)}, not {right.get(name)}"
+                raise UserError(f"{folder}/{tree}: damaged or incomplete ({said}); write it again")
     return arrays
-
-
-def _orbax() -> Any:
-    """Orbax, silenced: it tells its own life in the log, and after a failure says it again from each of its threads."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if not isinstance(sys.unraisablehook, _LateCallbacks):
-        sys.unraisablehook = _LateCallbacks(sys.unraisablehook)
-    return ocp.StandardCheckpointer()
-
-
-class _LateCallbacks:
-    """Drops what TensorStore's threads complain of when the event loop that waited for them has gone: a failed save."""
-
-    def __init__(self, others: Callable[["sys.UnraisableHookArgs"], Any]):
-        self._others = others
-
-    def __call__(self, lost: "sys.UnraisableHookArgs") -> None:
-        if not (isinstance(lost.exc_value, RuntimeError) and str(lost.exc_value) == "Event loop is closed"):
-            self._others(lost)
-
-
-def _checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    return {name: checksum(array) for name, array in arrays.items()}
 
 
 def _of_file(path: Path) -> str:
@@ -222,15 +224,9 @@ def _field(folder: Path, name: str, kind: type | UnionType) -> Any:
     return about[name]
 
 
-def _damaged(what: object) -> UserError:
-    return UserError(f"{what} is not what was saved; copy the checkpoint again or take an older one")
-
-
-def _line(error: Exception) -> str:
-    """What the operating system said, or else the first line of others' messages, which may have many."""
-    if code := re.search(r"os(?:_error_code='| error )(\d+)", str(error)):  # TensorStore; tokenizers
-        return os.strerror(int(code[1]))
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _shapes(cfg: AtlasConfig) -> dict[str, Any]:
+    parts = {"reader": cfg.reader, "retriever": cfg.retriever}
+    return {"untied": cfg.untied, **{name: _to_json(shape) if shape else None for name, shape in parts.items()}}
 
 
 def _to_json(shape: T5Config | ContrieverConfig) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from atlas_jax.checkpoints.arrays import Either, Index, Lazy, Linked, contiguous, read, same
 from atlas_jax.errors import UserError
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.models.t5 import T5Config
@@ -164,9 +165,15 @@ def _list(names: list[str]) -> str:
 
 
 def import_weights(source: Mapping[str, np.ndarray], cfg: AtlasConfig, *, where: str) -> Params:
-    """The reference's arrays as our parameters, float32; every name used once, every parameter filled once.
+    """The reference's arrays as our parameters, float32; errors are those of `link_weights`."""
+    return {path: linked.read() for path, linked in link_weights(source, cfg, where=where).items()}
 
-    Raises UserError, naming the file `where`, if names are missing or left over, or a shape is not that of `cfg`.
+
+def link_weights(source: Mapping[str, np.ndarray], cfg: AtlasConfig, *, where: str) -> dict[str, Linked]:
+    """Our parameters, float32, to be read out of the reference's arrays; every name used once, each parameter filled.
+
+    Raises UserError, naming the file `where`, if names are missing or left over, a shape is not that of `cfg`, or two
+    names of one parameter differ: only for that, something is read.
     """
     wanted = entries(cfg)
     names = {e.name for e in wanted}
@@ -179,35 +186,41 @@ def import_weights(source: Mapping[str, np.ndarray], cfg: AtlasConfig, *, where:
             f"{where}: not the weights of this model: {'; '.join(said)}; "
             "check --reader_model_type and --retriever_model_path"
         )
-    params = {path: np.empty(s.shape, s.dtype) for path, s in flat_shapes(cfg).items()}
-    present = [e for e in wanted if e.name in source]
-    views = [_view(source[e.name], _place(params, e), e, where) for e in present]  # before anything is copied
-    for e, value in zip(present, views, strict=True):
-        target = _place(params, e)
-        if not e.alias:
-            target[...] = value
-        elif not np.array_equal(target, value):
+    shapes = flat_shapes(cfg)
+    views: dict[str, list[np.ndarray]] = {path: [] for path in shapes}  # of a stacked parameter in the layers' order
+    aliases: list[tuple[Entry, np.ndarray]] = []
+    for e in wanted:
+        if e.name in source:
+            view = _view(source[e.name], _shape(shapes, e), e, where)
+            if e.alias:
+                aliases.append((e, view))
+            else:
+                views[e.path].append(view)
+    for e, view in aliases:
+        if not same(views[e.path][0], view):
             raise UserError(
                 f"{where}: {e.name} differs from {e.path}, but this model has one array for both; "
                 "check --reader_model_type (T5 1.0 ties its output to its input, 1.1 does not)"
             )
-    return params
+    stacked = {e.path for e in wanted if e.layer is not None}
+    return {path: Linked(views[path], np.dtype(s.dtype), stacked=path in stacked) for path, s in shapes.items()}
 
 
-def _place(params: Mapping[str, np.ndarray], entry: Entry) -> np.ndarray:
-    """Where an array of the reference's is with us: a whole parameter, or a layer of it."""
-    return params[entry.path] if entry.layer is None else params[entry.path][entry.layer]
+def _shape(shapes: Mapping[str, jax.ShapeDtypeStruct], entry: Entry) -> tuple[int, ...]:
+    """That of a whole parameter of ours, or of a layer of it."""
+    shape = tuple(shapes[entry.path].shape)
+    return shape if entry.layer is None else shape[1:]
 
 
-def _view(array: np.ndarray, target: np.ndarray, entry: Entry, where: str) -> np.ndarray:
-    """An array of the reference's with its axes as ours; UserError if it is not of the target's shape."""
+def _view(array: np.ndarray, shape: tuple[int, ...], entry: Entry, where: str) -> np.ndarray:
+    """An array of the reference's with its axes as ours; UserError if it is not of our shape then."""
     try:
         value = einops.rearrange(array, entry.layout, **entry.sizes)
     except einops.EinopsError:
         value = array
-    if value.shape == target.shape:
+    if value.shape == shape:
         return value
-    theirs = einops.rearrange(target, _inverse(entry.layout), **entry.sizes).shape
+    theirs = einops.rearrange(np.broadcast_to(np.float32(0), shape), _inverse(entry.layout), **entry.sizes).shape
     raise UserError(
         f"{where}: {entry.name} has shape {tuple(array.shape)}, this model needs {tuple(theirs)}; "
         "check --reader_model_type and --retriever_model_path"
@@ -220,8 +233,25 @@ def _inverse(layout: str) -> str:
 
 
 def export_weights(params: Mapping[str, np.ndarray], cfg: AtlasConfig) -> dict[str, np.ndarray]:
-    """Our parameters under the reference's names and in its layouts; aliases are the same array."""
-    return {e.name: einops.rearrange(_place(params, e), _inverse(e.layout), **e.sizes) for e in entries(cfg)}
+    """Our parameters under the reference's names and in its layouts; aliases are equal."""
+    return {e.name: Exported(params[e.path], e).read() for e in entries(cfg)}
+
+
+class Exported(Lazy):
+    """One array of the reference's, to be made of a parameter of ours."""
+
+    def __init__(self, parameter: Either, entry: Entry):
+        self.parameter, self.entry, self.dtype = parameter, entry, np.dtype(parameter.dtype)
+        ours = tuple(parameter.shape if entry.layer is None else parameter.shape[1:])
+        self.shape = self._rearranged(np.broadcast_to(np.zeros((), self.dtype), ours)).shape
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        layer = self.entry.layer
+        ours = read(self.parameter) if layer is None else read(self.parameter, (slice(layer, layer + 1),))[0]
+        return contiguous(self._rearranged(ours), index)
+
+    def _rearranged(self, ours: np.ndarray) -> np.ndarray:
+        return einops.rearrange(ours, _inverse(self.entry.layout), **self.entry.sizes)
 
 
 def plain_names(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -257,13 +257,13 @@ def flip(file: Path, place: float = 0.5) -> None:
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # TensorStore's threads, of a closed loop
 def test_a_flipped_bit_in_any_file_is_found(trained, memory, tmp_path):
-    """In the middle of each of Orbax's files and of ours: refused, or what is read is what was saved.
+    """In the middle of a third of Orbax's files and of ours: refused, or what is read is what was saved.
 
     Orbax alone reads other numbers without a word.
     """
     params = store.load(trained).params
     silent, refusals = 0, []
-    for file in [*files(trained), *files(trained, "training"), trained / "training.json"]:
+    for file in [*files(trained)[::3], *files(trained, "training"), trained / "training.json"]:
         copy = Path(shutil.copytree(trained, tmp_path / "checkpoint"))
         flip(copy / file.relative_to(trained))
         try:
@@ -291,7 +291,7 @@ def test_a_changed_number_is_named(copy, trained, tmp_path):
     edit(copy, **about)
     refusal(lambda: store.load(copy), f"{copy}/params: {name} is not what was saved; copy the checkpoint again")
     assert store.is_whole(copy)  # by its sizes
-    for name in ("training.json", "training/manifest.ocdbt"):
+    for name in ("training.json", "training/_METADATA"):
         other = Path(shutil.copytree(trained, tmp_path / name.replace("/", "-")))
         (other / name).write_bytes((other / name).read_bytes()[:-3])
         refusal(lambda other=other: store.load_memory(other), f"{other}/{name}", "bytes, not")

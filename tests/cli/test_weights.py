@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from atlas_jax import cli
 from atlas_jax.checkpoints.torch_file import load_torch
 from tests.checkpoints import pickles
 from tests.cli.commands import SAMPLE, command, published
@@ -83,3 +84,24 @@ def test_a_pickle_that_wants_to_run_something(refused, golden, tmp_path):
     assert not marker.exists()
     pickle.loads(evil)
     assert marker.exists()
+
+
+def test_convert_refuses_in_one_line(refused, tmp_path):
+    """A form that nobody knows, no --output, one that is there, nothing to look at: said before anything is opened."""
+    argv = ["convert", "--model_path", str(SAMPLE / "model"), "--reader_model_type", str(SAMPLE / "reader"),
+            "--retriever_model_path", str(SAMPLE / "retriever")]  # fmt: skip
+    refused([*argv, "--output", str(tmp_path / "out"), "--to", "gguf"], "--to: invalid choice: 'gguf'", "huggingface")
+    refused(argv, "--output is missing: name the folder to write, or --inspect PATH to only look")
+    (tmp_path / "there").mkdir()
+    refused([*argv, "--output", str(tmp_path / "there"), "--to", "reference"], "there: is there; choose a new folder")
+    refused(["convert", "--inspect", str(tmp_path / "there")], "there: holds nothing known here; give the folder of a")
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+
+
+def test_convert_shows_what_there_is(capsys):
+    """`--inspect` answers on stdout; `--help` has an example of each form."""
+    assert cli.main(["convert", "--inspect", str(SAMPLE / "model")]) == 0
+    assert "kind: a checkpoint of the PyTorch reference\n" in capsys.readouterr().out
+    assert cli.main(["convert", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(text in told for text in ("--to huggingface", "--to reference", "--inspect models/atlas/xxl"))

@@ -1,0 +1,164 @@
+"""Our weights as others name them: Hugging Face's folders, and the reference's `model.pth.tar`."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atlas_jax.checkpoints.arrays import Either
+from atlas_jax.checkpoints.pretrained import read_json
+from atlas_jax.checkpoints.restore import PUBLISHED
+from atlas_jax.checkpoints.safetensors_file import write_safetensors
+from atlas_jax.checkpoints.store import REMEDY, Opened, check_room, writing
+from atlas_jax.checkpoints.torch_writer import Attributes, write_torch
+from atlas_jax.checkpoints.weights import Exported, entries, retriever_names
+from atlas_jax.data.tokens import Tokenizer
+from atlas_jax.files import new_folder, sync, write_json
+from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.models.contriever import ContrieverConfig
+from atlas_jax.models.t5 import T5Config
+
+logger = logging.getLogger(__name__)
+
+Tell = Callable[[int], object]
+
+
+def write_huggingface(folder: Path, weights: Opened, tell: Tell) -> None:
+    """`reader/` (T5) and `retriever/` (BERT), or `query_encoder/` and `passage_encoder/`, which transformers loads.
+
+    UserError if it cannot be written. There is no such folder yet.
+    """
+    cfg, arrays = weights.cfg, exported(weights.params, weights.cfg, aliases=False)
+    with new_folder(folder, REMEDY) as draft:
+        check_room(draft, folder, size(arrays))
+        if cfg.reader:
+            part = _below("reader.", arrays)
+            _model(draft / "reader", reader_json(cfg.reader), weights.tokenizer, part, tell)
+        for theirs, ours in retriever_names(untied=cfg.untied).items():
+            if cfg.retriever:
+                name, part = "retriever" if ours == "encoder" else ours, _below(f"retriever.{theirs}.", arrays)
+                _model(draft / name, retriever_json(cfg.retriever), weights.retriever_tokenizer, part, tell)
+        sync(*draft.rglob("*"), draft)
+    sync(folder.parent)
+    if cfg.retriever and cfg.retriever.norm == "atlas":
+        logger.warning(
+            "%s: the retriever was trained with Atlas's own layer norm; transformers' BertModel computes the standard "
+            'one, so its vectors differ from ours. `"layer_norm": "atlas"` in config.json says so to atlas',
+            folder,
+        )
+
+
+def write_reference(folder: Path, weights: Opened, tell: Tell) -> None:
+    """`model.pth.tar` as the reference saves it without optimizers; UserError if it cannot be written.
+
+    `opt` has the one attribute that loading asks for. It is an OrderedDict, because `torch.load(weights_only=True)`
+    refuses the reference's own `argparse.Namespace`.
+    """
+    arrays = exported(weights.params, weights.cfg, aliases=True)
+    if weights.cfg.retriever:
+        positions = np.arange(weights.cfg.retriever.max_positions)[None]  # a buffer of the reference's BERT
+        for theirs in retriever_names(untied=weights.cfg.untied):
+            arrays[f"retriever.{theirs}.embeddings.position_ids"] = positions
+    options = {"query_side_retriever_training": weights.cfg.untied}
+    nothing = dict.fromkeys(("optimizer", "retr_optimizer", "scheduler", "retr_scheduler"))
+    with new_folder(folder, REMEDY) as draft:
+        check_room(draft, folder, size(arrays))
+        about = {"step": weights.step, **nothing, "opt": Attributes(options)}
+        write_torch(draft / PUBLISHED, arrays, about, tell)
+        sync(draft / PUBLISHED, draft)
+    sync(folder.parent)
+
+
+def exported(params: Mapping[str, Either], cfg: AtlasConfig, *, aliases: bool) -> dict[str, Either]:
+    """The reference's names and arrays, unread; `aliases` are second names of the same objects."""
+    found: dict[str, Either] = {}
+    firsts: dict[str, Either] = {}
+    for e in entries(cfg):
+        if not e.alias:
+            found[e.name] = Exported(params[e.path], e)
+            firsts.setdefault(e.path, found[e.name])
+        elif aliases:
+            found[e.name] = firsts[e.path]
+    return found
+
+
+def size(arrays: Mapping[str, Either]) -> int:
+    """Bytes of all arrays, those of two names once."""
+    return sum(array.nbytes for array in {id(array): array for array in arrays.values()}.values())
+
+
+def reader_json(cfg: T5Config) -> dict[str, Any]:
+    """config.json of a T5."""
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "d_model": cfg.d_model,
+        "num_heads": cfg.num_heads,
+        "d_kv": cfg.head_dim,
+        "d_ff": cfg.d_ff,
+        "num_layers": cfg.num_layers,
+        "num_decoder_layers": cfg.num_decoder_layers,
+        "vocab_size": cfg.vocab_size,
+        "feed_forward_proj": "gated-gelu" if cfg.gated else "relu",
+        "tie_word_embeddings": cfg.tied,
+        "relative_attention_num_buckets": cfg.relative_buckets,
+        "relative_attention_max_distance": cfg.relative_max_distance,
+        "layer_norm_epsilon": cfg.layer_norm_epsilon,
+        "is_encoder_decoder": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "torch_dtype": "float32",
+    }
+
+
+def retriever_json(cfg: ContrieverConfig) -> dict[str, Any]:
+    """config.json of a BERT; the last three are for atlas, which computes what BERT alone does not say."""
+    return {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        "hidden_size": cfg.d_model,
+        "num_attention_heads": cfg.num_heads,
+        "intermediate_size": cfg.d_ff,
+        "num_hidden_layers": cfg.num_layers,
+        "vocab_size": cfg.vocab_size,
+        "max_position_embeddings": cfg.max_positions,
+        "type_vocab_size": cfg.type_vocab_size,
+        "layer_norm_eps": cfg.layer_norm_epsilon,
+        "hidden_act": "gelu",
+        "position_embedding_type": "absolute",
+        "pad_token_id": 0,
+        "torch_dtype": "float32",
+        "layer_norm": cfg.norm,
+        "pooling": cfg.pooling,
+        "normalize": cfg.normalize,
+    }
+
+
+def _model(
+    folder: Path, config: dict[str, Any], tokenizer: Tokenizer | None, arrays: Mapping[str, Either], tell: Tell
+) -> None:
+    folder.mkdir()
+    if tokenizer:
+        with writing(folder):
+            tokenizer.save(folder)
+        _for_older_transformers(folder / "tokenizer_config.json")
+    write_json(folder / "config.json", config)
+    write_safetensors(folder / "model.safetensors", arrays, tell)
+
+
+def _for_older_transformers(path: Path) -> None:
+    """Renames and drops what transformers 4 stumbles over in the file of transformers 5, which reads both."""
+    config = read_json(path)
+    extra = config.pop("extra_special_tokens", None)
+    if isinstance(extra, list):
+        config["additional_special_tokens"] = extra
+    for unwanted in ("add_prefix_space", "is_local", "local_files_only"):
+        config.pop(unwanted, None)
+    write_json(path, config)
+
+
+def _below(prefix: str, arrays: Mapping[str, Either]) -> dict[str, Either]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

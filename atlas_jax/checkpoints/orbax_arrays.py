@@ -1,0 +1,154 @@
+"""Named arrays in a folder that Orbax restores, written and read a part at a time; only this file knows Orbax.
+
+Orbax itself takes arrays whole, and copies them. So it writes the folder with numbers in their places, and TensorStore,
+its file format, puts the arrays there: uncompressed, in chunks that a reader takes singly.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from atlas_jax.checkpoints.arrays import Either, Index, Lazy, chunk_shape, first, parts, read
+from atlas_jax.checkpoints.checksum import Checksum
+from atlas_jax.errors import UserError
+from atlas_jax.prefetch import prefetch
+
+IN_FLIGHT = 2  # parts that are being written while the next one is prepared
+CONTEXT = {
+    "file_io_concurrency": {"limit": 8},  # each may hold a chunk
+    "file_io_sync": False,  # `store` syncs when all is written
+    "cache_pool": {"total_bytes_limit": 0},
+}
+
+
+def write_arrays(folder: Path, arrays: Mapping[str, Either], tell: Callable[[int], object]) -> dict[str, str]:
+    """Writes the arrays and gives the checksum of each; `tell` hears of the bytes. Raises what TensorStore raises."""
+    with _orbax() as checkpointer:
+        checkpointer.save(folder, {name: np.zeros((), array.dtype) for name, array in arrays.items()})
+    context = tensorstore.Context(CONTEXT)
+    places = {name: _create(folder, name, array, context) for name, array in arrays.items()}
+    checksums = {name: Checksum(array.dtype, array.shape) for name, array in arrays.items()}
+    pending: deque[Any] = deque()
+    try:
+        with contextlib.closing(prefetch(_parts(arrays), 2)) as made:
+            for name, start, index, part in made:
+                while len(pending) >= IN_FLIGHT:
+                    pending.popleft().result()
+                pending.append(places[name][index].write(part, can_reference_source_data_indefinitely=True))
+                checksums[name].add(start, part)
+                tell(part.nbytes)
+        while pending:
+            pending.popleft().result()
+    finally:
+        for future in pending:  # nothing is written any more when this returns
+            future.exception()
+    return {name: checksum.digits() for name, checksum in checksums.items()}
+
+
+def _parts(arrays: Mapping[str, Either]) -> Iterator[tuple[str, int, Index, np.ndarray]]:
+    for name, array in arrays.items():
+        for start, index in parts(array.shape, chunk_shape(array.shape, array.dtype.itemsize)):
+            yield name, start, index, read(array, index)
+
+
+def open_arrays(folder: Path, checksums: Mapping[str, str]) -> dict[str, "Stored"]:
+    """The arrays of a folder, unread; UserError if it is damaged. What is read will be compared with the checksums."""
+    context = tensorstore.Context(CONTEXT)
+    try:
+        with _orbax() as checkpointer:
+            names = list(checkpointer.metadata(folder.resolve()).item_metadata)
+        found = {name: _open(folder, name, context) for name in names}
+    except Exception as error:  # Orbax and TensorStore raise every kind
+        raise UserError(f"{folder}: damaged or incomplete ({line(error)}); write it again") from None
+    for name in sorted(found.keys() ^ checksums.keys()):
+        raise damaged(f"{folder}: {name}")
+    return {name: Stored(f"{folder}: {name}", place, checksums[name]) for name, place in found.items()}
+
+
+class Stored(Lazy):
+    """An array in such a folder. Parts read in turn are verified when the last has come: UserError if one differs."""
+
+    def __init__(self, name: str, place: Any, expected: str):
+        self.name, self.expected = name, expected
+        self.shape, self.dtype = tuple(place.shape), place.dtype.numpy_dtype
+        self._place = place
+        self._checksum = Checksum(self.dtype, self.shape)
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        try:
+            part: np.ndarray = self._place[index].read().result()
+        except Exception as error:  # TensorStore raises every kind
+            folder = self.name.split(": ")[0]
+            raise UserError(f"{folder}: damaged or incomplete ({line(error)}); write it again") from None
+        self._checksum.add(first(tuple(axis.start or 0 for axis in index), self.shape), part)
+        if self._checksum.seen >= self.size:
+            found, self._checksum = self._checksum.digits(), Checksum(self.dtype, self.shape)
+            if found != self.expected:
+                raise damaged(self.name)
+        return part
+
+
+def damaged(what: object) -> UserError:
+    """What is there is another thing than was written."""
+    return UserError(f"{what} is not what was saved; copy the checkpoint again or take an older one")
+
+
+def line(error: Exception) -> str:
+    """What the operating system said, or else the first line of others' messages, which may have many."""
+    if code := re.search(r"os(?:_error_code='| error )(\d+)", str(error)):  # TensorStore; tokenizers
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _create(folder: Path, name: str, array: Either, context: Any) -> Any:
+    chunk = chunk_shape(array.shape, array.dtype.itemsize)
+    spec = {
+        **_spec(folder, name),
+        "metadata": {"shape": array.shape, "chunks": chunk, "compressor": None},
+        "dtype": array.dtype.name,
+        "store_data_equal_to_fill_value": True,
+    }
+    return tensorstore.open(spec, context=context, create=True, delete_existing=True).result()
+
+
+def _open(folder: Path, name: str, context: Any) -> Any:
+    return tensorstore.open(_spec(folder, name), context=context, open=True, read=True).result()
+
+
+def _spec(folder: Path, name: str) -> dict[str, Any]:
+    path = folder.resolve()
+    if (path / "manifest.ocdbt").is_file():  # Orbax's own choice, and ours once
+        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}}
+    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path / name}/"}}
+
+
+def _orbax() -> Any:
+    """Orbax, silenced: it tells its own life in the log, and after a failure says it again from each of its threads."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not isinstance(sys.unraisablehook, _LateCallbacks):
+        sys.unraisablehook = _LateCallbacks(sys.unraisablehook)
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler(use_ocdbt=False))
+
+
+class _LateCallbacks:
+    """Drops what TensorStore's threads complain of when the event loop that waited for them has gone: a failed save."""
+
+    def __init__(self, others: Callable[["sys.UnraisableHookArgs"], Any]):
+        self._others = others
+
+    def __call__(self, lost: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(lost.exc_value, RuntimeError) and str(lost.exc_value) == "Event loop is closed"):
+            self._others(lost)

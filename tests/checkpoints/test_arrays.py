@@ -1,0 +1,82 @@
+"""Arrays in files: whatever part is read, it is what numpy gives, and the parts make the whole."""
+
+import math
+import mmap
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atlas_jax.checkpoints import arrays
+from atlas_jax.checkpoints.arrays import Linked, advise, chunk_shape, contiguous, copy_into, parts, same
+
+
+@given(st.lists(st.integers(0, 7), max_size=4), st.integers(1, 400))
+def test_parts_cover_an_array_once(shape, limit):
+    """Every element is in one part, in C order, and a part is the limit plus at most a row."""
+    shape = tuple(shape)
+    whole = np.arange(math.prod(shape)).reshape(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "PART", limit)
+        chunk = chunk_shape(shape, whole.itemsize)
+    found = list(parts(shape, chunk))
+    flat = [np.asarray(whole[index]).reshape(-1) for _, index in found]
+    np.testing.assert_array_equal(np.concatenate([*flat, np.empty(0, int)]), whole.reshape(-1))
+    assert [start for start, _ in found] == [part[0] for part in flat]
+    assert all(part.nbytes < 2 * limit or part.size == 1 for part in flat)
+    assert min(chunk, default=1) >= 1
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0), (2, 1, 0), (0, 2, 1)])
+def test_transposed_copies(axes, monkeypatch):
+    """Tiles that do not divide the axes, in every order of them, with steps too."""
+    monkeypatch.setattr(arrays, "TILE", (4, 3))
+    view = np.arange(7 * 10 * 11, dtype=np.float32).reshape(7, 10, 11).transpose(axes)
+    for part in (view, view[1:, 2:5], view[::2, :, ::3], view[0]):
+        target = np.zeros(part.shape, np.float32)
+        copy_into(target, part)
+        np.testing.assert_array_equal(target, part)
+        assert contiguous(part).flags.c_contiguous
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """A matrix in a mapped file, larger than a page."""
+    (tmp_path / "file").write_bytes(np.arange(6 * 5000, dtype=np.float16).tobytes())
+    with open(tmp_path / "file", "rb") as file:
+        return np.ndarray((6, 5000), np.float16, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def test_linked_views_are_one_array(mapped):
+    """Layers of a mapped file, transposed and widened: whole, some layers, some rows of one."""
+    views = [mapped[:3].T, mapped[3:].T]
+    linked = Linked(views, np.dtype(np.float32), stacked=True)
+    whole = np.stack(views).astype(np.float32)
+    assert (linked.shape, linked.size, linked.nbytes) == (whole.shape, whole.size, whole.nbytes)
+    for index in ((), (slice(1, 2),), (slice(0, 2), slice(5, 4999))):
+        found = linked.read(index)
+        np.testing.assert_array_equal(found, whole[index])
+        assert (found.dtype, found.flags.c_contiguous, found.flags.writeable) == (np.float32, True, True)
+    single = Linked([mapped], np.dtype(np.float32), stacked=False)
+    np.testing.assert_array_equal(single.read((slice(2, 4),)), mapped[2:4])
+
+
+def test_pages_that_are_given_back_come_again(mapped):
+    """After MADV_DONTNEED the file is read once more; arrays elsewhere, and empty ones, are left alone."""
+    before = mapped.copy()
+    for view in (mapped, mapped[2:, 100:].T, mapped[:0], np.arange(3), np.empty(0)):
+        advise(view, mmap.MADV_DONTNEED)
+    np.testing.assert_array_equal(mapped, before)
+
+
+def test_same(mapped, monkeypatch):
+    """Equal wherever it lies, and one other number anywhere is seen; NaN is as numpy has it, but for the same bytes."""
+    monkeypatch.setattr(arrays, "PART", 64)
+    assert same(mapped, mapped)
+    assert same(mapped.T, mapped.copy().T)
+    assert not same(mapped, mapped.T)
+    for place in (0, 12345, mapped.size - 1):
+        other = mapped.copy()
+        other.flat[place] = -1
+        assert not same(mapped, other)

@@ -1,0 +1,139 @@
+"""`atlas convert --inspect`: what a folder holds, told without reading an array."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atlas_jax.checkpoints import arrays, convert, orbax_arrays, store
+from atlas_jax.checkpoints.inspection import inspect, lines
+from atlas_jax.checkpoints.torch_file import load_torch
+from atlas_jax.checkpoints.weights import entries
+from atlas_jax.errors import UserError
+from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.models.contriever import ContrieverConfig
+from atlas_jax.models.t5 import T5_CONFIGS
+from tests.checkpoints import pickles
+from tests.checkpoints.test_weights import their_shape
+
+
+@pytest.fixture(autouse=True)
+def unread(monkeypatch):
+    """To read an array, here, is a failure."""
+
+    def read(*_):
+        raise AssertionError("an array is read")
+
+    for module, name in ((orbax_arrays.Stored, "read"), (arrays.Linked, "read"), (arrays, "copy_into")):
+        monkeypatch.setattr(module, name, read)
+
+
+@pytest.mark.parametrize("name", ["initial", "fixed_queryside"])
+def test_the_reference(golden, name):
+    """Folder or file: shapes out of arrays' shapes, two encoders or one, the step, each parameter once."""
+    folder = golden / f"checkpoint_{name}"
+    facts = inspect(folder)
+    assert facts == inspect(folder / "model.pth.tar")
+    assert (facts["kind"], facts["step"]) == ("a checkpoint of the PyTorch reference", 0 if name == "initial" else 6)
+    expected = {"d_model": 64, "num_heads": 4, "head_dim": 16, "d_ff": 160, "num_layers": 3, "vocab_size": 2048}
+    assert {field: facts["reader"][field] for field in expected} == expected
+    assert (facts["reader"]["activation"], facts["reader"]["output_tied_to_input"]) == ("gated-gelu", False)
+    assert facts["retriever"]["d_model"] == 48
+    assert facts["retriever"]["encoders"].startswith("one for both" if name == "initial" else "one for queries and")
+    model = load_torch(folder / "model.pth.tar")["model"]
+    aliases = [key for key in model if key.endswith(("position_ids", "embed_tokens.weight"))]
+    assert facts["parameters"] == sum(array.size for key, array in model.items() if key not in aliases)
+    assert (facts["dtype"], facts["bytes"]) == (["float32"], (folder / "model.pth.tar").stat().st_size)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_ours(tiny_weights, tmp_path, trained):
+    """The same numbers from atlas.json; an optimizer, a missing file and a missing tokenizer are told."""
+    memory = store.Memory({"mu": np.ones(3, np.float32)}, {}) if trained else None
+    store.save(tmp_path / "ours", dataclasses.replace(tiny_weights, step=7), memory)
+    facts = inspect(tmp_path / "ours")
+    assert (facts["kind"], facts["step"], facts["optimizer"]) == ("a checkpoint of ours", 7, trained)
+    assert facts["parameters"] == sum(array.size for array in tiny_weights.params.values())
+    assert (facts["tokenizers"], facts["whole"]) == (["reader", "retriever"], True)
+    assert facts["retriever"]["norm"] == "atlas"
+    assert facts["bytes"] > 4 * facts["parameters"]
+    shutil.rmtree(tmp_path / "ours/retriever")
+    (tmp_path / "ours/params/_METADATA").unlink()
+    facts = inspect(tmp_path / "ours")
+    assert (facts["tokenizers"], facts["whole"]) == (["reader"], False)
+
+
+def test_hugging_face(golden, tmp_path):
+    """A T5 and a BERT, tied or not, with weights or without; a folder of several has each by name."""
+    facts = inspect(golden / "t5_1_0")
+    assert (facts["reader"]["output_tied_to_input"], facts["reader"]["num_decoder_layers"]) == (True, 3)
+    assert (facts["weights"], facts["tokenizers"]) == ("model.safetensors", ["reader"])
+    both = inspect(golden / "assets")
+    assert list(both) == ["kind", "reader", "retriever"]
+    assert both["retriever"]["retriever"]["norm"] == "atlas"
+    bare = shutil.copytree(
+        golden / "assets/retriever",
+        tmp_path / "bare",
+        ignore=shutil.ignore_patterns("*.safetensors", "*.json", "*.txt"),
+    )
+    shutil.copy(golden / "assets/retriever/config.json", bare)
+    facts = inspect(Path(bare))
+    assert (facts["weights"], facts["tokenizers"], "parameters" in facts) == (None, [], False)
+
+
+@pytest.mark.parametrize("name", T5_CONFIGS)
+def test_published_shapes_have_names(tmp_path, monkeypatch, name):
+    """The reader's known names are found by the shapes in the file, whose arrays here take no room."""
+    cfg = AtlasConfig(T5_CONFIGS[name], ContrieverConfig(), untied=True)
+    number = np.zeros((), np.float32)
+    shared = np.broadcast_to(number, their_shape("reader.shared.weight", cfg))
+    model = {e.name: np.broadcast_to(number, their_shape(e.name, cfg)) for e in entries(cfg)}
+    model |= {e.name: shared for e in entries(cfg) if e.path == "reader/embed/embedding"}
+    if not T5_CONFIGS[name].tied:
+        model["reader.lm_head.weight"] = np.broadcast_to(np.ones((), np.float32), shared.shape)
+    monkeypatch.setattr("atlas_jax.checkpoints.inspection.open_published", lambda file: (model, 5))
+    (tmp_path / "model.pth.tar").write_bytes(b"")
+    facts = inspect(tmp_path)
+    assert facts["reader"]["shape_of"] == [other for other, known in T5_CONFIGS.items() if known == T5_CONFIGS[name]]
+    assert name in facts["reader"]["shape_of"]
+    assert facts["retriever"]["shape_of"] == ["facebook/contriever"]
+
+
+def test_indexes(golden, tmp_path):
+    """The reference's shards by their headers; ours by index.json."""
+    for folder, shards in (("index_1shard", 1), ("index_4shards", 4)):
+        facts = inspect(golden / folder)
+        assert (facts["shards"], facts["count"], facts["dim"], facts["dtype"]) == (shards, 240, 48, ["float16"])
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "count": 5, "dim": 48}))
+    assert inspect(tmp_path)["count"] == 5
+
+
+def test_what_is_none_of_these(tmp_path):
+    """An empty folder, a file that is no checkpoint, tensors that are no T5: one line with the path and the remedy."""
+    with pytest.raises(UserError, match="holds nothing known here; give the folder of a checkpoint"):
+        inspect(tmp_path)
+    with pytest.raises(UserError, match="holds nothing known here"):
+        inspect(tmp_path / "nowhere")
+    file = pickles.save(tmp_path / "model.pth.tar", {"model": {"reader.x": np.zeros(3, np.float32)}, "step": 1})
+    with pytest.raises(UserError, match=r"its reader is no T5 .*; is this an Atlas checkpoint\?") as caught:
+        inspect(file)
+    assert str(caught.value).startswith(f"{file}: ")
+    file = pickles.save(tmp_path / "model.pth.tar", {"model": {"retriever.contriever.x": np.zeros(3, np.float32)}})
+    with pytest.raises(UserError, match="its retriever is no BERT"):
+        inspect(file)
+
+
+def test_lines_and_json(golden, capsys):
+    """Lines for people; --json is the facts; nothing is written."""
+    folder = golden / "checkpoint_initial"
+    convert.main(["--inspect", str(folder)])
+    told = capsys.readouterr().out
+    assert told.splitlines() == lines(inspect(folder))
+    assert "kind: a checkpoint of the PyTorch reference\nstep: 0\nreader:\n  shape of: none\n  d model: 64\n" in told
+    assert "parameters: 0.7 million (748912)\ndtype: float32\n" in told
+    assert "size: 0.00 GB" in told
+    convert.main(["--inspect", str(folder), "--json"])
+    assert json.loads(capsys.readouterr().out) == inspect(folder)
