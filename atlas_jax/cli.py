@@ -21,7 +21,8 @@ ATLAS: a retriever and a reader, in JAX (arXiv 2208.03299).
 
   train      retriever and reader together:  atlas train --help
   evaluate   retrieve, read and score:       atlas evaluate --help
-  convert    a published checkpoint to ours: atlas convert --help
+  index      what is searched, made ready:   atlas index --help
+  convert    weights of one form to another: atlas convert --help
 """
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,12 @@ def _failed(message: str, status: int = 2) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    commands: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "evaluate": _evaluate, "convert": _convert}
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "index": _index,
+        "convert": _convert,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -117,6 +123,12 @@ def _run_folder(config: "Config") -> Iterator[Path]:
     with _handler(log):
         write_json(run / "config.json", to_dict(config))
         yield run
+
+
+def _index(argv: Sequence[str]) -> None:
+    from atlas_jax.index_command import main as index
+
+    index(argv)
 
 
 def _convert(argv: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import inspect
 import io
 import logging
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
@@ -33,7 +33,7 @@ GROUPS: dict[str, type[Any]] = get_type_hints(Config)
 def parse_args(command: Command, argv: Sequence[str]) -> Config:
     """The run that a command line asks for; both commands take all flags. `--help` prints and exits."""
     namespace, unknown = _parser(command).parse_known_args(argv)
-    given = {flag: tuple(value) if isinstance(value, list) else value for flag, value in vars(namespace).items()}
+    given = vars(namespace)
     flags = {field.name: field for group in GROUPS.values() for field in fields(group)}
     if unknown:
         what = "no such flag" if unknown[0].startswith("-") else "a value that belongs to no flag"
@@ -44,10 +44,16 @@ def parse_args(command: Command, argv: Sequence[str]) -> Config:
             raise UserError(f"--{flag} is missing: {_suggest('', get_args(field.type) or READERS)}")
         if flag in WITHOUT_MEANING and flag in given:
             logger.warning("--%s has no effect: %s", flag, WITHOUT_MEANING[flag])
-    groups = {name: {f.name: given[f.name] for f in fields(group) if f.name in given} for name, group in GROUPS.items()}
-    config = Config(**{name: GROUPS[name](**values) for name, values in groups.items()})
+    config = make_config(given)
     _check_inputs(command, config)
     return config
+
+
+def make_config(given: Mapping[str, Any]) -> Config:
+    """The run of these flags, which argparse has read; the others have their defaults."""
+    given = {flag: tuple(value) if isinstance(value, list) else value for flag, value in given.items()}
+    groups = {name: {f.name: given[f.name] for f in fields(group) if f.name in given} for name, group in GROUPS.items()}
+    return Config(**{name: GROUPS[name](**values) for name, values in groups.items()})
 
 
 def _check_inputs(command: Command, config: Config) -> None:
@@ -99,10 +105,15 @@ class Parser(argparse.ArgumentParser):
 def _parser(command: Command) -> argparse.ArgumentParser:
     parser = Parser(f"atlas {command}", EXAMPLES[command], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for group in GROUPS.values():
-        section, help_of = parser.add_argument_group(group.__doc__), comments(group)
-        for field in fields(group):
-            section.add_argument(f"--{field.name}", **_argument(field, help_of[field.name]))
+        add_flags(parser.add_argument_group(group.__doc__), group, *(field.name for field in fields(group)))
     return parser
+
+
+def add_flags(parser: Any, group: type[Any], *names: str) -> None:
+    """Adds these flags of a group to a parser or to a section of one."""
+    known, help_of = {field.name: field for field in fields(group)}, comments(group)
+    for name in names:
+        parser.add_argument(f"--{name}", **_argument(known[name], help_of[name]))
 
 
 def _argument(field: Field[Any], text: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=500, help="articles that are asked and not learnt from")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--evaluations", type=int, default=6)
-    parser.add_argument("--words", type=int, default=24, help="of an article's text that are kept")
+    parser.add_argument("--words", type=int, default=12, help="of an article's text that are kept")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--n_context", type=int, default=3)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -55,7 +55,7 @@ def main() -> None:
             "qa_prompt_format": "{question}",
             "target_maxlength": 16,
             "generation_max_length": 16,
-            "text_maxlength": 64,
+            "text_maxlength": 48,
             "per_gpu_batch_size": given.batch,
             "total_steps": given.steps,
             "warmup_steps": given.steps // 20,

@@ -23,8 +23,14 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict]]:
 
     A byte order mark and CRLF line ends are accepted. A file without rows is an error.
     """
+    for line, _, row in read_lines(path):
+        yield line, row
+
+
+def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes, dict]]:
+    """The same with the JSON text of each row between the two."""
     for line, _, raw in _lines(path):
-        yield line, _parse(path, line, raw)
+        yield line, raw, _parse(path, line, raw)
 
 
 class Rows(Sequence[dict]):

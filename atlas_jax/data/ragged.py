@@ -21,17 +21,18 @@ class RaggedArray:
     @classmethod
     def open(cls, folder: Path, name: str, dtype: np.dtype, rows: int, remedy: str) -> "RaggedArray":
         """Memory-maps both files; sizes that do not fit each other are a `UserError` that ends in `remedy`."""
+        reading = offsets_file = folder / f"{name}.offsets.npy"
         file = folder / f"{name}.bin"
         try:
-            offsets = np.load(folder / f"{name}.offsets.npy", mmap_mode="r")
-            size = file.stat().st_size
+            offsets = np.load(offsets_file, mmap_mode="r")
+            reading, size = file, file.stat().st_size
             data = np.asarray(np.memmap(file, dtype, mode="r")) if size else np.empty(0, dtype)
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: missing; {remedy}") from None
         except (ValueError, EOFError, OSError):
-            raise UserError(f"{folder}/{name}.*: damaged or truncated; {remedy}") from None
+            raise UserError(f"{reading}: damaged or truncated; {remedy}") from None
         if offsets.dtype != np.uint64 or offsets.shape != (rows + 1,):
-            raise UserError(f"{folder}/{name}.offsets.npy: not the offsets of {rows} rows; {remedy}")
+            raise UserError(f"{offsets_file}: not the offsets of {rows} rows; {remedy}")
         if size != int(offsets[-1]) * data.itemsize:
             raise UserError(f"{file}: {size} bytes, expected {int(offsets[-1]) * data.itemsize}; {remedy}")
         return cls(data, np.asarray(offsets))

@@ -1,6 +1,7 @@
 """Search on the host with faiss: vectors in fewer bytes, or in clusters of which a query reads the nearest."""
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,12 +12,23 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, Int32, Int64, UInt8
 
 from atlas_jax.errors import UserError
-from atlas_jax.retrieval.interface import REBUILD, SearchResult, checked_queries, checked_result, read_array
+from atlas_jax.retrieval.interface import (
+    REBUILD,
+    SearchResult,
+    checked_queries,
+    checked_result,
+    create_array,
+    read_array,
+    release,
+)
+
+logger = logging.getLogger(__name__)
 
 FaissKind = Literal["flat", "ivfflat", "ivfsq", "ivfpq", "pq"]
 
 PQ_CENTROIDS = 256  # for each of the `code_size` parts of a vector: one byte names one
 TRAINING_ROWS_PER_CENTROID = 256  # of more, faiss's k-means would itself take a sample
+TRAINING_BYTES = 2**31  # of the sample in float32, at most; for 37 million passages still a hundred a centroid
 CODE_TABLE_ROWS = {"flat": 0, "ivfflat": 0, "ivfsq": 2, "ivfpq": PQ_CENTROIDS, "pq": PQ_CENTROIDS}  # of `dim` numbers
 CHUNK_ROWS = 16_384  # vectors in float32 at once
 
@@ -82,8 +94,8 @@ class FaissIndex:
             np.save(folder / "centroids.npy", faiss.downcast_index(index.quantizer).reconstruct_n(0, self.n_list))
             sizes = [index.invlists.list_size(i) for i in range(self.n_list)]
             np.save(folder / "list_sizes.npy", np.array(sizes, np.int32))
-            numbers = np.lib.format.open_memmap(folder / "numbers.npy", "w+", np.int32, (count,))
-            codes = np.lib.format.open_memmap(folder / "codes.npy", "w+", np.uint8, (count, index.code_size))
+            numbers = create_array(folder / "numbers.npy", np.int32, (count,))
+            codes = create_array(folder / "codes.npy", np.uint8, (count, index.code_size))
             for i, rows in enumerate(_slices(sizes)):
                 numbers[rows], codes[rows] = _list_in_place(index, i, sizes[i])
             numbers.flush()
@@ -96,23 +108,37 @@ class FaissIndex:
     @classmethod
     def load(cls, folder: Path, meta: Mapping[str, Any]) -> "FaissIndex":
         """The index that was saved, from `save`'s metadata; nothing is trained again and no vectors are needed."""
-        kind, count, dim, code_size = (meta[name] for name in ("kind", "count", "dim", "code_size"))
-        index = _empty_index(kind, count, dim, code_size)
-        codes = read_array(folder / "codes.npy", np.uint8, (count, index.code_size))
-        table = read_array(folder / "code_table.npy", np.float32, (CODE_TABLE_ROWS[kind] * dim,))
-        faiss.copy_array_to_vector(np.array(table), _code_table(index))
+        kind, count, code_size = meta["kind"], meta["count"], meta["code_size"]
+        index, arrays = _empty_index(kind, count, meta["dim"], code_size), map_arrays(folder, meta)
+        faiss.copy_array_to_vector(np.array(arrays["code_table"]), _code_table(index))
         if _is_ivf(index):
-            index.quantizer.add(np.array(read_array(folder / "centroids.npy", np.float32, (index.nlist, dim))))
-            sizes, numbers = _read_lists(folder, count, index.nlist)
-            for i, rows in enumerate(_slices(sizes)):
-                members, content = numbers[rows].astype(np.int64), np.array(codes[rows])
+            index.quantizer.add(np.array(arrays["centroids"]))
+            _check_lists(folder, arrays["list_sizes"], arrays["numbers"])
+            for i, rows in enumerate(_slices(arrays["list_sizes"].tolist())):
+                members, content = arrays["numbers"][rows].astype(np.int64), np.array(arrays["codes"][rows])
                 index.invlists.add_entries(i, len(members), faiss.swig_ptr(members), faiss.swig_ptr(content))
             index.ntotal = count
         else:
             _make_room(index, count)
-            _codes_in_place(index)[:] = codes
+            _codes_in_place(index)[:] = arrays["codes"]
         index.is_trained = True
         return cls(kind, code_size, index)
+
+
+def map_arrays(folder: Path, meta: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The files that `save` wrote, by name and memory-mapped; one that is missing or not whole is a `UserError`."""
+    kind, count, dim = meta["kind"], meta["count"], meta["dim"]
+    if kind not in CODE_TABLE_ROWS:
+        raise UserError(f"{folder}: kind {kind!r:.40}, this program knows {', '.join(CODE_TABLE_ROWS)}; {REBUILD}")
+    index = _empty_index(kind, count, dim, meta["code_size"])
+    files: dict[str, tuple[type[Any], tuple[int, ...]]] = {
+        "codes": (np.uint8, (count, index.code_size)),
+        "code_table": (np.float32, (CODE_TABLE_ROWS[kind] * dim,)),
+    }
+    if _is_ivf(index):
+        files |= {"centroids": (np.float32, (index.nlist, dim)), "list_sizes": (np.int32, (index.nlist,))}
+        files |= {"numbers": (np.int32, (count,))}
+    return {name: read_array(folder / f"{name}.npy", dtype, shape) for name, (dtype, shape) in files.items()}
 
 
 def _empty_index(kind: FaissKind, count: int, dim: int, code_size: int | None) -> Any:
@@ -140,7 +166,8 @@ def _empty_index(kind: FaissKind, count: int, dim: int, code_size: int | None) -
 
 def _train(index: Any, embeddings: Float16[np.ndarray, "p d"], seed: int) -> None:
     """Learn centroids and code table from a sample, whose size depends on how many there are to learn."""
-    count, sample = len(embeddings), TRAINING_ROWS_PER_CENTROID * max(PQ_CENTROIDS, getattr(index, "nlist", 0))
+    count, wanted = len(embeddings), TRAINING_ROWS_PER_CENTROID * max(PQ_CENTROIDS, getattr(index, "nlist", 0))
+    sample = min(wanted, TRAINING_BYTES // (4 * index.d))
     rows = np.arange(count)
     if count > sample:  # sorted: a memory map is read forward
         rows = np.sort(np.random.default_rng(seed).choice(count, sample, replace=False, shuffle=False))
@@ -148,6 +175,7 @@ def _train(index: Any, embeddings: Float16[np.ndarray, "p d"], seed: int) -> Non
     for clustering in k_means:
         clustering.seed = seed
         clustering.min_points_per_centroid = 1  # faiss would warn of fewer than 39, of which nothing follows
+    logger.info("faiss: training on %d of %d vectors", len(rows), count)
     vectors = _float32_rows(embeddings, rows)
     if _is_ivf(index):
         clusters = _on_gpu(faiss.IndexFlatIP(index.d))
@@ -165,7 +193,7 @@ def _fill(index: Any, embeddings: Float16[np.ndarray, "p d"], progress: Callable
     else:
         _make_room(index, len(embeddings))
     for start in range(0, len(embeddings), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
+        rows = np.arange(start, min(start + CHUNK_ROWS, len(embeddings)))
         vectors = _float32_rows(embeddings, rows)
         if _is_ivf(index):
             _, nearest = centroids.search(vectors, 1)
@@ -182,13 +210,17 @@ def _on_gpu(index: Any) -> Any:
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
 
 
-def _float32_rows(
-    embeddings: Float16[np.ndarray, "p d"], rows: slice | Int64[np.ndarray, " rows"]
-) -> Float32[np.ndarray, "rows d"]:
-    """These rows as faiss takes them."""
-    vectors = np.ascontiguousarray(embeddings[rows], np.float32)
-    if not np.isfinite(vectors).all():
-        raise UserError("a passage vector is not finite: the passage encoder has diverged; start from earlier weights")
+def _float32_rows(embeddings: Float16[np.ndarray, "p d"], rows: Int64[np.ndarray, " r"]) -> Float32[np.ndarray, "r d"]:
+    """These rows as faiss takes them; beyond them, only a chunk is in memory."""
+    vectors = np.empty((len(rows), embeddings.shape[1]), np.float32)
+    for start in range(0, len(rows), CHUNK_ROWS):
+        chunk = slice(start, start + CHUNK_ROWS)
+        vectors[chunk] = embeddings[rows[chunk]]
+        if not np.isfinite(vectors[chunk]).all():
+            raise UserError(
+                "a passage vector is not finite: the passage encoder has diverged; start from earlier weights"
+            )
+        release(embeddings)
     return vectors
 
 
@@ -228,14 +260,12 @@ def _slices(sizes: Iterable[int]) -> Iterator[slice]:
     return itertools.starmap(slice, itertools.pairwise(ends))
 
 
-def _read_lists(folder: Path, count: int, n_list: int) -> tuple[list[int], Int32[np.ndarray, " p"]]:
-    """The sizes of the lists and the numbers in them, which must be each passage once."""
-    sizes = read_array(folder / "list_sizes.npy", np.int32, (n_list,))
-    numbers = read_array(folder / "numbers.npy", np.int32, (count,))
+def _check_lists(folder: Path, sizes: Int32[np.ndarray, " n"], numbers: Int32[np.ndarray, " p"]) -> None:
+    """The lists must be as many as there are passages, with each passage in one of them."""
+    count = len(numbers)
     if sizes.min() < 0 or sizes.sum(dtype=np.int64) != count:
-        raise UserError(f"{folder}/list_sizes.npy: not the sizes of {n_list} lists of {count} passages; {REBUILD}")
+        raise UserError(f"{folder}/list_sizes.npy: not the sizes of {len(sizes)} lists of {count} passages; {REBUILD}")
     seen = np.zeros(count, bool)
     seen[numbers[(numbers >= 0) & (numbers < count)]] = True
     if not seen.all():
         raise UserError(f"{folder}/numbers.npy: does not name each of {count} passages once; {REBUILD}")
-    return sizes.tolist(), numbers

@@ -1,5 +1,7 @@
 """What both kinds of index share: the question, the answer, and what is refused."""
 
+import mmap
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -70,3 +72,28 @@ def read_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -
             f"{path}: {array.dtype} {list(array.shape)}, but the index has {np.dtype(dtype)} {list(shape)}; {REBUILD}"
         )
     return array
+
+
+def create_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.memmap:
+    """A memory map of a new .npy file that has all of its space: a full disk is an error now, not a crash later."""
+    array = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
+    with open(path, "r+b") as file:
+        allocate(file.fileno(), os.fstat(file.fileno()).st_size)
+    return array
+
+
+def allocate(file: int, size: int) -> None:
+    """Makes a file so long, with the space on the disk where the system can promise it."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:  # macOS
+        os.ftruncate(file, size)
+
+
+def release(array: np.ndarray) -> None:
+    """Pages of a mapped file that were read no longer count as this process's memory; to read them again is no harm."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)

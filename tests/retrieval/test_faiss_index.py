@@ -161,6 +161,23 @@ def test_the_seed_decides(vectors, kind, code_size, tmp_path, monkeypatch):
     assert (written[0] == written[2]) == (kind == "flat")
 
 
+def test_training_takes_a_bounded_sample(vectors, monkeypatch):
+    """So many bytes in float32 and no more, however many vectors there are; of a few, all of them."""
+    sizes = []
+
+    def rows(embeddings, wanted):
+        sizes.append(len(wanted))
+        return float32_rows(embeddings, wanted)
+
+    float32_rows = faiss_index._float32_rows
+    monkeypatch.setattr(faiss_index, "_float32_rows", rows)
+    FaissIndex.build(vectors, "ivfsq")
+    monkeypatch.setattr(faiss_index, "TRAINING_BYTES", 4 * DIM * 500)
+    FaissIndex.build(vectors, "ivfsq")
+    assert sizes[::2] == [COUNT, 500]
+    assert sizes[1::2] == [COUNT, COUNT]  # filled with all of them
+
+
 def test_equal_scores_are_ordered_by_number(vectors):
     """Whatever list they come from."""
     index = FaissIndex.build(np.concatenate([vectors[:100]] * 7), "ivfflat")

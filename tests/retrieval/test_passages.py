@@ -65,6 +65,50 @@ def test_fields_that_may_be_missing(tmp_path):
     ]
 
 
+ROWS = {  # as they may be written: what is unusual about them
+    "plain": '{"id": "1", "title": "T", "section": "", "text": "x"}',
+    "section": '{"id": "1", "title": "T", "section": "S", "text": "x"}',
+    "other_order": '{"text": "x", "section": "S", "id": 1, "title": "T"}',
+    "no_spaces": '{"id":"1","title":"T","section":"S","text":"x"}',
+    "spaces": ' { "id" : "1", "title" : "T", "section" : "S", "text" : "x" } ',
+    "escapes": '{"id": "1", "title": "\\u00e9", "section": "S", "text": "\\u4e2d"}',
+    "escaped_key": '{"id": "1", "\\u0074itle": "T", "section": "S", "text": "x"}',
+    "slash": r'{"id": "1", "title": "a\/b", "section": "S", "text": "x"}',
+    "quotes": r'{"id": "1", "title": "\"T\" \\", "section": "\"S\"", "text": "\"title\": \"T\""}',
+    "nested": '{"meta": {"title": "T"}, "id": "1", "title": "T", "section": "S", "text": "x"}',
+    "key_that_ends_so": r'{"a \"title": "T", "id": "1", "title": "T", "section": "S", "text": "x"}',
+    "twice": '{"id": "1", "title": "A", "section": "S", "text": "x", "title": "T"}',
+    "title_is_title": '{"id": "1", "title": "title", "section": "title", "text": "title"}',
+    "no_section": '{"id": "1", "title": "T", "text": "x"}',
+    "null_title": '{"id": "1", "title": null, "section": "S", "text": "x"}',
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row_is_kept_whatever_way_it_is_written(tmp_path, case):
+    """The text of the file where that will do, a new one where not: what is read back is the same either way."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(ROWS[case] + "\n")
+    row = json.loads(ROWS[case])
+    expected = {"title": "", "section": "", **row} | ({"title": ""} if row.get("title", "") is None else {})
+    if expected["section"]:
+        expected["title"] = f"{expected['title']}: {expected['section']}"
+    built = build_passages([path], tmp_path / "store")
+    assert built.take([0]) == [expected]
+    assert b"\\u" not in (tmp_path / "store" / "text.bin").read_bytes()
+    assert list(built.texts()) == [(tmp_path / "store" / "text.bin").read_bytes()]
+
+
+def test_a_plain_row_is_not_written_anew(tmp_path, monkeypatch):
+    """Its own text is as fast as it gets; a section needs only the title written."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(ROWS["plain"] + "\n" + ROWS["section"] + "\n")
+    monkeypatch.setattr("atlas_jax.retrieval.passages._checked", pytest.fail)
+    build_passages([path], tmp_path / "store")
+    text = (tmp_path / "store" / "text.bin").read_text()
+    assert text == ROWS["plain"] + ROWS["section"].replace('"T"', '"T: S"')
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -1,0 +1,96 @@
+"""An index from one form into another, chunk by chunk: memory depends neither on its size nor on its shards."""
+
+import concurrent.futures
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float16
+
+from atlas_jax.files import new_folder
+from atlas_jax.progress import progress
+from atlas_jax.retrieval.index_folder import PASSAGES, VECTORS, Origin, describe, origin_of, read_about, read_vectors
+from atlas_jax.retrieval.interface import allocate, release
+from atlas_jax.retrieval.passages import PassageStore
+
+CHUNK_ROWS = 4096  # vectors that a thread reads and writes at a time: 6 MB of Contriever's, which a cache holds
+THREADS = min(8, os.cpu_count() or 1)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Vectors and passages in any form, in order."""
+
+    count: int
+    dim: int
+    origin: Origin
+
+    def read(self, start: int, stop: int) -> Float16[np.ndarray, "n d"]:
+        """The vectors from `start` on, before `stop`; threads may read side by side."""
+        ...
+
+    def texts(self) -> Iterator[bytes]:
+        """The JSON of all passages, as a stream."""
+        ...
+
+
+class Ours:
+    """A flat index of ours."""
+
+    def __init__(self, folder: Path):
+        self.about = read_about(folder)
+        self.origin = origin_of(self.about)
+        self.count, self.dim = self.about["count"], self.about["dim"]
+        self.store = PassageStore.open(folder / PASSAGES)
+        self._vectors = read_vectors(folder, self.about)
+
+    def read(self, start: int, stop: int) -> Float16[np.ndarray, "n d"]:
+        """A copy of these rows."""
+        rows = np.array(self._vectors[start:stop])
+        release(self._vectors)
+        return rows
+
+    def texts(self) -> Iterator[bytes]:
+        """As they are in the store."""
+        return self.store.texts()
+
+
+def convert(source: Source, output: Path, origin: Origin) -> None:
+    """Writes an index of ours."""
+    with new_folder(output, "choose another --output", replace=True) as draft:
+        describe(draft, take(source, draft), origin)
+
+
+def take(source: Source, folder: Path) -> dict[str, Any]:
+    """Writes the vectors and passages in our form; returns what index.json must say of the arrays."""
+    write_vectors(source, folder / VECTORS)
+    with progress("writing passages", "passages", source.count) as more:
+        PassageStore.write(source.texts(), folder / PASSAGES, more)
+    return {"index_mode": "flat", "kind": "flat", "count": source.count, "dim": source.dim}
+
+
+def write_vectors(source: Source, file: Path) -> None:
+    """One .npy file, whose space is taken before anything is written: a full disk is found at once."""
+    with open(file, "wb") as out, progress("writing vectors", "vectors", source.count) as more:
+        shape = {"descr": "<f2", "fortran_order": False, "shape": (source.count, source.dim)}
+        np.lib.format.write_array_header_1_0(out, shape)
+        out.flush()
+        first, row = out.tell(), 2 * source.dim
+        allocate(out.fileno(), first + source.count * row)
+
+        def copy(start: int) -> int:
+            rows = source.read(start, min(start + CHUNK_ROWS, source.count))
+            _write_at(out.fileno(), rows.data.cast("B"), first + start * row)
+            return len(rows)
+
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            for count in pool.map(copy, range(0, source.count, CHUNK_ROWS)):
+                more(count)
+
+
+def _write_at(file: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
