@@ -8,7 +8,7 @@ from tests.cli.commands import SAMPLE, command, put
 def test_unknown_commands(refused):
     """The nearest command is suggested, or all are named."""
     refused(["evalaute"], "atlas evalaute: no such command", "did you mean evaluate?")
-    refused(["--version"], "there are train, evaluate, convert")
+    refused(["--version"], "there are train, evaluate, index, convert")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_run_folder_that_cannot_be_made(refused, tmp_path, no_weights):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["--model_path", str(SAMPLE / "model")], ["--output", "see atlas convert --help"]),
+        (["--model_path", str(SAMPLE / "model")], ["--output is missing", "--inspect"]),
         (["--output", "x", "--modle_path", "y"], ["--modle_path", "see atlas convert --help"]),
         (["--output", "x", "--model_path", str(SAMPLE / "model")], ["--reader_model_type is missing", "t5-base"]),
         (["--output", str(SAMPLE), "--reader_model_type", str(SAMPLE / "reader")], [SAMPLE, "choose a new folder"]),
