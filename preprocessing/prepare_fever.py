@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sources import integers, json_line, original, script, write_lines
+from originals import integers, json_line, original, script, write_lines
 
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError

@@ -33,7 +33,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from sources import json_line, original, script, tar_files, write_lines
+from originals import json_line, original, script, tar_files, write_lines
 
 from atlas_jax.errors import UserError
 from atlas_jax.files import new_folder

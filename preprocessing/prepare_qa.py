@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from sources import integers, json_line, original, script, tar_files, write_lines
+from originals import integers, json_line, original, script, tar_files, write_lines
 
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sources import json_line, original, script, write_lines
+from originals import json_line, original, script, write_lines
 
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.preprocessing.test_prepare_sources import Run, load, run, tree
+from tests.preprocessing.test_prepare_originals import Run, load, run, tree
 
 NAMES = ("train", "shared_task_dev", "shared_task_test")
 LABELS = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
@@ -94,7 +94,7 @@ def test_originals_are_fetched_once_or_to_overwrite(tmp_path, monkeypatch):
         fetched.append(url)
         place.write_text(claim(len(fetched)), encoding="utf-8")
 
-    monkeypatch.setattr(load("sources"), "download", download)
+    monkeypatch.setattr(load("originals"), "download", download)
     addresses = [f"https://fever.ai/download/fever/{name}.jsonl" for name in NAMES]
     for arguments, count in ((), 1), ((), 1), (("--overwrite",), 2):
         assert run("prepare_fever", "--output_directory", tmp_path, *arguments).status == 0

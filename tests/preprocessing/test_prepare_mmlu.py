@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from atlas_jax.tasks.multiple_choice import MultipleChoice
-from tests.preprocessing.test_prepare_sources import HOSTILE, ROOT, load, put_tar, run, tree
+from tests.preprocessing.test_prepare_originals import HOSTILE, ROOT, load, put_tar, run, tree
 
 COUNTS = {"dev": 5, "val": 3, "test": 4}
 DOMAINS = ("virology", "anatomy", "us_foreign_policy")  # not sorted

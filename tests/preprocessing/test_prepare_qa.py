@@ -11,7 +11,7 @@ import pytest
 
 from atlas_jax.errors import UserError
 from atlas_jax.tasks.qa import QA
-from tests.preprocessing.test_prepare_sources import HOSTILE, Run, load, put_tar, run, tree
+from tests.preprocessing.test_prepare_originals import HOSTILE, Run, load, put_tar, run, tree
 
 SHOTS = [4, 0]
 INDEX = {

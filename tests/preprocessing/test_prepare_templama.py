@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from atlas_jax.tasks.qa import QA
-from tests.preprocessing.test_prepare_sources import Run, run, tree
+from tests.preprocessing.test_prepare_originals import Run, run, tree
 
 NAMES = [f"temp_lama.{split}.{year}.jsonl" for split in ("train", "valid", "test") for year in (2017, 2020)]
 

@@ -94,7 +94,7 @@ HOSTILE = {
 
 
 def read_all(archive: Path) -> dict[str, bytes]:
-    with load("sources").tar_files(archive) as files:
+    with load("originals").tar_files(archive) as files:
         return {str(path): file.read() for path, file in files}
 
 
@@ -180,7 +180,7 @@ def served(tmp_path, monkeypatch) -> Iterator[tuple[Path, str]]:
 
 def test_an_original_is_given_found_or_fetched(tmp_path, served):
     """In this order, and a fetched one stays; a given one that is not there is an error."""
-    original = load("sources").original
+    original = load("originals").original
     folder, url = served[0], f"{served[1]}/a.json"
     given, place = tmp_path / "given.json", tmp_path / "new" / "a.json"
     given.write_text("given")
@@ -198,7 +198,7 @@ def test_an_original_is_given_found_or_fetched(tmp_path, served):
 
 def test_what_cannot_be_fetched_is_named_with_its_flag(tmp_path, served):
     """A file that the server does not have, and no server: one line with the address, and nothing is left."""
-    original = load("sources").original
+    original = load("originals").original
     for url in (f"{served[1]}/gone.json", "http://127.0.0.1:1/gone.json"):
         with pytest.raises(UserError, match=f"; get {url} where there is a network, and name the file with --flag$"):
             original(None, "--flag", url, tmp_path / "gone.json")
