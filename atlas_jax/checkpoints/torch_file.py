@@ -41,7 +41,7 @@ MAX_TENSORS = 100_000
 MAX_ELEMENTS = 1 << 48  # along a dimension
 MAX_DIMENSIONS = 64  # numpy's
 
-SAVE_ZIP = "with PyTorch 1.6 or newer, `torch.save(torch.load(p), p)` writes the form read here"
+SAVE_ZIP = "with PyTorch 1.13 or newer, `torch.save(torch.load(p, weights_only=True), p)` writes the form read here"
 ZIP_AGAIN = "unzip it and zip it again with `zip -0`"
 
 BAD_ZIP = (*MALFORMED, zipfile.BadZipFile, NotImplementedError, OSError)
@@ -73,7 +73,11 @@ def load_torch(path: Path) -> Any:
         start, size = members["data.pkl"]
         if size > MAX_TORCH_PICKLE:
             raise Refused(f"its data.pkl has {size} bytes, more than {MAX_TORCH_PICKLE}; {SAVE_PLAIN}")
-        return unpickle(file[start : start + size], _TorchNames(file, members, budget=size))
+        names = _TorchNames(file, members, budget=size)
+        try:
+            return unpickle(file[start : start + size], names)
+        finally:
+            names.known.clear()  # they refer to `names`, and together they would keep the file mapped
 
 
 class _Storage(NamedTuple):

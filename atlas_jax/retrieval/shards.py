@@ -1,7 +1,6 @@
 """The published form of an index: `embeddings.N.pt` (float16, "d p") and `passages.N.pt`, any number of both."""
 
 import functools
-import gc
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +110,6 @@ def _count(folder: Path) -> int:
 
 def _matrix(file: Path) -> np.ndarray:
     array = load_torch(file)
-    gc.collect(0)  # what read the file refers to itself, and would keep it mapped
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype not in (np.float16, np.float32):
         raise UserError(f"{file}: holds no matrix of vectors; fetch it again")
     return array

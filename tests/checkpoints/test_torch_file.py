@@ -3,9 +3,12 @@
 Torch is not here; the files are composed by hand, opcode by opcode, as torch.save writes them.
 """
 
+import gc
 import json
+import mmap
 import pickle
 import struct
+import weakref
 from pathlib import Path
 
 import ml_dtypes
@@ -15,6 +18,7 @@ import pytest
 from atlas_jax.checkpoints import torch_file
 from atlas_jax.checkpoints.plain_pickle import load_pickle
 from atlas_jax.checkpoints.torch_file import load_torch
+from atlas_jax.checkpoints.torch_writer import write_tensor
 from tests.checkpoints.pickles import MAGIC, call, name, number, refusal, storage, tensor, text, tuple_of, write
 
 KINDS = {
@@ -95,6 +99,20 @@ def test_plain_containers(path):
     got = load_torch(write(path, body))
     assert got == ({"lr": 0.5}, {"w": 1}, {5: []}, {1, 2}, b"a\xff", (2, 3), "torch.bfloat16", "cuda:1")
     assert [type(value) for value in got[:3]] == [dict] * 3
+
+
+def test_a_file_is_mapped_as_long_as_its_tensors(tmp_path):
+    """And no longer, without waiting for the garbage collector."""
+    write_tensor(tmp_path / "x.pt", np.arange(6, dtype=np.float32))
+    gc.disable()
+    try:
+        array = load_torch(tmp_path / "x.pt")
+        mapped = weakref.ref(array.base)
+        assert isinstance(mapped(), mmap.mmap)
+        del array
+        assert mapped() is None
+    finally:
+        gc.enable()
 
 
 def test_the_published_checkpoint(golden):
@@ -226,7 +244,7 @@ def test_other_files_are_refused(path, tmp_path, monkeypatch):
     """A missing file, an older torch file, JSON, too much: the remedy is in the line."""
     refusal(load_torch, tmp_path / "missing")
     path.write_bytes(pickle.dumps(MAGIC, 2) + pickle.dumps(1001, 2))
-    assert "`torch.save(torch.load(p), p)`" in refusal(load_torch, path)
+    assert "`torch.save(torch.load(p, weights_only=True), p)`" in refusal(load_torch, path)
     path.write_text(json.dumps({"id": 1}))
     assert "torch.save" in refusal(load_torch, path)
     small_file(path)
