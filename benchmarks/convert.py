@@ -1,6 +1,6 @@
 """Memory and speed of `atlas convert` on a made-up checkpoint of the reference's, against `cp` of the same file.
 
-    python benchmarks/convert.py --folder /tmp/convert --layers 12 --limit 2
+    python benchmarks/convert.py --layers 12 --limit 2
 
 A conversion runs in a process of its own, whose anonymous memory (RLIMIT_DATA) the kernel limits. Both it and `cp`
 begin with the file out of the page cache and end with the data on the disk.
@@ -10,9 +10,9 @@ import argparse
 import dataclasses
 import os
 import resource
-import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -101,7 +101,7 @@ def child(limit: float, argv: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/convert"), help="is made, and removed at the end")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: where temporary files go)")
     parser.add_argument("--reader", default="google/t5-xl-lm-adapt", choices=T5_CONFIGS, help="whose widths to take")
     parser.add_argument("--layers", type=int, default=12, help="of encoder and decoder; 12 of xl are 6.4 GB")
     parser.add_argument("--limit", type=float, default=2.0, help="GB of anonymous memory")
@@ -109,26 +109,25 @@ def main() -> int:
     given = parser.parse_args()
     if given.child:
         return child(given.limit, given.child)
-    try:
-        flags = make(given.folder / "source", given.reader, given.layers)
-        source, copy, ours = (given.folder / name for name in ("source/model.pth.tar", "copy", "ours"))
+    with tempfile.TemporaryDirectory(dir=given.folder) as temporary:
+        folder = Path(temporary)
+        flags = make(folder / "source", given.reader, given.layers)
+        source, copy, ours = (folder / name for name in ("source/model.pth.tar", "copy", "ours"))
         print(f"{source.stat().st_size / 1e9:.2f} GB")
         runs = [("cp", ["cp", str(source), str(copy)])]
         converter = [sys.executable, __file__, "--limit", str(given.limit), "--child"]
         runs += [("reference to ours", [*converter, *flags, f"--output={ours}"])]
         for form in ("reference", "huggingface"):
-            target = given.folder / form
+            target = folder / form
             runs += [(f"ours to {form}", [*converter, f"--model_path={ours}", "--to", form, f"--output={target}"])]
         for name, command in [*runs, ("cp again", ["cp", str(source), str(copy)])]:
-            forget(given.folder)
+            forget(folder)
             start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run(command, check=True)
             os.sync()
             wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
             user, kernel = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
             print(f"{name}: {wall:.1f} s, of processors {user:.1f} s and {kernel:.1f} s in the kernel", flush=True)
-    finally:
-        shutil.rmtree(given.folder, ignore_errors=True)
     return 0
 
 

@@ -67,10 +67,18 @@ def ingest(passages: str, folder: Path, rounds: int) -> None:
         store.tokens(retriever, RETRIEVER_FORMAT, "retriever")
         text.prepare(store)
 
-    compare("passages in, against json.loads", lambda: build_passages([passages], folder / "store"),
-            lambda: parse(passages), rounds)  # fmt: skip
-    compare("passages in and tokenized twice, against both tokenizers", everything,
-            lambda: [tokenizer.ids(texts) for tokenizer, texts in rendered.items()], rounds)  # fmt: skip
+    compare(
+        "passages in, against json.loads",
+        lambda: build_passages([passages], folder / "store"),
+        lambda: parse(passages),
+        rounds,
+    )
+    compare(
+        "passages in and tokenized twice, against both tokenizers",
+        everything,
+        lambda: [tokenizer.ids(texts) for tokenizer, texts in rendered.items()],
+        rounds,
+    )
 
 
 def index(passages: str, count: int, folder: Path, rounds: int) -> None:
@@ -79,22 +87,43 @@ def index(passages: str, count: int, folder: Path, rounds: int) -> None:
     publish(shards, parse(passages), count)
     files = sorted(shards.glob("embeddings.*"))
     copy.mkdir()
-    cold = lambda: forget(shards)  # noqa: E731
-    compare("vectors of shards in, against a copy of their files", lambda: write_vectors(Shards(shards), vectors),
-            lambda: [shutil.copyfile(file, copy / file.name) for file in files], rounds, cold)  # fmt: skip
-    compare("shards in, against a copy of the vectors and the parser of the passages",
-            lambda: convert(Shards(shards), ours, Origin()),
-            lambda: [*(shutil.copyfile(file, copy / file.name) for file in files),
-                     *(len(load_pickle(file)) for file in shards.glob("passages.*"))], rounds, cold)  # fmt: skip
+
+    def cold() -> None:
+        forget(shards)
+
+    compare(
+        "vectors of shards in, against a copy of their files",
+        lambda: write_vectors(Shards(shards), vectors),
+        lambda: [shutil.copyfile(file, copy / file.name) for file in files],
+        rounds,
+        cold,
+    )
+    compare(
+        "shards in, against a copy of the vectors and the parser of the passages",
+        lambda: convert(Shards(shards), ours, Origin()),
+        lambda: [
+            *(shutil.copyfile(file, copy / file.name) for file in files),
+            *(len(load_pickle(file)) for file in shards.glob("passages.*")),
+        ],
+        rounds,
+        cold,
+    )
     about, mesh = read_about(ours), make_mesh()
-    compare("flat opened, against reading its bytes",
-            lambda: FlatIndex.load(ours, about, mesh).rows.block_until_ready(),
-            lambda: (ours / "embeddings.npy").read_bytes(), rounds)  # fmt: skip
+    compare(
+        "flat opened, against reading its bytes",
+        lambda: FlatIndex.load(ours, about, mesh).rows.block_until_ready(),
+        lambda: (ours / "embeddings.npy").read_bytes(),
+        rounds,
+    )
     small = folder / "small"
     small.mkdir()
     meta = FaissIndex.build(read_vectors(ours, about)[:100_000], "ivfsq").save(small)
-    compare("faiss ivfsq opened, against reading its bytes", lambda: FaissIndex.load(small, meta),
-            lambda: [file.read_bytes() for file in small.iterdir()], rounds)  # fmt: skip
+    compare(
+        "faiss ivfsq opened, against reading its bytes",
+        lambda: FaissIndex.load(small, meta),
+        lambda: [file.read_bytes() for file in small.iterdir()],
+        rounds,
+    )
 
 
 def compare(what: str, ours: Callable, plain: Callable, rounds: int, before: Callable = lambda: None) -> None:
