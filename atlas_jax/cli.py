@@ -1,7 +1,6 @@
 """The `atlas` command."""
 
 import contextlib
-import difflib
 import logging
 import os
 import sys
@@ -9,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from atlas_jax.command_line import choose
 from atlas_jax.errors import UserError
 from atlas_jax.training.interrupts import Interrupted, leave
 
@@ -77,12 +77,9 @@ def _run(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
-    if arguments[0] not in commands:
-        near = difflib.get_close_matches(arguments[0], commands, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
-        raise UserError(f"atlas {arguments[0]}: no such command; {remedy}")
+    command = choose("atlas", commands, arguments[0])
     try:
-        commands[arguments[0]](arguments[1:])
+        command(arguments[1:])
     except SystemExit as done:
         if done.code:  # else argparse has shown --help
             raise

@@ -14,12 +14,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from atlas_jax.config import OUR_CHECKPOINT, READERS, Command, Config, NoEffectConfig, require
 from atlas_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+Choice = TypeVar("Choice")
+
+
+def choose(program: str, commands: Mapping[str, Choice], name: str) -> Choice:
+    """What a command's name stands for; UserError if there is no such command."""
+    if name not in commands:
+        raise UserError(f"{program} {name}: no such command; {_suggest(name, list(commands))}")
+    return commands[name]
 
 
 def _suggest(text: str, known: Sequence[str], otherwise: str = "") -> str:

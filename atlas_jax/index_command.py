@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import logging
 import os
 import random
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from atlas_jax.command_line import Parser, add_flags, make_config
+from atlas_jax.command_line import Parser, add_flags, choose, make_config
 from atlas_jax.config import OUR_CHECKPOINT, READERS, Config, IndexConfig, ModelConfig, RunConfig, TextConfig
 from atlas_jax.errors import UserError
 
@@ -48,11 +47,7 @@ def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return
-    if argv[0] not in commands:
-        near = difflib.get_close_matches(argv[0], commands, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
-        raise UserError(f"atlas index {argv[0]}: no such command; {remedy}")
-    commands[argv[0]](argv[1:])
+    choose("atlas index", commands, argv[0])(argv[1:])
 
 
 def _build(argv: Sequence[str]) -> None:
@@ -191,7 +186,7 @@ def _merge(argv: Sequence[str]) -> None:
     given = vars(parser.parse_args(argv))
     folders = [Path(folder) for folder in given["folders"]]
     for folder in folders:
-        _source({"load_index_path": folder, "output": given["output"]}, flag="")
+        _source(given | {"load_index_path": str(folder)}, flag="")
     output = _output(given)
     from atlas_jax.retrieval.convert import convert
     from atlas_jax.retrieval.merge import Parts
@@ -214,12 +209,12 @@ def _parser(name: str, description: str, examples: str) -> Parser:
 
 
 def _add_source(parser: Parser, text: str) -> None:
-    parser.add_argument("--load_index_path", required=True, help=f"{text} (required)", metavar="DIR")
+    parser.add_argument("--load_index_path", help=f"{text} (required)", metavar="DIR")
 
 
 def _add_output(parser: Parser) -> None:
     text = "folder to write (required); an index of ours there is replaced, anything else is left alone"
-    parser.add_argument("--output", required=True, help=text, metavar="DIR")
+    parser.add_argument("--output", help=text, metavar="DIR")
 
 
 def _add_number(parser: Parser, name: str, default: int, text: str) -> None:
@@ -233,20 +228,28 @@ def _config(given: dict[str, Any]) -> Config:
 
 def _source(given: dict[str, Any], flag: str = "--load_index_path ") -> Path:
     """The folder to read, which must not be the one to write."""
-    source = Path(given["load_index_path"])
+    source = Path(_need(given, "load_index_path", "read"))
     if not source.is_dir():
         raise UserError(f"{flag}{source}: no such folder; name the folder of an index")
-    if Path(given["output"]).exists() and source.samefile(given["output"]):
-        raise UserError(f"--output {given['output']}: is the folder that is read; choose another")
+    output = Path(_need(given, "output", "write"))
+    if output.exists() and source.samefile(output):
+        raise UserError(f"--output {output}: is the folder that is read; choose another")
     return source
 
 
 def _output(given: dict[str, Any]) -> Path:
     from atlas_jax.retrieval.index_folder import check_replaceable
 
-    output = Path(os.path.abspath(given["output"]))
+    output = Path(os.path.abspath(_need(given, "output", "write")))
     check_replaceable(output, "--output")
     return output
+
+
+def _need(given: dict[str, Any], flag: str, what: str) -> str:
+    """A flag that must be there; argparse, if it insisted, would not tell of a misspelt one."""
+    if flag not in given:
+        raise UserError(f"--{flag} is missing: name the folder to {what}")
+    return given[flag]
 
 
 def _embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[Embedder, str]":

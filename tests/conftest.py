@@ -33,6 +33,17 @@ def pytest_sessionfinish() -> None:
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def one_faiss_thread():
+    """Threads of faiss wait for each other in loops, which is slow where cores are shared."""
+    import faiss
+
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of what the PyTorch reference computed."""

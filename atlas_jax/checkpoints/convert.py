@@ -70,9 +70,7 @@ def _parser() -> Parser:
     parser.add_argument("--output", help="folder to write; one of ours is replaced", metavar="DIR")
     form = f"form to write: orbax is ours; huggingface has a folder for each model; reference is {PUBLISHED}"
     parser.add_argument("--to", choices=FORMS, default="orbax", help=f"{form} (default: orbax)")
-    parser.add_argument(
-        "--inspect", help="tell what a checkpoint, model or index holds, and write nothing", metavar="PATH"
-    )
+    parser.add_argument("--inspect", help="tell what a checkpoint or model holds, and write nothing", metavar="PATH")
     parser.add_argument("--json", action="store_true", help="tell it as JSON")
     return parser
 

@@ -17,20 +17,19 @@ from atlas_jax.checkpoints.pretrained import (
     weights_file,
 )
 from atlas_jax.checkpoints.restore import PUBLISHED, open_published
-from atlas_jax.checkpoints.torch_file import load_torch
 from atlas_jax.checkpoints.weights import flat_shapes, is_untied
 from atlas_jax.errors import UserError
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS, T5Config
 
-INDEX, SHARD = "index.json", "embeddings.0.pt"
+INDEXES = ("index.json", "embeddings.0.pt")
 VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.txt")
 
 Facts = dict[str, Any]  # JSON, in the order to be told
 
 
 def inspect(path: Path) -> Facts:
-    """What is known of a checkpoint, a model or an index, whichever it is; UserError if it is none of them."""
+    """What is known of a checkpoint or a model, whichever it is; UserError if it is neither."""
     if store.is_checkpoint(path):
         return _ours(path)
     if path.is_file() and path.suffix != ".json":
@@ -39,15 +38,12 @@ def inspect(path: Path) -> Facts:
         return _published(path / PUBLISHED)
     if (path / "config.json").is_file():
         return {"kind": "a model in Hugging Face's form", **_model(path), "bytes": _bytes(path)}
-    if (path / INDEX).is_file():
-        told = {name: value for name, value in read_json(path / INDEX).items() if isinstance(value, str | int | None)}
-        return {"kind": "an index of ours", **told, "bytes": _bytes(path)}
-    if (path / SHARD).is_file():
-        return _shards(path)
+    if any((path / name).is_file() for name in INDEXES):
+        raise UserError(f"{path}: is an index; atlas index inspect {path} tells what it holds")
     models = sorted(found.parent for found in path.glob("*/config.json"))
     if models:
         return {"kind": "models in Hugging Face's form", **{model.name: _model(model) for model in models}}
-    known = f"a checkpoint (atlas.json, {PUBLISHED}), a Hugging Face model (config.json) or an index"
+    known = f"a checkpoint (atlas.json, {PUBLISHED}) or a Hugging Face model (config.json)"
     raise UserError(f"{path}: holds nothing known here; give the folder of {known}")
 
 
@@ -110,22 +106,6 @@ def _model(folder: Path) -> Facts:
     arrays = folder_weights(str(folder)) if file else None
     facts |= {"weights": file.name if file else None, **(_arrays(arrays) if arrays else {})}
     return facts | {"tokenizers": [*facts][:1] if _has_tokenizer(folder) else []}
-
-
-def _shards(folder: Path) -> Facts:
-    files = sorted(folder.glob("embeddings.*.pt"))
-    found = [load_torch(file) for file in files]
-    for file, array in zip(files, found, strict=True):
-        if not isinstance(array, np.ndarray) or array.ndim != 2:
-            raise UserError(f"{file}: holds no matrix of vectors; is this the reference's index?")
-    return {
-        "kind": "an index of the PyTorch reference",
-        "shards": len(files),
-        "count": sum(array.shape[1] for array in found),
-        "dim": found[0].shape[0],
-        "dtype": sorted({str(array.dtype) for array in found}),
-        "bytes": _bytes(folder),
-    }
 
 
 def _reader(cfg: T5Config) -> Facts:

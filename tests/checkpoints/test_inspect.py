@@ -102,13 +102,10 @@ def test_published_shapes_have_names(tmp_path, monkeypatch, name):
     assert facts["retriever"]["shape_of"] == ["facebook/contriever"]
 
 
-def test_indexes(golden, tmp_path):
-    """The reference's shards by their headers; ours by index.json."""
-    for folder, shards in (("index_1shard", 1), ("index_4shards", 4)):
-        facts = inspect(golden / folder)
-        assert (facts["shards"], facts["count"], facts["dim"], facts["dtype"]) == (shards, 240, 48, ["float16"])
-    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "count": 5, "dim": 48}))
-    assert inspect(tmp_path)["count"] == 5
+def test_an_index_has_a_command_of_its_own(golden):
+    """It is named."""
+    with pytest.raises(UserError, match="is an index; atlas index inspect"):
+        inspect(golden / "index_1shard")
 
 
 def test_what_is_none_of_these(tmp_path):

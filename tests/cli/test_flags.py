@@ -8,7 +8,7 @@ from tests.cli.commands import SAMPLE, command, put
 def test_unknown_commands(refused):
     """The nearest command is suggested, or all are named."""
     refused(["evalaute"], "atlas evalaute: no such command", "did you mean evaluate?")
-    refused(["--version"], "there are train, evaluate, index, convert")
+    refused(["--version"], "choose from train, evaluate, index, convert")
 
 
 @pytest.mark.parametrize(

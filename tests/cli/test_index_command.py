@@ -5,7 +5,6 @@ import pickle
 import shutil
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 
@@ -25,13 +24,7 @@ MODEL = ["--model_path", SAMPLE / "model", "--reader_model_type", SAMPLE / "read
 MODEL += ["--retriever_model_path", SAMPLE / "retriever"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads of faiss wait for each other in loops, which is slow where cores are shared."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Faiss indexes: how well each kind finds, how little it stores, and that a loaded one is the one saved."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import faiss
 import numpy as np
@@ -16,13 +16,7 @@ KINDS = [("flat", None), ("ivfflat", None), ("ivfsq", None), ("ivfpq", 8), ("pq"
 Build = Callable[..., FaissIndex]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads of faiss wait for each other in loops, which is slow where cores are shared."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 @pytest.fixture(scope="module")

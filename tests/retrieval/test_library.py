@@ -5,7 +5,6 @@ import dataclasses
 import json
 import shutil
 
-import faiss
 import numpy as np
 import pytest
 
@@ -26,13 +25,7 @@ KINDS = {  # the flags of every kind of index
 NOT_FLAT = [kind for kind in KINDS if kind != "flat"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads of faiss wait for each other in loops, which is slow where cores are shared."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 @pytest.fixture(scope="module")
