@@ -203,9 +203,10 @@ class Trainer:
             return
         with interrupts.held():
             self._tell(report)
-            weights, arrays = snapshot(self.state, self.weights)
-            if self.progress.step >= self.config.optim.total_steps and not self.config.run.save_optimizer:
-                arrays = {}
+            finished = self.progress.step >= self.config.optim.total_steps
+            weights, arrays = snapshot(
+                self.state, self.weights, weights_only=finished and not self.config.run.save_optimizer
+            )
             self.progress.pending = report.pending()
             self.progress.index, self.progress.loaded = self.index.fingerprint, self.index.loaded
             memory = Memory(

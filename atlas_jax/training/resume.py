@@ -116,10 +116,10 @@ def make_state(config: Config, found: Start, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda x: replicate(mesh, x), state)
 
 
-def snapshot(state: TrainState, weights: Weights) -> tuple[Weights, dict[str, np.ndarray]]:
+def snapshot(state: TrainState, weights: Weights, *, weights_only: bool) -> tuple[Weights, dict[str, np.ndarray]]:
     """Copies on the host: the weights, and what else the state holds, by name."""
     params = {path: np.array(x) for path, x in state.params.items()}
-    arrays = {name: np.array(x) for name, x in _named(_besides(state))[0].items()}
+    arrays = {} if weights_only else {name: np.array(x) for name, x in _named(_besides(state))[0].items()}
     return dataclasses.replace(weights, params=params), arrays
 
 
