@@ -3,10 +3,10 @@
     python benchmarks/learning.py --passages wikipedia-vital.jsonl
 
 The question is an article's short description, the answer its title. Articles whose description no other has are split:
-most are learnt from, the rest are asked; all are in the index. `atlas train` runs three times: the reader learns to read,
-given the article itself; then it goes on together with a retriever that has learnt nothing, or, everything else being
-equal, closed-book. Prints a line for each evaluation: run, step, losses since the line before, on the articles that are
-asked exact match and F1, and for how many of them the article was among the passages read.
+most are learnt from, the rest are asked; all are in the index. `atlas train` runs three times: the reader learns to
+read, given the article itself; then it goes on together with a retriever that has learnt nothing, or, everything else
+being equal, closed-book. Prints a line for each evaluation: run, step, losses since the line before, on the articles
+that are asked exact match and F1, and for how many of them the article was among the passages read.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def steps(total: int, evaluations: int) -> dict[str, object]:
 
 
 def untrained(folder: Path) -> Path:
-    """Gives the encoder random words and no positions: until it learns, it finds the texts that share words with a query.
+    """Gives the encoder random words and no positions: until it learns, it finds texts that share words with a query.
 
     All random, its vectors say next to nothing of their texts: of 300 questions it finds the article of none.
     """

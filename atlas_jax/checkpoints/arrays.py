@@ -46,6 +46,15 @@ class Linked(Lazy):
         self.views, self.dtype, self.stacked = views, dtype, stacked
         self.shape = (len(views), *views[0].shape) if stacked else views[0].shape
 
+    def expect(self, index: Index) -> None:
+        """This part will be read soon: the disk may bring it nearer meanwhile."""
+        if self.stacked and index:
+            parts = [view[index[1:]] for view in self.views[index[0]]]
+        else:
+            parts = [view[index] for view in self.views]
+        for part in parts:
+            advise(part, mmap.MADV_WILLNEED)
+
     def read(self, index: Index = ()) -> np.ndarray:
         if not self.stacked:
             return contiguous(self.views[0], index, self.dtype)

@@ -18,15 +18,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from atlas_jax.checkpoints.arrays import Either, Index, Lazy, chunk_shape, first, parts, read
+from atlas_jax.checkpoints.arrays import Either, Index, Lazy, Linked, chunk_shape, first, parts, read
 from atlas_jax.checkpoints.checksum import Checksum
 from atlas_jax.errors import UserError
 from atlas_jax.prefetch import prefetch
 
-IN_FLIGHT = 2  # parts that are being written while the next one is prepared
+IN_FLIGHT = 6  # parts that are being written while the next one is prepared
+AHEAD = 2  # parts that the disk may read meanwhile
 CONTEXT = {
     "file_io_concurrency": {"limit": 8},  # each may hold a chunk
-    "file_io_sync": False,  # `store` syncs when all is written
+    "file_io_sync": True,  # at once, while others are prepared
     "cache_pool": {"total_bytes_limit": 0},
 }
 
@@ -56,9 +57,16 @@ def write_arrays(folder: Path, arrays: Mapping[str, Either], tell: Callable[[int
 
 
 def _parts(arrays: Mapping[str, Either]) -> Iterator[tuple[str, int, Index, np.ndarray]]:
-    for name, array in arrays.items():
-        for start, index in parts(array.shape, chunk_shape(array.shape, array.dtype.itemsize)):
-            yield name, start, index, read(array, index)
+    todo = [
+        (name, start, index)
+        for name, array in arrays.items()
+        for start, index in parts(array.shape, chunk_shape(array.shape, array.dtype.itemsize))
+    ]
+    for number, (name, start, index) in enumerate(todo):
+        for following, _, its_index in todo[number + 1 : number + 1 + AHEAD]:
+            if isinstance(array := arrays[following], Linked):
+                array.expect(its_index)
+        yield name, start, index, read(arrays[name], index)
 
 
 def open_arrays(folder: Path, checksums: Mapping[str, str]) -> dict[str, "Stored"]:
