@@ -1,6 +1,14 @@
-"""The only file that knows devices: the mesh, and what goes where on it."""
+"""The only file that knows devices: the mesh, and what goes where on it.
+
+Axes: `data` splits the batch; `fsdp` the batch too, and parameters with all that AdamW remembers of them; `passages`
+the passages of each query, and parameters like `fsdp`; `model` the heads, the MLP and the vocabulary of the reader.
+"""
 
 import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,20 +19,51 @@ from atlas_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-AXES = ("data", "fsdp", "model")  # of the batch; of parameters, optimizer and batch; of heads, MLP and vocabulary
-BATCH = ("data", "fsdp")  # the axes that the batch is split over
+AXES = ("data", "fsdp", "passages", "model")
+BATCH = ("data", "fsdp")  # what splits the queries of a batch
+ROWS = (*BATCH, "passages")  # what splits rows of which each query has one a passage
+SHARD = ("fsdp", "passages")  # what splits parameters
+MODEL = "model"
+
+Spec = tuple[Any, ...]  # for each axis of an array: the mesh's axis or axes that split it, or None
+
+_LAYER = r"(?:reader/(?:en|de)coder/layers/)?"  # of the reader, with or without the axis of its layers in front
+_ATTENTION = _LAYER + r"(?:self_|cross_)?attn/"
+_RETRIEVER = r"(?:retriever/(?:query_|passage_)?encoder/)"
+_BERT_LAYER = rf"(?:{_RETRIEVER}layers/)?"
+TABLE: tuple[tuple[str, Spec], ...] = (  # which axis of a parameter is split over what, counted from the last one
+    (_ATTENTION + r"[qkv]/kernel", (SHARD, MODEL, None)),  # d h k
+    (_ATTENTION + r"o/kernel", (MODEL, None, SHARD)),  # h k d
+    (_LAYER + r"mlp/(?:gate|up)/kernel", (SHARD, MODEL)),  # d f
+    (_LAYER + r"mlp/down/kernel", (MODEL, SHARD)),  # f d
+    (r"reader/embed/embedding", (MODEL, SHARD)),  # v d
+    (r"reader/lm_head/kernel", (SHARD, MODEL)),  # d v
+    (_BERT_LAYER + r"[qkv]/kernel", (SHARD, None, None)),  # d h k
+    (_BERT_LAYER + r"o/kernel", (None, None, SHARD)),  # h k d
+    (_BERT_LAYER + r"up/kernel", (SHARD, None)),  # d f
+    (_BERT_LAYER + r"down/kernel", (None, SHARD)),  # f d
+    (_RETRIEVER + r"(?:words|positions)/embedding", (None, SHARD)),  # v d
+    # Whole on every device, because small: norms, biases, position buckets, the two token types
+    (r"(?:.*/)?(?:\w+_norm/(?:scale|bias)|[qkvo]/bias|(?:up|down)/bias)", ()),
+    (r"reader/(?:en|de)coder/position_bias/embed/embedding", ()),
+    (_RETRIEVER + r"token_types/embedding", ()),
+)
 
 
 def make_mesh(spec: str = "auto") -> Mesh:
-    """A mesh of all devices: `auto`, which splits the batch, or sizes such as `data=4,model=2`."""
+    """A mesh of all devices: `auto`, which splits the batch, or sizes such as `data=4,model=2`.
+
+    With smaller sizes the first devices of a single process do the work.
+    """
     count = len(jax.devices())
     sizes = {"data": count} if spec == "auto" else _parse(spec)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    if int(np.prod(shape)) != count:
-        raise UserError(
-            f"--mesh {spec}: {int(np.prod(shape))} devices, but there are {count}; the sizes must multiply to it"
-        )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    used = math.prod(shape)
+    if used > count or (used < count and jax.process_count() > 1):
+        raise UserError(f"--mesh {spec}: {used} devices, but there are {count}; the sizes must multiply to it")
+    if used < count:
+        logger.warning("--mesh %s: %d of %d devices are used", spec, used, count)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:used])
 
 
 def _parse(spec: str) -> dict[str, int]:
@@ -48,14 +87,98 @@ def is_one_cpu(mesh: Mesh) -> bool:
 
 def batch_rows(mesh: Mesh, per_device: int) -> int:
     """Rows of a batch that gives each device of the batch axes so many."""
-    return per_device * int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    return per_device * math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def put_batch(mesh: Mesh, array: np.ndarray) -> Array:
     """An array whose first axis is the batch, split over the batch axes."""
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(BATCH)))
+    return _put(mesh, array, (BATCH,))
+
+
+def put_passages(mesh: Mesh, array: np.ndarray) -> Array:
+    """An array "b n ...", split over the batch axes and, where it can be, over the axis of the passages."""
+    return _put(mesh, array, (BATCH, "passages"))
+
+
+def put_rows(mesh: Mesh, array: np.ndarray) -> Array:
+    """An array of rows that have nothing to do with each other, split over all devices."""
+    return _put(mesh, array, (AXES,))
 
 
 def replicate(mesh: Mesh, array: np.ndarray | Array) -> Array:
     """An array that every device holds whole."""
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+    return _put(mesh, array, ())
+
+
+def put_parameter(mesh: Mesh, path: str, array: np.ndarray | Array) -> Array:
+    """A parameter, or what AdamW remembers of it, where the table says."""
+    return _put(mesh, array, parameter_spec(path, np.ndim(array)))
+
+
+def _put(mesh: Mesh, array: np.ndarray | Array, spec: Spec) -> Array:
+    return jax.device_put(array, NamedSharding(mesh, _fitting(spec, np.shape(array), mesh.shape)))
+
+
+def _fitting(spec: Spec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The spec without the axes that do not divide their dimension, which stays whole."""
+    return PartitionSpec(*(axes if axes and _divides(axes, n, sizes) else None for axes, n in zip(spec, shape)))
+
+
+def _divides(axes: str | tuple[str, ...], n: int, sizes: Mapping[str, int]) -> bool:
+    return n % math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes)) == 0
+
+
+def parameter_spec(path: str, ndim: int) -> Spec:
+    """The row of the table for a parameter, with or without the axis of the layers in front."""
+    found = [spec for pattern, spec in TABLE if re.fullmatch(pattern, path)]
+    if len(found) != 1:
+        raise KeyError(f"{path}: {len(found)} rows of the table fit it, not one")
+    return (None,) * (ndim - len(found[0])) + found[0]
+
+
+# Within a program that runs on a mesh
+
+
+def split(x: Array, *spec: Any) -> Array:
+    """`x` split so, as far as its shape allows; on no mesh it is `x`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _fitting(spec, x.shape, mesh.shape))
+
+
+def whole(path: str, x: Array, dtype: Any) -> Array:
+    """A parameter for use: no longer split as it is stored, a matrix in `dtype`; its gradient is split again.
+
+    What splits heads, MLP and vocabulary stays, since their products are split too. It is sent in the type it is used
+    in; its gradient, the sum of those of all devices, is made in its own type.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    stored = parameter_spec(path, x.ndim)
+    used = tuple(axes if axes == MODEL else None for axes in stored)
+
+    @jax.custom_vjp
+    def gather(x: Array) -> Array:
+        # The barrier keeps XLA from sending what it would convert back again
+        return split(jax.lax.optimization_barrier(x.astype(dtype) if is_matrix(path) else x), *used)
+
+    # Said in two steps: told only where the sum shall lie, XLA would rather split activations like parameters
+    gather.defvjp(lambda x: (gather(x), None), lambda _, g: (split(split(g, *used), *stored).astype(x.dtype),))
+    return gather(x)
+
+
+def is_matrix(path: str) -> bool:
+    """Whether a parameter is computed with in --precision; norms, biases and what embeds are in float32."""
+    return path.endswith(("kernel", "reader/embed/embedding"))
+
+
+def stores_shares() -> bool:
+    """Whether no device stores whole parameters."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return any(sizes.get(axis, 1) > 1 for axis in SHARD)
+
+
+def but_whole(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint` that keeps everything for the gradient but whole parameters."""
+    return bool(primitive.name != "sharding_constraint")

@@ -1,6 +1,7 @@
 """A jitted function compiled ahead, once for each shape of its arguments, and said so."""
 
 import concurrent.futures
+import contextlib
 import logging
 import threading
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +26,23 @@ def keep_programs(folder: str) -> None:
 class Program:
     """Calls `function(state, *args)` compiled; `args` are trees of arrays, `state` always has the same shapes.
 
-    With `donate` the state of a call is used up: its memory holds the results.
+    With `donate` the function gives (state, results), and the state of a call is used up: its memory holds the next
+    one. On a mesh, results are split as XLA likes it, or with `gather` every device has them whole.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], *, donate: bool = False):
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        mesh: Mesh | None = None,
+        *,
+        donate: bool = False,
+        gather: bool = False,
+    ):
         self.name = name
         self.compile_seconds = 0.0
-        self._jitted = jax.jit(function, donate_argnums=0 if donate else ())
+        self._function, self._mesh, self._donate = function, mesh, donate
+        self._results = NamedSharding(mesh, PartitionSpec()) if mesh and gather else None
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def __call__(self, state: Any, *args: Any) -> Any:
@@ -42,13 +54,21 @@ class Program:
         shapes = (structure, *((x.shape, str(x.dtype)) for x in leaves))
         if shapes not in self._compiled:
             start = time.perf_counter()
-            lowered = self._jitted.lower(state, *args)
+            lowered = self._lower(state, *args)
             self._compiled[shapes] = _in_thread(f"compile {self.name}", lowered.compile)
             seconds = time.perf_counter() - start
             self.compile_seconds += seconds
             shape = " x ".join(map(str, max((x.shape for x in leaves), key=len, default=())))
             logger.info("compiled %s for %s in %.1f s (program %d)", self.name, shape, seconds, self.count)
         return self._compiled[shapes]
+
+    def _lower(self, state: Any, *args: Any) -> jax.stages.Lowered:
+        results: Any = self._results
+        if self._donate:  # the next state lies where this one does
+            results = jax.tree.map(lambda x: x.sharding, state), results
+        jitted = jax.jit(self._function, donate_argnums=0 if self._donate else (), out_shardings=results)
+        with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+            return jitted.lower(state, *args)
 
     @property
     def count(self) -> int:

@@ -1,6 +1,7 @@
 """The mesh: what `--mesh` means, what it refuses, and what lies where."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,36 +9,50 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from atlas_jax.checkpoints.weights import flat_shapes
 from atlas_jax.errors import UserError
-from atlas_jax.mesh import AXES, batch_rows, make_mesh, put_batch, replicate
+from atlas_jax.mesh import (
+    AXES,
+    TABLE,
+    batch_rows,
+    make_mesh,
+    parameter_spec,
+    put_batch,
+    put_parameter,
+    put_passages,
+    put_rows,
+    replicate,
+)
+from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.models.contriever import ContrieverConfig
+from atlas_jax.models.t5 import T5_CONFIGS
 
 
 @pytest.mark.parametrize(
     ("spec", "shape"),
     [
-        ("auto", (8, 1, 1)),
-        ("data=8", (8, 1, 1)),
-        ("data=4,model=2", (4, 1, 2)),
-        ("model=2, data=2 ,fsdp=2", (2, 2, 2)),
-        ("fsdp=8", (1, 8, 1)),
+        ("auto", (8, 1, 1, 1)),
+        ("data=8", (8, 1, 1, 1)),
+        ("data=4,model=2", (4, 1, 1, 2)),
+        ("model=2, data=2 ,fsdp=2", (2, 2, 1, 2)),
+        ("passages=4,data=2", (2, 1, 4, 1)),
+        ("fsdp=8", (1, 8, 1, 1)),
     ],
 )
 def test_a_mesh_has_the_sizes_asked_for(spec, shape):
-    """All eight devices, each once, on three axes in a fixed order; how arrays are split is left to XLA."""
+    """All eight devices, each once, on four axes in a fixed order; how arrays are split is left to XLA."""
     mesh = make_mesh(spec)
     assert mesh.axis_names == AXES
     assert mesh.devices.shape == shape
     assert len({device.id for device in mesh.devices.flat}) == 8
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert mesh.axis_types == (AxisType.Auto,) * 4
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("data=3", "3 devices, but there are 8"),
-        ("data=4", "4 devices, but there are 8"),
         ("data=8,model=2", "16 devices, but there are 8"),
-        ("tensor=8", "'tensor=8' is not one of data=N, fsdp=N, model=N"),
+        ("tensor=8", "'tensor=8' is not one of data=N, fsdp=N, passages=N, model=N"),
         ("data=0", "'data=0' is not one of"),
         ("data=-8", "'data=-8' is not one of"),
         ("data=\u00b2", "is not one of"),  # a digit, but no number
@@ -55,6 +70,13 @@ def test_a_mesh_that_cannot_be(spec, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_smaller_mesh_leaves_devices_idle_and_says_so(caplog):
+    """The first ones work; of several processes none may be left out, see tests/test_hosts.py."""
+    mesh = make_mesh("data=3")
+    assert [device.id for device in mesh.devices.flat] == [0, 1, 2]
+    assert caplog.messages == ["--mesh data=3: 3 of 8 devices are used"]
+
+
 def test_a_batch_is_split_over_the_batch_axes_alone():
     """`per_device` rows for each place on data and fsdp; devices along `model` share theirs."""
     for spec, rows in (("auto", 24), ("data=2,fsdp=2,model=2", 12), ("model=8", 3)):
@@ -67,6 +89,60 @@ def test_a_batch_is_split_over_the_batch_axes_alone():
         np.testing.assert_array_equal(split, array)
         np.testing.assert_array_equal(whole, array)
         assert len({shard.index[0].start for shard in split.addressable_shards}) == rows // 3
+
+
+def test_what_an_axis_does_not_divide_stays_whole():
+    """Five passages on two devices, six rows on eight; the counter-cases divide."""
+    mesh = make_mesh("data=2,passages=2,model=2")
+    for put, shape, share in (
+        (put_passages, (4, 5, 3), (2, 5, 3)),
+        (put_passages, (4, 6, 3), (2, 3, 3)),
+        (put_rows, (6, 3), (6, 3)),
+        (put_rows, (16, 3), (2, 3)),
+    ):
+        array = np.arange(np.prod(shape)).reshape(shape)
+        found = put(mesh, array)
+        assert {shard.data.shape for shard in found.addressable_shards} == {share}
+        np.testing.assert_array_equal(found, array)
+
+
+@pytest.mark.parametrize("reader", T5_CONFIGS)
+def test_every_parameter_fits_one_row_of_the_table(reader):
+    """All published readers, encoders tied and not; no row is there in vain, and what is whole everywhere is small."""
+    used, kept, total = set(), 0, 0
+    for untied in (False, True):
+        for path, x in flat_shapes(AtlasConfig(T5_CONFIGS[reader], ContrieverConfig(), untied)).items():
+            rows = [pattern for pattern, _ in TABLE if re.fullmatch(pattern, path)]
+            assert len(rows) == 1, path
+            used.update(rows)
+            total += x.size
+            if not any(parameter_spec(path, x.ndim)):
+                kept += x.size
+                assert x.size <= 24 * 4096, path
+    assert kept < 0.005 * total
+    assert len(used) == len(TABLE) - (T5_CONFIGS[reader].tied)  # a tied reader has no lm_head
+
+
+def test_a_parameter_without_a_row_is_an_error():
+    """Nothing is whole on every device by oversight."""
+    with pytest.raises(KeyError, match="reader/new/kernel: 0 rows"):
+        parameter_spec("reader/new/kernel", 2)
+
+
+def test_parameters_are_split_as_the_table_says():
+    """Both axes at once, layers in front or not, the same slice of the array wherever it is."""
+    mesh = make_mesh("fsdp=2,passages=2,model=2")
+    for path, shape, share in (
+        ("reader/encoder/layers/attn/q/kernel", (3, 8, 4, 5), (3, 2, 2, 5)),
+        ("reader/decoder/layers/mlp/down/kernel", (3, 6, 8), (3, 3, 2)),
+        ("reader/lm_head/kernel", (8, 10), (2, 5)),
+        ("retriever/encoder/layers/q/kernel", (3, 8, 4, 5), (3, 2, 4, 5)),
+        ("reader/encoder/final_norm/scale", (8,), (8,)),
+    ):
+        array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        found = put_parameter(mesh, path, array)
+        assert {shard.data.shape for shard in found.addressable_shards} == {share}, path
+        np.testing.assert_array_equal(found, array)
 
 
 def test_importing_starts_no_device():

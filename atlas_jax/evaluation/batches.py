@@ -8,7 +8,7 @@ from atlas_jax.config import TextConfig
 from atlas_jax.data.reader_inputs import ReaderText
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.step import CHOICE_POSITION, ReaderBatch
-from atlas_jax.mesh import put_batch
+from atlas_jax.mesh import put_batch, put_passages
 from atlas_jax.retrieval.sources import Found
 from atlas_jax.tasks import Example
 
@@ -51,8 +51,9 @@ class ReaderBatches:
         for row, prompt in enumerate(prompts):
             target_mask[row, : len(prompt)] = False  # what is given is not to be learnt
         shape = (self.size, n, length)
-        arrays = ids.reshape(shape), mask.reshape(shape), target, target_mask
-        return ReaderBatch(*(put_batch(self.mesh, array) for array in arrays))
+        passages = [put_passages(self.mesh, array.reshape(shape)) for array in (ids, mask)]
+        targets = [put_batch(self.mesh, array) for array in (target, target_mask)]
+        return ReaderBatch(*passages, *targets)
 
     def _target(self, example: Example) -> str:
         target = example.target or ""

@@ -119,6 +119,8 @@ class Evaluator:
             self._read = Program(
                 "reader",
                 lambda state, batch, choices, prompt: read(nnx.merge(graph, state), batch, choices, prompt, cfg),
+                self.mesh,
+                gather=True,
             )
         return self._read, state
 

@@ -20,7 +20,7 @@ from atlas_jax.data.jsonl import Rows
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator, Result
 from atlas_jax.files import new_file, write_json
-from atlas_jax.mesh import is_one_cpu, make_mesh, replicate
+from atlas_jax.mesh import is_matrix, is_one_cpu, make_mesh, put_parameter
 from atlas_jax.models.atlas import Atlas
 from atlas_jax.models.fid import FiD
 from atlas_jax.programs import keep_programs
@@ -97,8 +97,7 @@ def place(weights: Weights, config: Config, mesh: Mesh) -> Atlas:
     dtype = compute_type(config)
 
     def put(path: str, array: np.ndarray) -> jax.Array:
-        matrix = path.endswith(("/kernel", "reader/embed/embedding"))
-        return replicate(mesh, array.astype(dtype) if matrix else array)
+        return put_parameter(mesh, path, array.astype(dtype) if is_matrix(path) else array)
 
     return build_model(weights.params, weights.cfg.computing(dtype=dtype, for_cpu=is_one_cpu(mesh)), put)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.dropout import dropout
-from atlas_jax.models.stack import scan, stack
+from atlas_jax.models.stack import scan, stack, whole
 from atlas_jax.models.t5 import MASKED, row_by_row
 
 MAX_LENGTH = 512  # positions that BERT has
@@ -70,7 +70,7 @@ class BertLayer(nnx.Module):
         self.up = einsum("bld,df->blf", (d, f), (f,))
         self.down = einsum("blf,fd->bld", (f, d), (d,))
         self.mlp_norm = LayerNorm(cfg, rngs=rngs)
-        self.rate = cfg.dropout
+        self.rate, self.dtype = cfg.dropout, cfg.dtype
 
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"], *, rngs: nnx.Rngs | None = None
@@ -109,7 +109,9 @@ class Contriever(nnx.Module):
     ) -> Float[Array, "b d"]:
         """Float32 vectors; a text without a token has the vector 0."""
         cfg = self.cfg
-        x = self.words(ids) + self.positions.embedding[None, : ids.shape[1]] + self.token_types.embedding[None, :1]
+        words = whole(self.words, "retriever/encoder/words/", jnp.float32)
+        positions = whole(self.positions, "retriever/encoder/positions/", jnp.float32).embedding
+        x = words(ids) + positions[None, : ids.shape[1]] + self.token_types.embedding[None, :1]
         x = dropout(self.embed_norm(x), cfg.dropout, rngs)
 
         def body(layer: BertLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from atlas_jax.mesh import BATCH, split
+from atlas_jax.models.stack import whole
 from atlas_jax.models.t5 import CrossAttention, Decoder, Encoder, KeyValues, Source, T5Config, Unread
 
 
@@ -17,7 +19,7 @@ class Prediction(NamedTuple):
     looks: CrossAttention | None  # in sum over the layers, if asked for
 
 
-def split(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]:
+def apart(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]:
     """Rows of passages back to the passages of each query."""
     return x.reshape(-1, n, *x.shape[1:])
 
@@ -60,8 +62,9 @@ class FiD(nnx.Module):
     ) -> Float[Array, "b n l d"]:
         """The encoder's states of every passage (query and passage are one text)."""
         b, n, length = passages.shape
-        rows = self.embed(passages.reshape(b * n, length))
-        return split(self.encoder(rows, mask.reshape(b * n, length), rngs=rngs, remat=remat), n)
+        rows = self._embedded(passages.reshape(b * n, length))
+        states = apart(self.encoder(rows, mask.reshape(b * n, length), rngs=rngs, remat=remat), n)
+        return split(states, BATCH, "passages")
 
     def encode(self, passages: Int[Array, "b n l"], mask: Bool[Array, "b n l"]) -> Source:
         """Reads the passages once, for any number of uses by the decoder."""
@@ -79,7 +82,7 @@ class FiD(nnx.Module):
 
         Several rows of inputs may go with each row of the source, one after the other: the beams of a search.
         """
-        x, present = self.decoder(self.embed(inputs), source, past=past, position=position)
+        x, present = self.decoder(self._embedded(inputs), source, past=past, position=position)
         return self._logits(x), present
 
     def predict(
@@ -95,14 +98,17 @@ class FiD(nnx.Module):
 
         Several rows of inputs may go with each row of the source, one after the other.
         """
-        x, seen = self.decoder.read_once(self.embed(inputs), source, rngs=rngs, remat=remat, looks=looks)
+        x, seen = self.decoder.read_once(self._embedded(inputs), source, rngs=rngs, remat=remat, looks=looks)
         return Prediction(self._logits(x), seen)
+
+    def _embedded(self, ids: Int[Array, "r t"]) -> Float[Array, "r t d"]:
+        return whole(self.embed, "reader/embed/", self.cfg.dtype)(ids)
 
     def _logits(self, x: Float[Array, "r t d"]) -> Float[Array, "r t v"]:
         if self.lm_head is not None:
-            return self.lm_head(x)
+            return whole(self.lm_head, "reader/lm_head/", jnp.float32)(x)  # its gradient is made in float32
         # T5 1.0: the embedding is the output matrix too, scaled as in Mesh TensorFlow
-        kernel = self.embed.embedding[...].astype(x.dtype)
+        kernel = whole(self.embed, "reader/embed/", self.cfg.dtype).embedding[...].astype(x.dtype)
         return jnp.einsum("btd,vd->btv", x * self.cfg.d_model**-0.5, kernel, preferred_element_type=jnp.float32)
 
     def empty_cache(self, source: Source, rows: int, length: int) -> KeyValues | list[KeyValues]:

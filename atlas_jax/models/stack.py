@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from atlas_jax import mesh
+
 Layer = TypeVar("Layer", bound=nnx.Module)
 Carry = TypeVar("Carry")
 
@@ -22,6 +24,19 @@ def apart(layers: Layer) -> list[Layer]:
     return [nnx.merge(graph, jax.tree.map(operator.itemgetter(n), params)) for n in range(_depth(params))]
 
 
+def whole(module: Layer, path: str, dtype: Any) -> Layer:
+    """The module for use on a mesh, with whole parameters; `path` is where it is in the model."""
+    graph, params = nnx.split(module)
+    return nnx.merge(graph, _whole(params, path, dtype))
+
+
+def _whole(params: Any, prefix: str, dtype: Any) -> Any:
+    def of(path: tuple[Any, ...], variable: Any) -> Any:
+        return variable.replace(mesh.whole(prefix + "/".join(map(str, path)), variable[...], dtype))
+
+    return nnx.map_state(of, params)
+
+
 def scan(
     body: Callable[[Layer, Carry, Any, nnx.Rngs | None], tuple[Carry, Any]],
     layers: Layer | list[Layer],
@@ -35,7 +50,7 @@ def scan(
 
     Stacked layers take xs stacked and give ys stacked; a list of layers, for inference alone, takes a list and gives
     one. With `rngs`, each layer draws from a key of its own; with `remat`, its activations are computed again in the
-    gradient.
+    gradient. On a mesh the parameters of one layer at a time are whole, in the gradient again.
     """
     if isinstance(layers, list):
         ys = []
@@ -48,9 +63,14 @@ def scan(
 
     def step(carry: Carry, slices: tuple[Any, Any, Any]) -> tuple[Carry, Any]:
         params, key, x = slices
-        return body(nnx.merge(graph, params), carry, x, None if key is None else nnx.Rngs(dropout=key))
+        layer = nnx.merge(graph, _whole(params, "", layers.dtype))
+        return body(layer, carry, x, None if key is None else nnx.Rngs(dropout=key))
 
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, carry, (params, keys, xs))
+    if remat:
+        step = jax.checkpoint(step)
+    elif mesh.stores_shares():
+        step = jax.checkpoint(step, policy=mesh.but_whole)
+    return jax.lax.scan(step, carry, (params, keys, xs))
 
 
 def _depth(params: Any) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from atlas_jax.mesh import ROWS, split
 from atlas_jax.models.dropout import dropout
 from atlas_jax.models.stack import apart, scan, stack
 
@@ -192,7 +193,7 @@ class EncoderLayer(nnx.Module):
         self.attn = Attention(cfg, rngs=rngs)
         self.mlp_norm = _norm(cfg, rngs)
         self.mlp = MLP(cfg, rngs=rngs)
-        self.rate = cfg.dropout
+        self.rate, self.dtype = cfg.dropout, cfg.dtype
 
     def __call__(
         self,
@@ -202,6 +203,7 @@ class EncoderLayer(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "b s d"]:
+        x = split(x, ROWS)
         y = self.attn_norm(x)
         x = x + dropout(self.attn(y, self.attn.keys_values(y), bias, mask, rngs=rngs), self.rate, rngs)
         return x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs)
@@ -217,7 +219,7 @@ class DecoderLayer(nnx.Module):
         self.cross_attn = Attention(cfg, rngs=rngs)
         self.mlp_norm = _norm(cfg, rngs)
         self.mlp = MLP(cfg, rngs=rngs)
-        self.rate = cfg.dropout
+        self.rate, self.dtype = cfg.dropout, cfg.dtype
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
-from atlas_jax.mesh import batch_rows, put_batch
+from atlas_jax.mesh import AXES, put_rows, split
 from atlas_jax.models.atlas import Retriever
 from atlas_jax.programs import Program
 from atlas_jax.retrieval.passages import PassageTokens
@@ -26,7 +26,10 @@ class Embedder:
     def __init__(self, retriever: Retriever, side: Side, tokenizer: Tokenizer, mesh: Mesh, max_length: int):
         graph, self._state = nnx.split(retriever)
         self.program = Program(
-            f"{side} encoder", lambda state, ids, mask: nnx.merge(graph, state)(ids, mask, side=side)
+            f"{side} encoder",
+            lambda state, ids, mask: nnx.merge(graph, state)(split(ids, AXES), split(mask, AXES), side=side),
+            mesh,
+            gather=side == "query",
         )
         self.tokenizer = tokenizer
         self.mesh = mesh
@@ -40,13 +43,13 @@ class Embedder:
     def rows(self, length: int, batch: int) -> int:
         """Texts of this length that make a batch: at most `batch` a device."""
         tokens = TOKENS_PER_DEVICE[self.mesh.devices.flat[0].platform]
-        return batch_rows(self.mesh, max(1, min(batch, tokens // length)))
+        return self.mesh.size * max(1, min(batch, tokens // length))
 
     def __call__(self, texts: Sequence[Sequence[int] | np.ndarray], length: int, rows: int) -> Array:
         """Vectors (float32, "rows d") of texts by their bare ids; rows beyond them are meaningless."""
         finished = [self.tokenizer.finish(text, self.max_length) for text in texts]
         ids, mask = pad([*finished, *[[]] * (rows - len(texts))], length, self.tokenizer.pad_id)
-        return self.program(self._state, put_batch(self.mesh, ids), put_batch(self.mesh, mask))
+        return self.program(self._state, put_rows(self.mesh, ids), put_rows(self.mesh, mask))
 
     def queries(self, queries: Sequence[str], rows: int) -> Array:
         """Vectors of queries, in one batch of `rows`."""

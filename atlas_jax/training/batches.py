@@ -12,7 +12,7 @@ from atlas_jax.data.jsonl import Rows
 from atlas_jax.data.order import Order
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.batches import ReaderBatches
-from atlas_jax.mesh import batch_rows, put_batch
+from atlas_jax.mesh import batch_rows, put_batch, put_passages
 from atlas_jax.retrieval.sources import Found
 from atlas_jax.tasks import Example, Task
 from atlas_jax.training.step import Batch, RetrieverBatch
@@ -63,8 +63,9 @@ class Batches:
         shorter = min(length, self._text.retriever_maxlength)
         asked, given = (pad(ids, shorter, self._retriever_tokenizer.pad_id) for ids in sides)
         shape = (self.size, found.numbers.shape[1], shorter)
-        arrays = (*asked, *(array.reshape(shape) for array in given))
-        return Batch(read, query_lengths, RetrieverBatch(*(put_batch(self._mesh, array) for array in arrays)))
+        queries = [put_batch(self._mesh, array) for array in asked]
+        passages = [put_passages(self._mesh, array.reshape(shape)) for array in given]
+        return Batch(read, query_lengths, RetrieverBatch(*queries, *passages))
 
     def _retriever_ids(self, queries: Sequence[str], found: Found) -> tuple[list[list[int]], list[list[int]]]:
         """The retriever's ids of the queries, and of their passages, row after row."""

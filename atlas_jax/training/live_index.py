@@ -1,6 +1,7 @@
 """The index of a run: searched with the retriever of today, built by the retriever of some step before."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from atlas_jax.checkpoints.restore import retriever_fingerprint
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import Config
 from atlas_jax.errors import UserError
-from atlas_jax.mesh import replicate
+from atlas_jax.mesh import put_parameter
 from atlas_jax.models.atlas import Atlas
 from atlas_jax.retrieval.finder import Finder
 from atlas_jax.retrieval.library import is_index_of
@@ -74,7 +75,8 @@ class LiveIndex:
         weights, before, config = start.weights, start.progress, self.config
         self._built = start.index_params
         encoder = self._built or passage_encoder(weights.params)
-        model = build_model(weights.params | encoder, weights.cfg, lambda _, array: replicate(mesh, array))
+        cfg = dataclasses.replace(weights.cfg, reader=None)
+        model = build_model(weights.params | encoder, cfg, functools.partial(put_parameter, mesh))
         kept = before.index is not None and is_index_of(config.index.save_index_path, before.index)
         if kept:  # as the run left it
             index = dataclasses.replace(config.index, load_index_path=config.index.save_index_path)

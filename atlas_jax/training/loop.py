@@ -122,7 +122,9 @@ class Trainer:
         self.evaluator = Evaluator(config, make_task(config), self.index.source, tokenizer, mesh)
         self.evaluated = evaluated
         self.programs = {
-            update: Program(name, functools.partial(train_step, cfg=self.cfg, update=update), donate=True)
+            update: Program(
+                name, functools.partial(train_step, cfg=self.cfg, update=update), mesh, donate=True, gather=True
+            )
             for update, name in ((True, "train step"), (False, "gradient step"))
         }
         self.key = jax.random.key(config.run.seed)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.evaluation.step import token_losses
+from atlas_jax.mesh import ROWS, split
 from atlas_jax.models.fid import FiD, fuse, shift_right
 from atlas_jax.models.t5 import Unread
 
@@ -26,7 +27,7 @@ def each_alone(
     """Logits of the target given one passage at a time."""
     b, n, length, d = states.shape
     source = Unread(states.reshape(b * n, length, d), mask.reshape(b * n, 1, length))
-    inputs = jnp.repeat(shift_right(target, pad_id), n, axis=0)
+    inputs = split(jnp.repeat(shift_right(target, pad_id), n, axis=0), ROWS)
     logits = reader.predict(inputs, source).logits
     return logits.reshape(b, n, *logits.shape[1:])
 

@@ -1,6 +1,7 @@
 """From weights to the state of a run and from a state to a checkpoint, and back again exactly."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.store import Memory, Weights
 from atlas_jax.config import Config, to_dict
 from atlas_jax.errors import UserError
-from atlas_jax.mesh import replicate
+from atlas_jax.mesh import put_parameter, replicate
 from atlas_jax.training.optimizer import start
 from atlas_jax.training.step import TrainState
 
@@ -97,7 +99,7 @@ def learns(config: Config, path: str) -> bool:
 
 def make_state(config: Config, found: Start, mesh: Mesh) -> TrainState:
     """The state on the devices: as it was, or at the start."""
-    params = {path: jnp.asarray(x) for path, x in found.weights.params.items()}
+    params = {path: put_parameter(mesh, path, x) for path, x in found.weights.params.items()}
     parts = {
         part: {path: x for path, x in params.items() if path.startswith(part) and learns(config, path)}
         for part in ("reader/", "retriever/")
@@ -113,7 +115,14 @@ def make_state(config: Config, found: Start, mesh: Mesh) -> TrainState:
     )
     if found.memory is not None and found.progress.step < config.optim.total_steps:
         state = _remember(state, found.memory.arrays, found.weights.step)
-    return jax.tree.map(lambda x: replicate(mesh, x), state)
+    return jax.tree_util.tree_map_with_path(functools.partial(_put, mesh), state)
+
+
+def _put(mesh: Mesh, keys: tuple[Any, ...], x: np.ndarray | Array) -> Array:
+    """A leaf of the state: below a parameter's path what is as large as it, else a number."""
+    if isinstance(keys[-1], jax.tree_util.DictKey):
+        return put_parameter(mesh, keys[-1].key, x)
+    return replicate(mesh, x)
 
 
 def snapshot(state: TrainState, weights: Weights, *, weights_only: bool) -> tuple[Weights, dict[str, np.ndarray]]:

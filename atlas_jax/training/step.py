@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import GoldMode, OptimConfig
 from atlas_jax.evaluation.step import ReaderBatch, token_losses
+from atlas_jax.mesh import ROWS, split
 from atlas_jax.models.atlas import Atlas, AtlasConfig, Retriever
 from atlas_jax.models.fid import FiD, fuse, shift_right
 from atlas_jax.models.t5 import Unread
@@ -157,7 +158,7 @@ def retriever_scores(
     """What the retriever thinks of each passage: q.p / sqrt(d)."""
     b, n, _ = batch.passages.shape
     queries = retriever(batch.queries, batch.query_mask, side="query", rngs=rngs, remat=cfg.remat_retriever)
-    rows = (x.reshape(b * n, -1) for x in (batch.passages, batch.passage_mask))
+    rows = (split(x.reshape(b * n, -1), ROWS) for x in (batch.passages, batch.passage_mask))
     noise = None if cfg.query_side else rngs
     passages = retriever(*rows, side="passage", rngs=noise, remat=cfg.remat_retriever).reshape(b, n, -1)
     return jnp.einsum("bd,bnd->bn", queries, passages) * queries.shape[-1] ** -0.5

@@ -1,0 +1,54 @@
+"""The training step on meshes of eight devices: the reference's numbers on each, and no traffic but the table's."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from atlas_jax.checkpoints.weights import build_model
+from atlas_jax.mesh import make_mesh, put_batch, put_parameter, put_passages
+from atlas_jax.programs import Program
+from atlas_jax.training.step import Batch, joint_loss
+from tests.training.test_step import batch, config, norm
+
+MESHES = ("data=8", "fsdp=8", "model=4", "data=2,fsdp=2,model=2", "passages=5", "fsdp=4,model=2")
+
+__all__ = ["batch"]  # the fixture
+
+
+def placed(mesh, batch: Batch) -> Batch:
+    """Each question twice, so that eight devices have one each: no mean changes."""
+
+    def put(x, *, passages=False):
+        return (put_passages if passages else put_batch)(mesh, np.concatenate([x, x]))
+
+    read, retriever = batch.reader, batch.retriever
+    return Batch(
+        type(read)(*(put(x, passages=True) for x in read[:2]), *map(put, read[2:])),
+        put(batch.query_lengths),
+        type(retriever)(*map(put, retriever[:2]), *(put(x, passages=True) for x in retriever[2:])),
+    )
+
+
+def losses(params, batch, cfg):
+    def loss_fn(params):
+        return joint_loss(build_model(params, cfg.model), batch, None, cfg)
+
+    return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+
+@pytest.mark.parametrize("spec", MESHES)
+def test_losses_and_gradients_equal_the_reference_on_every_mesh(golden, tiny_weights, batch, spec):
+    """Both losses and the norms of both gradients; remat in one case, since it gathers parameters once more."""
+    wanted = np.load(golden / "loss_ppmean.npz")
+    mesh = make_mesh(spec)
+    remat = spec.startswith("data=2")
+    cfg = config(tiny_weights, remat_reader=remat, remat_retriever=remat)
+    params = {path: put_parameter(mesh, path, array) for path, array in tiny_weights.params.items()}
+    program = Program("losses", functools.partial(losses, cfg=cfg), mesh)
+    (_, metrics), gradients = program(params, placed(mesh, batch))
+    np.testing.assert_allclose(metrics["loss/reader_loss"], wanted["reader_loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/retriever_loss"], wanted["retriever_loss"], rtol=1e-4)
+    np.testing.assert_allclose(norm(gradients, "reader"), wanted["grad_norm_reader"], rtol=1e-4)
+    np.testing.assert_allclose(norm(gradients, "retriever"), wanted["grad_norm_retriever"], rtol=1e-4)
