@@ -1,7 +1,6 @@
 """A jitted function compiled ahead, once for each shape of its arguments, and said so."""
 
 import concurrent.futures
-import contextlib
 import logging
 import threading
 import time
@@ -26,8 +25,8 @@ def keep_programs(folder: str) -> None:
 class Program:
     """Calls `function(state, *args)` compiled; `args` are trees of arrays, `state` always has the same shapes.
 
-    With `donate` the function gives (state, results), and the state of a call is used up: its memory holds the next
-    one. On a mesh, results are split as XLA likes it, or with `gather` every device has them whole.
+    With `donate` the state of a call is used up: its memory holds the results. On a mesh these are the next state, which
+    lies where this one does, and others; they are split as XLA likes it, or with `gather` every device has them whole.
     """
 
     def __init__(
@@ -63,12 +62,14 @@ class Program:
         return self._compiled[shapes]
 
     def _lower(self, state: Any, *args: Any) -> jax.stages.Lowered:
+        donated = 0 if self._donate else ()
+        if self._mesh is None:
+            return jax.jit(self._function, donate_argnums=donated).lower(state, *args)
         results: Any = self._results
-        if self._donate:  # the next state lies where this one does
+        if self._donate:
             results = jax.tree.map(lambda x: x.sharding, state), results
-        jitted = jax.jit(self._function, donate_argnums=0 if self._donate else (), out_shardings=results)
-        with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
-            return jitted.lower(state, *args)
+        with jax.set_mesh(self._mesh):
+            return jax.jit(self._function, donate_argnums=donated, out_shardings=results).lower(state, *args)
 
     @property
     def count(self) -> int:
