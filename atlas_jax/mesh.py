@@ -121,7 +121,8 @@ def _put(mesh: Mesh, array: np.ndarray | Array, spec: Spec) -> Array:
 
 def _fitting(spec: Spec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     """The spec without the axes that do not divide their dimension, which stays whole."""
-    return PartitionSpec(*(axes if axes and _divides(axes, n, sizes) else None for axes, n in zip(spec, shape)))
+    named = zip(spec, shape, strict=False)  # axes without a name, at the end, stay whole too
+    return PartitionSpec(*(axes if axes and _divides(axes, n, sizes) else None for axes, n in named))
 
 
 def _divides(axes: str | tuple[str, ...], n: int, sizes: Mapping[str, int]) -> bool:

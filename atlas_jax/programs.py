@@ -25,8 +25,8 @@ def keep_programs(folder: str) -> None:
 class Program:
     """Calls `function(state, *args)` compiled; `args` are trees of arrays, `state` always has the same shapes.
 
-    With `donate` the state of a call is used up: its memory holds the results. On a mesh these are the next state, which
-    lies where this one does, and others; they are split as XLA likes it, or with `gather` every device has them whole.
+    With `donate` the state of a call is used up: its memory holds the results. On a mesh these are the next state,
+    which lies where this one does, and others. Results are split as XLA likes it, or with `gather` whole everywhere.
     """
 
     def __init__(

@@ -51,9 +51,8 @@ class ReaderBatches:
         for row, prompt in enumerate(prompts):
             target_mask[row, : len(prompt)] = False  # what is given is not to be learnt
         shape = (self.size, n, length)
-        passages = [put_passages(self.mesh, array.reshape(shape)) for array in (ids, mask)]
-        targets = [put_batch(self.mesh, array) for array in (target, target_mask)]
-        return ReaderBatch(*passages, *targets)
+        read = [put_passages(self.mesh, array.reshape(shape)) for array in (ids, mask)]
+        return ReaderBatch(*read, *(put_batch(self.mesh, array) for array in (target, target_mask)))
 
     def _target(self, example: Example) -> str:
         target = example.target or ""

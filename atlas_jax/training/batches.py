@@ -63,9 +63,9 @@ class Batches:
         shorter = min(length, self._text.retriever_maxlength)
         asked, given = (pad(ids, shorter, self._retriever_tokenizer.pad_id) for ids in sides)
         shape = (self.size, found.numbers.shape[1], shorter)
-        queries = [put_batch(self._mesh, array) for array in asked]
-        passages = [put_passages(self._mesh, array.reshape(shape)) for array in given]
-        return Batch(read, query_lengths, RetrieverBatch(*queries, *passages))
+        arrays = [put_batch(self._mesh, array) for array in asked]
+        arrays += [put_passages(self._mesh, array.reshape(shape)) for array in given]
+        return Batch(read, query_lengths, RetrieverBatch(*arrays))
 
     def _retriever_ids(self, queries: Sequence[str], found: Found) -> tuple[list[list[int]], list[list[int]]]:
         """The retriever's ids of the queries, and of their passages, row after row."""
