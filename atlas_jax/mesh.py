@@ -141,9 +141,9 @@ def parameter_spec(path: str, ndim: int) -> Spec:
 
 
 def split(x: Array, *spec: Any) -> Array:
-    """`x` split so, as far as its shape allows; on no mesh it is `x`."""
+    """`x` split so, as far as its shape allows; on no mesh and on one device it is `x`."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.size <= 1:
         return x
     return jax.lax.with_sharding_constraint(x, _fitting(spec, x.shape, mesh.shape))
 
@@ -154,7 +154,7 @@ def whole(path: str, x: Array, dtype: Any) -> Array:
     What splits heads, MLP and vocabulary stays, since their products are split too. It is sent in the type it is used
     in; its gradient, the sum of those of all devices, is made in its own type.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if jax.sharding.get_abstract_mesh().size <= 1:
         return x
     stored = parameter_spec(path, x.ndim)
     used = tuple(axes if axes == MODEL else None for axes in stored)

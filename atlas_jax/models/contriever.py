@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.dropout import dropout
-from atlas_jax.models.stack import scan, stack, whole
+from atlas_jax.models.stack import Block, scan, stack, whole
 from atlas_jax.models.t5 import MASKED, row_by_row
 
 MAX_LENGTH = 512  # positions that BERT has
@@ -54,7 +54,7 @@ class LayerNorm(nnx.Module):
         return (y * self.scale.reshape(1, 1, -1) + self.bias.reshape(1, 1, -1)).astype(self.cfg.dtype)
 
 
-class BertLayer(nnx.Module):
+class BertLayer(Block):
     """Self-attention and MLP, each followed by a residual and a norm."""
 
     def __init__(self, cfg: ContrieverConfig, *, rngs: nnx.Rngs):

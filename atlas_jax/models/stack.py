@@ -9,7 +9,15 @@ from flax import nnx
 
 from atlas_jax import mesh
 
-Layer = TypeVar("Layer", bound=nnx.Module)
+
+class Block(nnx.Module):
+    """A layer of many."""
+
+    dtype: Any  # that its matrices are used in
+
+
+Layer = TypeVar("Layer", bound=Block)
+Module = TypeVar("Module", bound=nnx.Module)
 Carry = TypeVar("Carry")
 
 
@@ -24,7 +32,7 @@ def apart(layers: Layer) -> list[Layer]:
     return [nnx.merge(graph, jax.tree.map(operator.itemgetter(n), params)) for n in range(_depth(params))]
 
 
-def whole(module: Layer, path: str, dtype: Any) -> Layer:
+def whole(module: Module, path: str, dtype: Any) -> Module:
     """The module for use on a mesh, with whole parameters; `path` is where it is in the model."""
     graph, params = nnx.split(module)
     return nnx.merge(graph, _whole(params, path, dtype))

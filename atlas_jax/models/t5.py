@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.mesh import ROWS, split
 from atlas_jax.models.dropout import dropout
-from atlas_jax.models.stack import apart, scan, stack
+from atlas_jax.models.stack import Block, apart, scan, stack
 
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -185,7 +185,7 @@ def _norm(cfg: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(cfg.d_model, epsilon=cfg.layer_norm_epsilon, dtype=cfg.dtype, rngs=rngs)
 
 
-class EncoderLayer(nnx.Module):
+class EncoderLayer(Block):
     """Self-attention and MLP, each behind a norm and beside a residual."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
@@ -209,7 +209,7 @@ class EncoderLayer(nnx.Module):
         return x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs)
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(Block):
     """Causal self-attention, attention over the encoder's states, MLP."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
