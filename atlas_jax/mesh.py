@@ -50,13 +50,14 @@ TABLE: tuple[tuple[str, Spec], ...] = (  # which axis of a parameter is split ov
 )
 
 
-def make_mesh(spec: str = "auto") -> Mesh:
-    """A mesh of all devices: `auto`, which splits the batch, or sizes such as `data=4,model=2`.
+def make_mesh(spec: str = "auto", *, learns: bool = False, nbytes: int = 0) -> Mesh:
+    """A mesh of all devices: `auto`, see `auto_sizes`, or sizes such as `data=4,model=2`.
 
     With smaller sizes the first devices of a single process do the work.
     """
     count = len(jax.devices())
-    sizes = {"data": count} if spec == "auto" else _parse(spec)
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    sizes = auto_sizes(count, memory, learns=learns, nbytes=nbytes) if spec == "auto" else _parse(spec)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     used = math.prod(shape)
     if used > count or (used < count and jax.process_count() > 1):
@@ -64,6 +65,19 @@ def make_mesh(spec: str = "auto") -> Mesh:
     if used < count:
         logger.warning("--mesh %s: %d of %d devices are used", spec, used, count)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:used])
+
+
+def auto_sizes(count: int, memory: int, *, learns: bool, nbytes: int) -> dict[str, int]:
+    """Everything on `fsdp` for a model that learns; else the batch is split, and the model where it is large.
+
+    That is, while its parameters, `nbytes` in all, would take over a third of a device's memory (0: unknown).
+    """
+    if learns:
+        return {"fsdp": count}
+    model = 1
+    while memory and nbytes / model > memory / 3 and count % (2 * model) == 0:
+        model *= 2
+    return {"data": count // model, "model": model}
 
 
 def _parse(spec: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ from atlas_jax.errors import UserError
 from atlas_jax.mesh import (
     AXES,
     TABLE,
+    auto_sizes,
     batch_rows,
     make_mesh,
     parameter_spec,
@@ -68,6 +69,25 @@ def test_a_mesh_that_cannot_be(spec, message):
         make_mesh(spec)
     assert str(error.value).startswith(f"--mesh {spec}: ")
     assert "\n" not in str(error.value)
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("count", "memory", "learns", "nbytes", "sizes"),
+    [
+        (64, 40 * GB, True, 46 * GB, {"fsdp": 64}),  # XXL in float32
+        (8, 80 * GB, False, 23 * GB, {"data": 8, "model": 1}),  # XXL in bfloat16
+        (8, 40 * GB, False, 23 * GB, {"data": 4, "model": 2}),
+        (8, 16 * GB, False, 23 * GB, {"data": 1, "model": 8}),
+        (6, 16 * GB, False, 23 * GB, {"data": 3, "model": 2}),  # six devices: no further
+        (8, 0, False, 23 * GB, {"data": 8, "model": 1}),  # a CPU does not say what it has
+    ],
+)
+def test_auto_is_a_good_split(count, memory, learns, nbytes, sizes):
+    """Training stores shares; inference keeps the model whole, or splits it as little as its size demands."""
+    assert auto_sizes(count, memory, learns=learns, nbytes=nbytes) == sizes
 
 
 def test_a_smaller_mesh_leaves_devices_idle_and_says_so(caplog):

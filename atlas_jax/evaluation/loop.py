@@ -41,8 +41,9 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
     check_library(config)
     if config.run.compile_cache:
         keep_programs(config.run.compile_cache)
-    mesh = make_mesh(config.run.mesh)
     weights = restore(config)
+    count = sum(array.size for array in weights.params.values())
+    mesh = make_mesh(config.run.mesh, nbytes=count * np.dtype(compute_type(config)).itemsize)
     model = place(weights, config, mesh)
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=run) as scratch:
         source = passage_source(config, weights, model, mesh, Path(scratch))

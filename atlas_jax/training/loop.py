@@ -57,7 +57,7 @@ def train(config: Config, run: Path) -> None:
         stack.enter_context(_alone(run))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH, dir=run)))
         checkpoints = stack.enter_context(RunCheckpoints(run / "checkpoint", config.run.keep))
-        mesh = make_mesh(config.run.mesh)
+        mesh = make_mesh(config.run.mesh, learns=True)
         trainer = Trainer(config, run, _start(config, checkpoints), files, evaluated, mesh, scratch)
         done = trainer.progress
         report = Report(run, config.optim.total_steps, config.run.log_freq, done.step, done.pending)

@@ -128,6 +128,22 @@ def test_predictions_equal_the_references_field_by_field(found, wanted):
     assert np.ptp(logits, axis=0).min() > 1e-2  # the orders are told apart
 
 
+@pytest.mark.parametrize("spec", ["data=2,fsdp=2,model=2", "passages=5"])
+def test_predictions_do_not_depend_on_the_mesh(golden, model, mmlu, tmp_path, spec):
+    """The first questions once more, where heads, parameters and passages are split: the same lines."""
+    weights, mesh = model[0], make_mesh(spec)
+    config = config_of(golden, "multiple_choice", length=192)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(b"".join((golden / "mmlu_eval.jsonl").read_bytes().splitlines(keepends=True)[:6]))
+    source = Given(golden, tmp_path / "passages")
+    _, lines = evaluate(config, (weights, place(weights, config, mesh), mesh), source, Rows(rows))
+    assert len(lines) == 6
+    for line, other in zip(lines, mmlu[1], strict=False):
+        assert line["generation"] == other["generation"]
+        near(line["choice_probs"], other["choice_probs"])
+        near(line["all_probs"], other["all_probs"])
+
+
 def near(ours: dict, theirs: dict, tolerance: float = 2e-5) -> None:
     assert ours.keys() == theirs.keys()
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=tolerance, atol=tolerance)
