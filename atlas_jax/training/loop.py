@@ -25,7 +25,7 @@ from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator
 from atlas_jax.evaluation.loop import checked_files, checked_rows, compute_type, evaluate_file
-from atlas_jax.mesh import is_one_cpu, make_mesh
+from atlas_jax.mesh import batch_rows, is_one_cpu, make_mesh
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.prefetch import prefetch
 from atlas_jax.programs import Program, keep_programs
@@ -58,7 +58,8 @@ def train(config: Config, run: Path) -> None:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH, dir=run)))
         checkpoints = stack.enter_context(RunCheckpoints(run / "checkpoint", config.run.keep))
         mesh = make_mesh(config.run.mesh, learns=True)
-        trainer = Trainer(config, run, _start(config, checkpoints), files, evaluated, mesh, scratch)
+        start = _start(config, checkpoints, batch_rows(mesh, config.run.per_gpu_batch_size))
+        trainer = Trainer(config, run, start, files, evaluated, mesh, scratch)
         done = trainer.progress
         report = Report(run, config.optim.total_steps, config.run.log_freq, done.step, done.pending)
         trainer.run(stack.enter_context(report), checkpoints, interrupts)
@@ -68,13 +69,13 @@ def train(config: Config, run: Path) -> None:
         raise UserError(checkpoints.failed)
 
 
-def _start(config: Config, checkpoints: RunCheckpoints) -> Start:
+def _start(config: Config, checkpoints: RunCheckpoints, queries: int) -> Start:
     """The newest whole checkpoint of this run, or else what the flags name."""
     found = checkpoints.restore(read)
     if found is None:
         return Start(restore(config), None)
     start, folder = found
-    check_same_run(start, config, folder)
+    check_same_run(start, config, folder, queries)
     logger.info("going on from %s", folder)
     return start
 
@@ -213,7 +214,11 @@ class Trainer:
             self.progress.index, self.progress.loaded = self.index.fingerprint, self.index.loaded
             memory = Memory(
                 arrays | self.index.arrays(),
-                {"progress": dataclasses.asdict(self.progress), "flags": to_dict(self.config)},
+                {
+                    "progress": dataclasses.asdict(self.progress),
+                    "flags": to_dict(self.config),
+                    "queries": self.batches.size,
+                },
             )
             weights = dataclasses.replace(weights, index=self.progress.index)
             checkpoints.save(self.progress.step, weights, memory)

@@ -26,7 +26,15 @@ logger = logging.getLogger(__name__)
 INDEX = "index/"  # in a checkpoint: the parameters that built the index
 MAY_DIFFER = (  # flags that a run may be continued with others of: they do not enter what it learns
     *("name", "checkpoint_dir", "eval_data", "log_freq", "eval_freq", "save_freq", "save_optimizer", "keep"),
-    *("max_bad_steps", "write_results", "dont_write_passages", "mesh", "compile_cache", "model_path"),
+    *(
+        "max_bad_steps",
+        "write_results",
+        "dont_write_passages",
+        "mesh",
+        "per_gpu_batch_size",
+        "compile_cache",
+        "model_path",
+    ),
     *("reader_model_type", "retriever_model_path", "multiple_choice_eval_permutations", "per_gpu_embedder_batch_size"),
     *("generation_max_length", "generation_min_length", "generation_length_penalty", "generation_num_beams"),
     *("local_rank", "main_port", "shard_optim", "shard_grads", "save_index_n_shards", "scheduler_steps", "alpha"),
@@ -70,14 +78,19 @@ def read(folder: Path) -> Start:
     return Start(store.load(folder), store.load_memory(folder))
 
 
-def check_same_run(found: Start, config: Config, folder: Path) -> None:
-    """Refuses to go on with flags that make it another run."""
+def check_same_run(found: Start, config: Config, folder: Path, queries: int) -> None:
+    """Refuses to go on with flags, or with `queries` a step, that make it another run."""
     now = to_dict(config)
     before = found.memory.about["flags"] if found.memory else {}
     differing = {flag: value for flag, value in before.items() if flag not in MAY_DIFFER and _plain(now[flag]) != value}
     for flag in [flag for flag in SHAPES_THE_REST if flag in differing]:
         logger.warning(
             "--%s was %s until step %d, now it is %s", flag, differing.pop(flag), found.weights.step, now[flag]
+        )
+    if found.memory and found.memory.about["queries"] != queries:
+        raise UserError(
+            f"{folder}: a run of {found.memory.about['queries']} queries a step, not {queries}; choose "
+            "--per_gpu_batch_size so that it times the devices on data and fsdp is the same, or another --name"
         )
     if differing:
         said = ", ".join(f"--{flag} {now[flag]} (was {value})" for flag, value in differing.items())
