@@ -76,8 +76,8 @@ class RunConfig:
     max_bad_steps: int = 20  # train: stop after so many steps in a row whose loss or gradient is not finite
     write_results: bool = False  # write the predictions of each evaluation to a jsonl file
     dont_write_passages: bool = False  # leave the passages, most of the bytes, out of the --write_results files
-    mesh: str = "auto"  # how devices share the work: axes and their sizes, such as data=8,fsdp=8, or auto
-    compile_cache: str | None = None  # folder that keeps compiled programs, so that the next run starts at once
+    mesh: str = "auto"  # how devices share the work: sizes of data, fsdp, passages and model, as data=8,fsdp=8; or auto
+    compile_cache: str = "auto"  # folder that keeps compiled programs for the next run; auto: the user's cache; or none
 
     def __post_init__(self) -> None:
         _at_least(1, self, "per_gpu_batch_size", "log_freq", "eval_freq", "save_freq", "max_bad_steps")

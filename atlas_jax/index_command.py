@@ -262,8 +262,7 @@ def _embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[Embed
     from atlas_jax.programs import keep_programs
     from atlas_jax.retrieval.embed import Embedder
 
-    if config.run.compile_cache:
-        keep_programs(config.run.compile_cache)
+    keep_programs(config.run.compile_cache)
     mesh, weights = make_mesh(config.run.mesh), restore(config)
     retriever, tokenizer = place(weights, config, mesh).retriever, weights.retriever_tokenizer
     assert retriever is not None

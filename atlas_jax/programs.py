@@ -1,10 +1,14 @@
 """A jitted function compiled ahead, once for each shape of its arguments, and said so."""
 
 import concurrent.futures
+import hashlib
 import logging
+import os
+import platform
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -16,10 +20,26 @@ T = TypeVar("T")
 
 
 def keep_programs(folder: str) -> None:
-    """Compiled programs are kept in a folder, where the next run of the same shapes finds them."""
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    logger.info("compiled programs are kept in %s", folder)
+    """Compiled programs are kept in a folder, where the next run of the same shapes finds them.
+
+    `auto`: where the environment says (JAX_COMPILATION_CACHE_DIR), else in the user's cache; `none`: nowhere.
+    """
+    if folder == "auto":
+        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_users_cache())
+    jax.config.update("jax_compilation_cache_dir", None if folder == "none" else folder)
+    if folder != "none":
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        logger.info("compiled programs are kept in %s", folder)
+
+
+def _users_cache() -> Path:
+    """One folder for each kind of processor, which JAX would not tell apart: homes are shared between machines."""
+    cpu = Path("/proc/cpuinfo")  # of Linux
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    kind = hashlib.blake2b(features.encode(), digest_size=4).hexdigest()
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "atlas_jax" / f"programs-{platform.machine()}-{kind}"
 
 
 class Program:

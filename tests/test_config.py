@@ -23,7 +23,7 @@ from atlas_jax.config import (
 from atlas_jax.errors import UserError
 
 REQUIRED = dataclasses.MISSING
-NEW_FLAGS = {"mesh": "auto", "compile_cache": None, "keep": None, "max_bad_steps": 20}
+NEW_FLAGS = {"mesh": "auto", "compile_cache": "auto", "keep": None, "max_bad_steps": 20}
 REFERENCE_FLAGS = {
     "name": "experiment_name",
     "checkpoint_dir": "./checkpoint/",

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax.programs import Program
+from atlas_jax.programs import Program, keep_programs
 
 
 @pytest.fixture
@@ -202,3 +203,24 @@ def test_what_a_signal_handler_raises_gets_through(monkeypatch):
         thread.join()
     assert program.count == 0
     np.testing.assert_array_equal(program(jnp.ones(1), jnp.ones(4)), np.ones(4))
+
+
+def test_where_programs_are_kept(monkeypatch, tmp_path, caplog):
+    """In the folder named, else where the environment says, else in the user's cache; or nowhere; and it is said."""
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        with caplog.at_level(logging.INFO, logger="atlas_jax"):
+            keep_programs(str(tmp_path / "here"))
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "here")
+            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "there"))
+            keep_programs("auto")
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "there")
+            monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+            keep_programs("auto")
+            assert Path(jax.config.jax_compilation_cache_dir).parent == tmp_path / "atlas_jax"
+            keep_programs("none")
+            assert jax.config.jax_compilation_cache_dir is None
+        assert [message.split(" in ")[0] for message in caplog.messages] == ["compiled programs are kept"] * 3
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

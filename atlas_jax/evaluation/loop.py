@@ -39,8 +39,8 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
     task = make_task(config)
     files = checked_files(config.run.eval_data, task)
     check_library(config)
-    if config.run.compile_cache:
-        keep_programs(config.run.compile_cache)
+    keep_programs(config.run.compile_cache)
+    make_mesh(config.run.mesh)  # a wrong one is refused before the weights are read
     weights = restore(config)
     count = sum(array.size for array in weights.params.values())
     mesh = make_mesh(config.run.mesh, nbytes=count * np.dtype(compute_type(config)).itemsize)

@@ -49,8 +49,7 @@ def train(config: Config, run: Path) -> None:
     files = [checked_rows(path, make_task(config, train=True)) for path in config.run.train_data]
     evaluated = checked_files(config.run.eval_data, make_task(config))
     check_library(config)
-    if config.run.compile_cache:
-        keep_programs(config.run.compile_cache)
+    keep_programs(config.run.compile_cache)
     with contextlib.ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         stack.push(_requeue)

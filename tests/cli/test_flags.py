@@ -20,7 +20,7 @@ def test_unknown_commands(refused):
         ({"n_context": 0}, ["--n_context 0: must be at least 1"]),
         ({"index_mode": "flatt"}, ["--index_mode flatt: did you mean flat?"]),
         ({"precision": "fp16"}, ["--precision fp16", "use bf16"]),
-        ({"mesh": "data=3"}, ["--mesh data=3: 3 devices, but there are 8"]),
+        ({"mesh": "data=16"}, ["--mesh data=16: 16 devices, but there are 8"]),
         ({"eval_data": None}, ["no eval file: pass --eval_data FILE.jsonl"]),
         ({"eval_data": "missing.jsonl"}, ["--eval_data missing.jsonl: no such file"]),
         ({"passages": "missing.jsonl"}, ["--passages missing.jsonl: no such file"]),
