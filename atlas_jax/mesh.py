@@ -57,14 +57,21 @@ def make_mesh(spec: str = "auto", *, learns: bool = False, nbytes: int = 0) -> M
     """
     count = len(jax.devices())
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    sizes = auto_sizes(count, memory, learns=learns, nbytes=nbytes) if spec == "auto" else _parse(spec)
+    sizes = auto_sizes(count, memory, learns=learns, nbytes=nbytes) if spec == "auto" else check_mesh(spec)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     used = math.prod(shape)
-    if used > count or (used < count and jax.process_count() > 1):
-        raise UserError(f"--mesh {spec}: {used} devices, but there are {count}; the sizes must multiply to it")
     if used < count:
         logger.warning("--mesh %s: %d of %d devices are used", spec, used, count)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:used])
+
+
+def check_mesh(spec: str) -> dict[str, int]:
+    """The sizes that --mesh asks for, none for `auto`; UserError if these devices cannot be such a mesh."""
+    sizes = {} if spec == "auto" else _parse(spec)
+    used, count = math.prod(sizes.values()), len(jax.devices())
+    if used > count or (sizes and used < count and jax.process_count() > 1):
+        raise UserError(f"--mesh {spec}: {used} devices, but there are {count}; the sizes must multiply to it")
+    return sizes
 
 
 def auto_sizes(count: int, memory: int, *, learns: bool, nbytes: int) -> dict[str, int]:

@@ -20,7 +20,7 @@ from atlas_jax.data.jsonl import Rows
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator, Result
 from atlas_jax.files import new_file, write_json
-from atlas_jax.mesh import is_matrix, is_one_cpu, make_mesh, put_parameter
+from atlas_jax.mesh import check_mesh, is_matrix, is_one_cpu, make_mesh, put_parameter
 from atlas_jax.models.atlas import Atlas
 from atlas_jax.models.fid import FiD
 from atlas_jax.programs import keep_programs
@@ -40,7 +40,7 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
     files = checked_files(config.run.eval_data, task)
     check_library(config)
     keep_programs(config.run.compile_cache)
-    make_mesh(config.run.mesh)  # a wrong one is refused before the weights are read
+    check_mesh(config.run.mesh)  # before the weights are read
     weights = restore(config)
     count = sum(array.size for array in weights.params.values())
     mesh = make_mesh(config.run.mesh, nbytes=count * np.dtype(compute_type(config)).itemsize)
