@@ -5,13 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from atlas_jax.checkpoints.restore import restore
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.data.ragged import RaggedArray
 from atlas_jax.data.tokens import bucket
-from atlas_jax.mesh import AXES, make_mesh
+from atlas_jax.mesh import make_mesh
 from atlas_jax.retrieval import embed
 from atlas_jax.retrieval.embed import Embedder, embed_corpus
 from atlas_jax.retrieval.passages import PassageTokens
@@ -69,9 +68,8 @@ def test_a_vector_is_the_text_s_alone(make_embedder, short):
         np.asarray(short(texts[::-1], 32, 8))[:5][::-1],
         np.asarray(short([*texts[1:], texts[0]], 64, 64))[[4, 0, 1, 2, 3]],
     ]
-    for shape in ((1, 1, 1), (2, 1, 2)):
-        devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
-        others.append(np.asarray(make_embedder("passage", Mesh(devices, AXES), CUT)(texts, 32, 6))[:5])
+    for spec in ("data=1", "data=2,model=2"):
+        others.append(np.asarray(make_embedder("passage", make_mesh(spec), CUT)(texts, 32, 6))[:5])
     for other in others:
         np.testing.assert_allclose(other, expected, rtol=0, atol=2e-6)
     longer = np.asarray(short([[*text, 7] for text in texts], 32, 8))[:5]
