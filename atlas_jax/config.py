@@ -297,8 +297,8 @@ class NoEffectConfig:
 
     local_rank: int = -1  # JAX finds the devices of each process itself
     main_port: int = -1  # JAX finds the other hosts itself
-    shard_optim: bool = False  # the fsdp axis of --mesh shards parameters and optimizer together
-    shard_grads: bool = False  # the fsdp axis of --mesh shards gradients too
+    shard_optim: bool = False  # the fsdp axis of --mesh, on which all is by default, splits parameters and optimizers
+    shard_grads: bool = False  # the fsdp axis of --mesh splits gradients too
     save_index_n_shards: int = 128  # an index is read by the files it has, whatever their number
     scheduler_steps: int | None = None  # schedules end at --total_steps; the PyTorch code does not read it either
     alpha: float = 1.0  # AdamW has no such value; the PyTorch code does not read it either
