@@ -173,21 +173,22 @@ def whole(path: str, x: Array, dtype: Any) -> Array:
     """A parameter for use: no longer split as it is stored, a matrix in `dtype`; its gradient is split again.
 
     What splits heads, MLP and vocabulary stays, since their products are split too. It is sent in the type it is used
-    in; its gradient, the sum of those of all devices, is made in its own type.
+    in, and so are the gradients that come back as their sum.
     """
     if jax.sharding.get_abstract_mesh().size <= 1:
         return x
     stored = parameter_spec(path, x.ndim)
     used = tuple(axes if axes == MODEL else None for axes in stored)
 
-    @jax.custom_vjp
     def gather(x: Array) -> Array:
         # The barrier keeps XLA from sending what it would convert back again
-        return split(jax.lax.optimization_barrier(x.astype(dtype) if is_matrix(path) else x), *used)
+        x = jax.lax.optimization_barrier(x.astype(dtype) if is_matrix(path) else x)
+        return split(split(x, *stored), *used)
 
-    # Said in two steps: told only where the sum shall lie, XLA would rather split activations like parameters
-    gather.defvjp(lambda x: (gather(x), None), lambda _, g: (split(split(g, *used), *stored).astype(x.dtype),))
-    return gather(x)
+    # Both ways said in two steps: XLA would rather gather earlier, and split activations like parameters
+    scatter = jax.custom_vjp(gather)
+    scatter.defvjp(lambda x: (gather(x), None), lambda _, g: (split(split(g, *used), *stored).astype(x.dtype),))
+    return scatter(x)
 
 
 def is_matrix(path: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from atlas_jax.checkpoints.weights import build_model
-from atlas_jax.mesh import make_mesh, put_batch, put_parameter, put_passages, replicate
+from atlas_jax.mesh import SHARD, make_mesh, parameter_spec, put_batch, put_parameter, put_passages, replicate
 from atlas_jax.programs import Program
 from atlas_jax.training.step import Batch, joint_loss
 from tests.training.test_step import batch, config, norm
@@ -53,6 +53,18 @@ def test_losses_and_gradients_equal_the_reference_on_every_mesh(golden, tiny_wei
     np.testing.assert_allclose(metrics["loss/retriever_loss"], wanted["retriever_loss"], rtol=1e-4)
     np.testing.assert_allclose(norm(gradients, "reader"), wanted["grad_norm_reader"], rtol=1e-4)
     np.testing.assert_allclose(norm(gradients, "retriever"), wanted["grad_norm_retriever"], rtol=1e-4)
+    if spec == "fsdp=8":
+        keeps_no_whole_layers(program.prepare(params, placed(mesh, batch)).as_text(), tiny_weights.params)
+
+
+def keeps_no_whole_layers(program: str, params) -> None:
+    """A layer is gathered for use, and again for its gradient: all of them together are nowhere, shares of them are."""
+    for path, array in params.items():
+        if "/layers/" in path and path.endswith("kernel"):
+            shape, share = list(array.shape), list(array.shape)
+            share[parameter_spec(path, array.ndim).index(SHARD)] //= 8
+            assert f"f32[{','.join(map(str, share))}]" in program, path
+            assert f"f32[{','.join(map(str, shape))}]" not in program, path
 
 
 def test_dropout_does_not_depend_on_the_mesh(tiny_weights, batch):
