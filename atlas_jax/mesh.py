@@ -141,13 +141,19 @@ def _put(mesh: Mesh, array: np.ndarray | Array, spec: Spec) -> Array:
 
 
 def _fitting(spec: Spec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """The spec without the axes that do not divide their dimension, which stays whole."""
-    named = zip(spec, shape, strict=False)  # axes without a name, at the end, stay whole too
-    return PartitionSpec(*(axes if axes and _divides(axes, n, sizes) else None for axes, n in named))
+    """The spec with as many of a dimension's axes, from the first, as together divide it; with none it is whole."""
+    named = zip(spec, shape, strict=False)  # dimensions at the end that the spec does not name are whole too
+    return PartitionSpec(*(_dividing(axes, n, sizes) for axes, n in named))
 
 
-def _divides(axes: str | tuple[str, ...], n: int, sizes: Mapping[str, int]) -> bool:
-    return n % math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes)) == 0
+def _dividing(axes: str | tuple[str, ...] | None, n: int, sizes: Mapping[str, int]) -> tuple[str, ...] | None:
+    chosen: list[str] = []
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+        n, rest = divmod(n, sizes[axis])
+        if rest:
+            break
+        chosen.append(axis)
+    return tuple(chosen) or None
 
 
 def parameter_spec(path: str, ndim: int) -> Spec:
@@ -169,7 +175,7 @@ def split(x: Array, *spec: Any) -> Array:
     return jax.lax.with_sharding_constraint(x, _fitting(spec, x.shape, mesh.shape))
 
 
-def whole(path: str, x: Array, dtype: Any) -> Array:
+def gathered(path: str, x: Array, dtype: Any) -> Array:
     """A parameter for use: no longer split as it is stored, a matrix in `dtype`; its gradient is split again.
 
     What splits heads, MLP and vocabulary stays, since their products are split too. It is sent in the type it is used
@@ -186,9 +192,9 @@ def whole(path: str, x: Array, dtype: Any) -> Array:
         return split(split(x, *stored), *used)
 
     # Both ways said in two steps: XLA would rather gather earlier, and split activations like parameters
-    scatter = jax.custom_vjp(gather)
-    scatter.defvjp(lambda x: (gather(x), None), lambda _, g: (split(split(g, *used), *stored).astype(x.dtype),))
-    return scatter(x)
+    and_back = jax.custom_vjp(gather)
+    and_back.defvjp(lambda x: (gather(x), None), lambda _, g: (split(split(g, *used), *stored).astype(x.dtype),))
+    return and_back(x)
 
 
 def is_matrix(path: str) -> bool:
@@ -196,12 +202,12 @@ def is_matrix(path: str) -> bool:
     return path.endswith(("kernel", "reader/embed/embedding"))
 
 
-def stores_shares() -> bool:
-    """Whether no device stores whole parameters."""
+def parameters_are_split() -> bool:
+    """Whether a program on this mesh has to gather them."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return any(sizes.get(axis, 1) > 1 for axis in SHARD)
 
 
-def but_whole(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for `jax.checkpoint` that keeps everything for the gradient but whole parameters."""
+def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint` that keeps everything for the gradient but gathered parameters."""
     return bool(primitive.name != "sharding_constraint")

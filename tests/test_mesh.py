@@ -112,12 +112,13 @@ def test_a_batch_is_split_over_the_batch_axes_alone():
 
 
 def test_what_an_axis_does_not_divide_stays_whole():
-    """Five passages on two devices, six rows on eight; the counter-cases divide."""
+    """Five passages on two devices; six rows on eight, of which the first axis divides them; the others divide."""
     mesh = make_mesh("data=2,passages=2,model=2")
     for put, shape, share in (
         (put_passages, (4, 5, 3), (2, 5, 3)),
         (put_passages, (4, 6, 3), (2, 3, 3)),
-        (put_rows, (6, 3), (6, 3)),
+        (put_rows, (6, 3), (3, 3)),
+        (put_rows, (5, 3), (5, 3)),
         (put_rows, (16, 3), (2, 3)),
     ):
         array = np.arange(np.prod(shape)).reshape(shape)

@@ -19,7 +19,7 @@ class Prediction(NamedTuple):
     looks: CrossAttention | None  # in sum over the layers, if asked for
 
 
-def apart(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]:
+def by_query(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]:
     """Rows of passages back to the passages of each query."""
     return x.reshape(-1, n, *x.shape[1:])
 
@@ -63,7 +63,7 @@ class FiD(nnx.Module):
         """The encoder's states of every passage (query and passage are one text)."""
         b, n, length = passages.shape
         rows = self._embedded(passages.reshape(b * n, length))
-        states = apart(self.encoder(rows, mask.reshape(b * n, length), rngs=rngs, remat=remat), n)
+        states = by_query(self.encoder(rows, mask.reshape(b * n, length), rngs=rngs, remat=remat), n)
         return split(states, BATCH, "passages")
 
     def encode(self, passages: Int[Array, "b n l"], mask: Bool[Array, "b n l"]) -> Source:

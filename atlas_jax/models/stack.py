@@ -40,7 +40,7 @@ def whole(module: Module, path: str, dtype: Any) -> Module:
 
 def _whole(params: Any, prefix: str, dtype: Any) -> Any:
     def of(path: tuple[Any, ...], variable: Any) -> Any:
-        return variable.replace(mesh.whole(prefix + "/".join(map(str, path)), variable[...], dtype))
+        return variable.replace(mesh.gathered(prefix + "/".join(map(str, path)), variable[...], dtype))
 
     return nnx.map_state(of, params)
 
@@ -76,8 +76,8 @@ def scan(
 
     if remat:
         step = jax.checkpoint(step)
-    elif mesh.stores_shares():
-        step = jax.checkpoint(step, policy=mesh.but_whole)
+    elif mesh.parameters_are_split():
+        step = jax.checkpoint(step, policy=mesh.all_but_gathered)
     return jax.lax.scan(step, carry, (params, keys, xs))
 
 

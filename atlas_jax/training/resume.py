@@ -87,9 +87,10 @@ def check_same_run(found: Start, config: Config, folder: Path, queries: int) -> 
         logger.warning(
             "--%s was %s until step %d, now it is %s", flag, differing.pop(flag), found.weights.step, now[flag]
         )
-    if found.memory and found.memory.about["queries"] != queries:
+    before_queries = found.memory.about.get("queries", queries) if found.memory else queries  # older runs do not say
+    if before_queries != queries:
         raise UserError(
-            f"{folder}: a run of {found.memory.about['queries']} queries a step, not {queries}; choose "
+            f"{folder}: a run of {before_queries} queries a step, not {queries}; choose "
             "--per_gpu_batch_size so that it times the devices on data and fsdp is the same, or another --name"
         )
     if differing:
