@@ -78,8 +78,16 @@ class RunConfig:
     dont_write_passages: bool = False  # leave the passages, most of the bytes, out of the --write_results files
     mesh: str = "auto"  # how devices share the work: sizes of data, fsdp, passages and model, as data=8,fsdp=8; or auto
     compile_cache: str = "auto"  # folder that keeps compiled programs for the next run; auto: the user's cache; or none
+    coordinator: str | None = None  # several hosts: host:port of process 0; SLURM, Open MPI and Google's pods need none
+    num_processes: int | None = None  # with --coordinator: how many processes there are
+    process_id: int | None = None  # with --coordinator: which of them this one is, from 0
+    main_port: int = -1  # SLURM, Open MPI: port of process 0; -1: one that follows from the job's number
+    host_timeout: int = 300  # seconds to wait for processes at the start, or for one that has fallen silent
 
     def __post_init__(self) -> None:
+        _at_least(1, self, "num_processes", "host_timeout")
+        _at_least(0, self, "process_id")
+        require(self.main_port == -1 or 1 <= self.main_port < 65536, self, "main_port", "must be 1 to 65535, or -1")
         _at_least(1, self, "per_gpu_batch_size", "log_freq", "eval_freq", "save_freq", "max_bad_steps")
         _at_least(0, self, "keep")
 
@@ -296,7 +304,6 @@ class NoEffectConfig:
     """No effect here (accepted, so that a published command line runs as it is)"""
 
     local_rank: int = -1  # JAX finds the devices of each process itself
-    main_port: int = -1  # JAX finds the other hosts itself
     shard_optim: bool = False  # the fsdp axis of --mesh, on which all is by default, splits parameters and optimizers
     shard_grads: bool = False  # the fsdp axis of --mesh splits gradients too
     save_index_n_shards: int = 128  # an index is read by the files it has, whatever their number

@@ -90,3 +90,25 @@ def test_a_missing_setting_is_named(data):
     assert done.returncode
     assert "set DATA_DIR" in done.stderr
     assert not (data / "calls").exists()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_slurm_starts_the_same_command(data, experiment):
+    """`srun`, and in a container that, before the command of launch/mmlu."""
+    script = REPOSITORY / f"launch/slurm/{experiment}.sh"
+    settings = {"DATA_DIR": str(data), "SIZE": "base", "DRY_RUN": "1", "IMAGE": "atlas.sif"}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    done = subprocess.run([script, "--seed", "7"], env=plain | settings, capture_output=True, text=True, cwd=REPOSITORY)
+    first = done.stdout.splitlines()[0].split()
+    assert first[0] == "srun"
+    assert first[first.index("apptainer") :][:2] == ["apptainer", "exec"]
+    assert parse_args(EXPERIMENTS[experiment], first[first.index("atlas") + 2 :]).run.seed == 7
+
+
+def test_local_numbers_lines_and_ends_all_with_the_first_failure():
+    """The others are killed, and the status is that of the one that failed."""
+    command = ["bash", "-c", 'echo "process"; [ "${!#}" = 0 ] || exit 4; exec sleep 60', "bash"]
+    script = [REPOSITORY / "launch/local.sh", "-n", "2", "--", *command]
+    done = subprocess.run(script, env=os.environ | {"GRACE": "0"}, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 4
+    assert "[1] " in done.stdout

@@ -37,6 +37,7 @@ MAY_DIFFER = (  # flags that a run may be continued with others of: they do not 
     ),
     *("reader_model_type", "retriever_model_path", "multiple_choice_eval_permutations", "per_gpu_embedder_batch_size"),
     *("generation_max_length", "generation_min_length", "generation_length_penalty", "generation_num_beams"),
+    *("coordinator", "num_processes", "process_id", "host_timeout"),
     *("local_rank", "main_port", "shard_optim", "shard_grads", "save_index_n_shards", "scheduler_steps", "alpha"),
 )
 SHAPES_THE_REST = ("total_steps", "load_index_path", "save_index_path", "passages", "train_data")  # may, but it matters

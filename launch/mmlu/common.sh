@@ -10,7 +10,7 @@ SIZE=${SIZE:-xxl}
 SAVE_DIR=${SAVE_DIR:-$DATA_DIR/experiments}
 MMLU=$DATA_DIR/data/mmlu_data
 ATLAS=${ATLAS:-atlas}
-SCORES="python $(dirname "${BASH_SOURCE[0]}")/../../eval/evaluate_mmlu_predictions.py"
+SCORES=${SCORES:-"python $(dirname "${BASH_SOURCE[0]}")/../../eval/evaluate_mmlu_predictions.py"}
 
 MODEL_FLAGS=(
   --reader_model_type "${READER:-google/t5-$SIZE-lm-adapt}"

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# MMLU, 5-shot, on 8 nodes of 8 GPUs: launch/slurm/common.sh says how. Arguments go to atlas.
+#SBATCH --job-name=atlas-5-shot
+#SBATCH --nodes=8
+#SBATCH --array=0-56
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+# SLURM runs a copy of this file, so its folder is that of `sbatch`.
+# shellcheck source=launch/slurm/common.sh
+source "${SLURM_SUBMIT_DIR:-$PWD}/launch/slurm/common.sh"
+
+exec "$MMLU_SCRIPTS/5-shot.sh" "$@"
