@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from atlas_jax.command_line import choose
 from atlas_jax.errors import UserError
-from atlas_jax.training.interrupts import Interrupted, leave
+from atlas_jax.interrupts import Interrupted, leave
 
 if TYPE_CHECKING:
     from atlas_jax.config import Config

@@ -1,16 +1,22 @@
-"""Bytes between hosts without their devices, through the key-value store of JAX's coordination service."""
+"""What the processes of a run tell each other, without their devices.
 
+It goes through the key-value store of JAX's coordination service. A process that is alone is told everything by itself.
+"""
+
+import contextlib
 import itertools
 import json
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from atlas_jax.errors import UserError
+from atlas_jax.interrupts import Interrupted
 
 SLACK = 5.0  # seconds that others wait for process 0's answer after its own waiting is over
+AS_LONG_AS_IT_TAKES = 30 * 86400.0  # seconds; who is lost meanwhile is noticed by `roll_call`
 
 
 class NoAnswer(UserError):
@@ -25,6 +31,7 @@ class Exchange:
 
     def __init__(self, index: int = 0, names: Sequence[str] = ("this host",), client: Any = None, timeout: float = 300):
         self.index, self.names = index, tuple(names)
+        self.asked_to_stop: Callable[[], int] = lambda: 0  # the signal that this process has got, if any
         self._client, self._timeout = client, timeout
         self._calls: dict[str, Iterator[int]] = defaultdict(itertools.count)
         self._lock = threading.Lock()
@@ -87,11 +94,69 @@ class Exchange:
     def _name(self, index: int) -> str:
         return f"process {index} ({self.names[index]})"
 
-    def agree_max(self, values: Sequence[int], timeout: float | None = None, channel: str = "main") -> list[int]:
-        """The largest value of any process, number by number."""
-        rows = [json.loads(one) for one in self.gather(json.dumps(list(values)).encode(), timeout, channel)]
-        return [max(column) for column in zip(*rows, strict=True)]
+    def agree(self, *values: int) -> list[int]:
+        """The largest value of any process, number by number.
 
-    def barrier(self, name: str, timeout: float | None = None) -> None:
-        """Returns when every process has come here."""
-        self.gather(b"", timeout, f"barrier {name}")
+        If any was told to stop, all of them stop here, `Interrupted`.
+        """
+        if self.count == 1:
+            return list(values)
+        rows = [json.loads(one) for one in self.gather(json.dumps([self.asked_to_stop(), *values]).encode())]
+        signum, *largest = (max(column) for column in zip(*rows, strict=True))
+        if signum:
+            raise Interrupted(signum)
+        return largest
+
+    def barrier(self, channel: str = "main") -> None:
+        """Returns when every process has come here, however long that takes."""
+        self.gather(b"", AS_LONG_AS_IT_TAKES, channel)
+
+    def everyone(self, work: Callable[[], Any], channel: str = "main") -> list[Any]:
+        """Runs `work` on every process: what it gives, which JSON can hold, on all of them in order.
+
+        Where it fails its own error is raised, on the others a `UserError` that names the process.
+        """
+        error: Exception | None = None
+        try:
+            said = {"value": work()}
+        except Exception as failure:
+            error, said = failure, {"error": f"{failure}" or type(failure).__name__}
+        answers = [json.loads(one) for one in self.gather(json.dumps(said).encode(), AS_LONG_AS_IT_TAKES, channel)]
+        if error:
+            raise error
+        for index, answer in enumerate(answers):
+            if "error" in answer:
+                raise UserError(f"{self._name(index)}: {answer['error']}")
+        return [answer["value"] for answer in answers]
+
+    def lead(self, work: Callable[[], Any], channel: str = "main") -> Any:
+        """Runs `work` on process 0 while the others wait; what it gives, or that it failed, is known to all."""
+        return self.everyone(lambda: None if self.index else work(), channel)[0]
+
+    @contextlib.contextmanager
+    def process_0_first(self) -> Iterator[None]:
+        """Process 0 runs the block, which leaves something on the disk, and then the others, who find it."""
+        if self.index:
+            self.barrier()
+        yield
+        if not self.index:
+            self.barrier()
+
+
+_ours = Exchange()
+
+
+def ours() -> Exchange:
+    """That of this process, as JAX has one set of devices; alone until `hosts.connect` has found others."""
+    return _ours
+
+
+@contextlib.contextmanager
+def become(exchange: Exchange) -> Iterator[Exchange]:
+    """Within the block, `ours` is another one."""
+    global _ours
+    before, _ours = _ours, exchange
+    try:
+        yield exchange
+    finally:
+        _ours = before

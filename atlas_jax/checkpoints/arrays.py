@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 PART = 24 << 20  # bytes that are read and written at a time; malloc keeps what is smaller than 32 MB for the next
+SPREAD_PART = 4 << 20  # the same of what is split over devices: who reads a layer of it reads chunks of many layers
 TILE = (256, 64)  # elements of a matrix that are transposed together
 
 Index = tuple[slice, ...]  # of the leading axes, each with start and stop
@@ -34,9 +35,6 @@ class Lazy(abc.ABC):
     def nbytes(self) -> int:
         """Bytes, once it is read."""
         return self.size * self.dtype.itemsize
-
-
-Either = np.ndarray | Lazy
 
 
 class Linked(Lazy):
@@ -66,6 +64,34 @@ class Linked(Lazy):
             copy_into(target, part)
             advise(view, mmap.MADV_DONTNEED)
         return whole
+
+
+class Share(Lazy):
+    """Copies of what this process has to write of a `jax.Array` that lies spread over the devices of all of them."""
+
+    def __init__(self, array: Any):
+        self.shape, self.dtype = array.shape, np.dtype(array.dtype)
+        self.piece: tuple[int, ...] = array.sharding.shard_shape(array.shape)  # the shape of each piece
+        self.pieces: list[tuple[Index, np.ndarray]] = [  # each place is some process's, once
+            (
+                tuple(slice(*part.indices(n)[:2]) for part, n in zip(shard.index, array.shape, strict=True)),
+                np.array(shard.data),
+            )
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        ]
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        """Of a process that has all the pieces; anything else is a `ValueError`."""
+        if sum(piece.size for _, piece in self.pieces) < self.size:
+            raise ValueError("other processes have pieces of this array")
+        whole = np.empty(self.shape, self.dtype)
+        for place, piece in self.pieces:
+            whole[place] = piece
+        return whole[index]
+
+
+Either = np.ndarray | Lazy
 
 
 def read(array: Either, index: Index = ()) -> np.ndarray:
@@ -110,7 +136,7 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
         return False
     if one.__array_interface__ == other.__array_interface__:  # the same bytes of the same file
         return True
-    for _, index in parts(one.shape, chunk_shape(one.shape, one.itemsize)):
+    for index in parts(one.shape, chunk_shape(one.shape, one.itemsize)):
         equal = np.array_equal(one[index], other[index])
         advise(one[index], mmap.MADV_DONTNEED)
         advise(other[index], mmap.MADV_DONTNEED)
@@ -119,31 +145,43 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
     return True
 
 
-def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Equal parts of about `PART` bytes at most: rows of the first axis, or, if one is larger, rows of it."""
+def chunk_shape(shape: tuple[int, ...], itemsize: int, part: int = 0) -> tuple[int, ...]:
+    """Equal parts of about `part`, else `PART`, bytes: rows of the first axis, or, if one is larger, rows of it."""
     if not shape:
         return ()
+    part = part or PART
     row = math.prod(shape[1:]) * itemsize
-    if row > PART and len(shape) > 1:
-        return 1, *chunk_shape(shape[1:], itemsize)
-    count = max(1, -(-shape[0] * row // PART))
+    if row > part and len(shape) > 1:
+        return 1, *chunk_shape(shape[1:], itemsize, part)
+    count = max(1, -(-shape[0] * row // part))
     return max(1, -(-shape[0] // count)), *(max(1, n) for n in shape[1:])
 
 
-def parts(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[int, Index]]:
-    """The index of each chunk, and the number of its first element in C order; nothing of an empty array."""
+def piece_chunk(piece: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Chunks of a whole of which no two equal pieces share one: so several processes can write at a time."""
+    if piece == shape:
+        return chunk_shape(shape, itemsize)
+    fits = chunk_shape(piece, itemsize, SPREAD_PART)
+    return tuple(step if n == whole else _divisor(n, step) for n, whole, step in zip(piece, shape, fits, strict=True))
+
+
+def _divisor(n: int, about: int) -> int:
+    """The largest divisor of n that is not above `about`, unless it is far below: then n."""
+    found = next(step for step in range(about, 0, -1) if n % step == 0)
+    return found if 4 * found >= about else n
+
+
+def parts(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
+    """The index of each chunk; nothing of an empty array."""
     ranges = [range(0, n, step) for n, step in zip(shape, chunk, strict=True)]
     for corner in itertools.product(*ranges):
         stops = (min(start + step, n) for start, step, n in zip(corner, chunk, shape, strict=True))
-        yield first(corner, shape), tuple(map(slice, corner, stops))
+        yield tuple(map(slice, corner, stops))
 
 
-def first(corner: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """The number of an element in C order; axes that `corner` leaves out are at 0."""
-    number = 0
-    for axis, n in enumerate(shape):
-        number = number * n + (corner[axis] if axis < len(corner) else 0)
-    return number
+def corner(index: Index) -> tuple[int, ...]:
+    """Where a part begins."""
+    return tuple(axis.start or 0 for axis in index)
 
 
 def advise(array: np.ndarray, advice: int) -> None:

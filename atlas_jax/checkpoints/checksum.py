@@ -21,28 +21,49 @@ def checksum(array: np.ndarray | jax.Array) -> str:
     if isinstance(array, jax.Array):
         return _digits(array.dtype, array.shape, np.asarray(_sums(array, np.uint32(0))))
     whole = Checksum(array.dtype, array.shape)
-    whole.add(0, array)
+    whole.add((), array)
     return whole.digits()
 
 
 class Checksum:
-    """The checksum of an array that arrives in parts, in any order."""
+    """The checksum of an array that arrives in parts, in any order, and perhaps to several processes."""
 
     def __init__(self, dtype: np.dtype[Any], shape: tuple[int, ...]):
         self.dtype, self.shape = dtype, shape
         self.seen = 0  # elements
-        self._sums = np.zeros(2, np.uint32)
+        self.sums = np.zeros(2, np.uint32)  # those of several processes add up to that of all parts
 
-    def add(self, start: int, part: np.ndarray) -> None:
-        """The elements from number `start` on, counted in C order."""
-        first = start * max(part.itemsize // 4, 1)
-        for at, piece in _pieces(part):
-            self._sums += np.asarray(_sums(piece, np.uint32((first + at) % 2**32)))
+    def add(self, corner: tuple[int, ...], part: np.ndarray) -> None:
+        """A part whose first element has this index; axes that `corner` leaves out are at 0."""
+        words = max(part.itemsize // 4, 1)
+        at = first(corner, self.shape) * words
+        if _is_run(part.shape, self.shape):
+            for start, piece in _pieces(part):
+                self.sums += np.asarray(_sums(piece, np.uint32((at + start) % 2**32)))
+        else:
+            strides = [math.prod(self.shape[axis + 1 :]) * words for axis in range(part.ndim)]
+            bits = np.ascontiguousarray(part).view(f"u{min(part.itemsize, 4)}").reshape(*part.shape, words)
+            steps = np.array([stride % 2**32 for stride in (*strides, 1)], np.uint32)
+            self.sums += np.asarray(_spread_sums(bits, np.uint32(at % 2**32), steps))
         self.seen += part.size
 
     def digits(self) -> str:
         """That of the whole, once all parts have been added."""
-        return _digits(self.dtype, self.shape, self._sums)
+        return _digits(self.dtype, self.shape, self.sums)
+
+
+def first(corner: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """The number of an element in C order; axes that `corner` leaves out are at 0."""
+    number = 0
+    for axis, n in enumerate(shape):
+        number = number * n + (corner[axis] if axis < len(corner) else 0)
+    return number
+
+
+def _is_run(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether the elements of such a part follow each other in the whole."""
+    axis = next((axis for axis, n in enumerate(part) if n != 1), len(part))
+    return part[axis + 1 :] == whole[axis + 1 :]
 
 
 def _digits(dtype: np.dtype[Any], shape: tuple[int, ...], sums: np.ndarray) -> str:
@@ -64,9 +85,20 @@ def _sums(array: Shaped[Array, "..."], start: UInt32[Array, ""]) -> UInt32[Array
     see two changed signs: 2**31 times any odd number is 2**31.
     """
     words = _words(array)
+    strides = [math.prod(words.shape[axis + 1 :]) % 2**32 for axis in range(words.ndim)]
+    return _mixed(words, start, np.array(strides, np.uint32))
+
+
+@jax.jit
+def _spread_sums(words: Shaped[Array, "..."], start: UInt32[Array, ""], strides: UInt32[Array, " n"]) -> Any:
+    """The same of a part whose elements lie apart in the whole, by `strides` words along each axis."""
+    return _mixed(words.astype(jnp.uint32), start, strides)
+
+
+def _mixed(words: UInt32[Array, "..."], start: Any, strides: Any) -> UInt32[Array, "2"]:
     index = start
-    for axis, stride in enumerate(math.prod(words.shape[axis + 1 :]) for axis in range(words.ndim)):
-        index = index + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+    for axis in range(words.ndim):
+        index = index + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * strides[axis]
     return jnp.stack([_mix(words ^ _mix(index + jnp.uint32(salt))).sum(dtype=jnp.uint32) for salt in (1, 0x9E3779B9)])
 
 

@@ -10,15 +10,27 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from atlas_jax.checkpoints.arrays import Either, Index, Lazy, Linked, chunk_shape, first, parts, read
+from atlas_jax.checkpoints.arrays import (
+    Either,
+    Index,
+    Lazy,
+    Linked,
+    Share,
+    chunk_shape,
+    corner,
+    parts,
+    piece_chunk,
+    read,
+)
 from atlas_jax.checkpoints.checksum import Checksum
 from atlas_jax.errors import UserError
 from atlas_jax.prefetch import prefetch
@@ -32,41 +44,86 @@ CONTEXT = {
 }
 
 
-def write_arrays(folder: Path, arrays: Mapping[str, Either], tell: Callable[[int], object]) -> dict[str, str]:
-    """Writes the arrays and gives the checksum of each; `tell` hears of the bytes. Raises what TensorStore raises."""
+Sums = dict[str, list[int]]  # of each array, from which its checksum follows
+
+
+def create_arrays(folder: Path, arrays: Mapping[str, Either]) -> None:
+    """Makes the folder, without the arrays' bytes. Raises what Orbax and TensorStore raise."""
     with _orbax() as checkpointer:
         checkpointer.save(folder, {name: np.zeros((), array.dtype) for name, array in arrays.items()})
     context = tensorstore.Context(CONTEXT)
-    places = {name: _create(folder, name, array, context) for name, array in arrays.items()}
+    for name, array in arrays.items():
+        spec = {
+            **_spec(folder, name),
+            "metadata": {"shape": array.shape, "chunks": _chunk(array), "compressor": None},
+            "dtype": array.dtype.name,
+            "store_data_equal_to_fill_value": True,
+        }
+        tensorstore.open(spec, context=context, create=True, delete_existing=True).result()
+
+
+def write_arrays(folder: Path, arrays: Mapping[str, Either], tell: Callable[[int], object]) -> Sums:
+    """Writes what there is of the arrays into a folder that `create_arrays` made; `tell` hears of the bytes.
+
+    Several processes may do so at a time, each its own pieces; `digits` of all their sums are the checksums.
+    """
+    context = tensorstore.Context(CONTEXT)
+    places = {name: tensorstore.open(_spec(folder, name), context=context, open=True).result() for name in arrays}
     checksums = {name: Checksum(array.dtype, array.shape) for name, array in arrays.items()}
     pending: deque[Any] = deque()
     try:
         with contextlib.closing(prefetch(_parts(arrays), 2)) as made:
-            for name, start, index, part in made:
+            for name, index, part in made:
                 while len(pending) >= IN_FLIGHT:
                     pending.popleft().result()
                 pending.append(places[name][index].write(part, can_reference_source_data_indefinitely=True))
-                checksums[name].add(start, part)
+                checksums[name].add(corner(index), part)
                 tell(part.nbytes)
         while pending:
             pending.popleft().result()
     finally:
         for future in pending:  # nothing is written any more when this returns
             future.exception()
-    return {name: checksum.digits() for name, checksum in checksums.items()}
+    return {name: checksum.sums.tolist() for name, checksum in checksums.items()}
 
 
-def _parts(arrays: Mapping[str, Either]) -> Iterator[tuple[str, int, Index, np.ndarray]]:
+def digits(arrays: Mapping[str, Either], sums: Sequence[Sums]) -> dict[str, str]:
+    """The checksum of each array, from the sums of all processes that wrote of it."""
+    found = {}
+    for name, array in arrays.items():
+        whole = Checksum(array.dtype, array.shape)
+        for one in sums:
+            whole.sums += np.array(one.get(name, (0, 0)), np.uint32)
+        found[name] = whole.digits()
+    return found
+
+
+def _chunk(array: Either) -> tuple[int, ...]:
+    piece = array.piece if isinstance(array, Share) else array.shape
+    return piece_chunk(piece, array.shape, array.dtype.itemsize)
+
+
+def _parts(arrays: Mapping[str, Either]) -> Iterator[tuple[str, Index, np.ndarray]]:
+    spread = {name: array for name, array in arrays.items() if isinstance(array, Share)}
+    for name, array in spread.items():
+        for place, piece in array.pieces:
+            for index in parts(piece.shape, _chunk(array)):
+                yield name, tuple(map(_shifted, place, index)), piece[index]
+    whole = {name: array for name, array in arrays.items() if not isinstance(array, Share)}
     todo = [
-        (name, start, index)
-        for name, array in arrays.items()
-        for start, index in parts(array.shape, chunk_shape(array.shape, array.dtype.itemsize))
+        (name, index)
+        for name, array in whole.items()
+        for index in parts(array.shape, chunk_shape(array.shape, array.dtype.itemsize))
     ]
-    for number, (name, start, index) in enumerate(todo):
-        for following, _, its_index in todo[number + 1 : number + 1 + AHEAD]:
-            if isinstance(array := arrays[following], Linked):
-                array.expect(its_index)
-        yield name, start, index, read(arrays[name], index)
+    for number, (name, index) in enumerate(todo):
+        for following, its_index in todo[number + 1 : number + 1 + AHEAD]:
+            if isinstance(coming := whole[following], Linked):
+                coming.expect(its_index)
+        yield name, index, read(whole[name], index)
+
+
+def _shifted(place: slice, index: slice) -> slice:
+    return slice(place.start + index.start, place.start + index.stop)
 
 
 def open_arrays(folder: Path, checksums: Mapping[str, str]) -> dict[str, "Stored"]:
@@ -98,7 +155,7 @@ class Stored(Lazy):
         except Exception as error:  # TensorStore raises every kind
             folder = self.name.split(": ")[0]
             raise UserError(f"{folder}: damaged or incomplete ({line(error)}); write it again") from None
-        self._checksum.add(first(tuple(axis.start or 0 for axis in index), self.shape), part)
+        self._checksum.add(corner(index), part)
         if self._checksum.seen >= self.size:
             found, self._checksum = self._checksum.digits(), Checksum(self.dtype, self.shape)
             if found != self.expected:
@@ -120,17 +177,6 @@ def line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _create(folder: Path, name: str, array: Either, context: Any) -> Any:
-    chunk = chunk_shape(array.shape, array.dtype.itemsize)
-    spec = {
-        **_spec(folder, name),
-        "metadata": {"shape": array.shape, "chunks": chunk, "compressor": None},
-        "dtype": array.dtype.name,
-        "store_data_equal_to_fill_value": True,
-    }
-    return tensorstore.open(spec, context=context, create=True, delete_existing=True).result()
-
-
 def _open(folder: Path, name: str, context: Any) -> Any:
     return tensorstore.open(_spec(folder, name), context=context, open=True, read=True).result()
 
@@ -148,7 +194,9 @@ def _orbax() -> Any:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if not isinstance(sys.unraisablehook, _LateCallbacks):
         sys.unraisablehook = _LateCallbacks(sys.unraisablehook)
-    return ocp.Checkpointer(ocp.StandardCheckpointHandler(use_ocdbt=False))
+    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+    handler = ocp.StandardCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 class _LateCallbacks:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.store import Memory, Weights
 from atlas_jax.errors import UserError
+from atlas_jax.exchange import ours
 from atlas_jax.files import new_file
 
 logger = logging.getLogger(__name__)
@@ -24,9 +25,10 @@ STEP = r"step-(0|[1-9][0-9]*)"  # the name of a checkpoint
 
 
 class RunCheckpoints:
-    """The folders `step-N` below one that only this process writes, and the link `latest` to the last one written.
+    """The folders `step-N` below one that only this run writes, and the link `latest` to the last one written.
 
-    With `keep`, only so many of the newest whole ones stay. `failed` says why the last save came to nothing.
+    The processes of a run call the same methods in the same order, and each has the same answers. With `keep`, only so
+    many of the newest whole ones stay. `failed` says why the last save came to nothing.
     """
 
     def __init__(self, folder: Path, keep: int | None = None):
@@ -36,23 +38,26 @@ class RunCheckpoints:
         self._damaged: set[Path] = set()  # found by reading; the sizes of files may not tell
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
-        _sweep(folder)
+        ours().lead(lambda: _sweep(folder))
 
     def restore(self, read: Callable[[Path], T]) -> tuple[T, Path] | None:
         """What `read` makes of the newest checkpoint that it does not refuse with a UserError; None if there is none.
 
         UserError if there are some but it refuses all.
         """
-        folders = self._newest_first()
+        found: list[T] = []
+        names = ours().lead(lambda: [folder.name for folder in self._newest_first()])
         refusals = []
-        for folder, older in itertools.zip_longest(folders, folders[1:]):
+        for name, older in itertools.zip_longest(names, names[1:]):
+            folder = self.folder / name
             try:
-                return read(folder), folder
+                ours().everyone(lambda folder=folder: found.append(read(folder)))  # type: ignore[misc]
+                return found[-1], folder
             except (OSError, UserError) as error:
                 refusals.append(error)
                 self._damaged.add(folder)
                 if older:
-                    logger.warning("%s is damaged, %s is tried next: %s", folder.name, older.name, error)
+                    logger.warning("%s is damaged, %s is tried next: %s", name, older, error)
         if refusals:
             raise UserError(f"{self.folder}: none of its checkpoints can be read; the newest: {refusals[0]}")
         return None
@@ -74,6 +79,8 @@ class RunCheckpoints:
     def remove(self) -> None:
         """Removes all of them."""
         self.wait()
+        if ours().index:
+            return
         for folder in self._newest_first():
             shutil.rmtree(folder, ignore_errors=True)
         (self.folder / "latest").unlink(missing_ok=True)
@@ -99,6 +106,8 @@ class RunCheckpoints:
             return
         self.failed = None
         self._damaged.discard(folder)
+        if ours().index:
+            return
         try:
             with new_file(self.folder / "latest") as link:
                 link.symlink_to(folder.name)

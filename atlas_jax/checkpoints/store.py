@@ -15,20 +15,31 @@ from typing import Any
 
 import numpy as np
 
-from atlas_jax.checkpoints.arrays import Either, read
+from atlas_jax.checkpoints.arrays import Either, Share, read
 from atlas_jax.checkpoints.checksum import checksum
-from atlas_jax.checkpoints.orbax_arrays import Stored, damaged, line, open_arrays, write_arrays
+from atlas_jax.checkpoints.orbax_arrays import (
+    Stored,
+    Sums,
+    create_arrays,
+    damaged,
+    digits,
+    line,
+    open_arrays,
+    write_arrays,
+)
 from atlas_jax.checkpoints.pretrained import read_json
 from atlas_jax.checkpoints.weights import Params, flat_shapes
 from atlas_jax.config import OUR_CHECKPOINT
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
+from atlas_jax.exchange import ours
 from atlas_jax.files import new_folder, sync, write_json
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
 
 FORMAT = 2
+CHANNEL = "checkpoint"  # on which the processes of a run speak of this
 TREES = ("params", "training")  # what Orbax writes
 ABOUT_TRAINING = "training.json"
 REMEDY = "free some space there or choose a folder that can be written"
@@ -49,7 +60,7 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """`Weights` that are still in their files."""
+    """`Weights` that are still where they come from, as in files."""
 
     params: Mapping[str, Either]
     cfg: AtlasConfig
@@ -95,27 +106,54 @@ def save(
     """Writes the folder, which appears when it is complete and on the disk; an existing one is replaced then.
 
     Parameters that are in files are never all in memory. `tell` hears how many more bytes of arrays were written. Not
-    being able to write is a `UserError`.
+    being able to write is a `UserError`. All processes of a run take part, each with its pieces; process 0 does the
+    rest. If one of them cannot write, that is an error on all, and nothing appears.
     """
     trees: dict[str, Mapping[str, Either]] = {"params": weights.params}
     if memory:
         trees["training"] = memory.arrays
-    with new_folder(folder, REMEDY, replace=True) as draft:
-        check_room(draft, folder, sum(array.nbytes for tree in trees.values() for array in tree.values()))
-        checksums: dict[str, Any] = {}
-        with writing(folder):
-            for name, arrays in trees.items():
-                checksums[name] = write_arrays(draft.resolve() / name, arrays, tell) if arrays else {}
-            for name, tokenizer in (("reader", weights.tokenizer), ("retriever", weights.retriever_tokenizer)):
-                if tokenizer:
-                    tokenizer.save(draft / name)
-        if memory:
-            write_json(draft / ABOUT_TRAINING, memory.about)
-            checksums[ABOUT_TRAINING] = _of_file(draft / ABOUT_TRAINING)
-        about = {"format": FORMAT, "step": weights.step, "index": weights.index, **_shapes(weights.cfg)}
-        write_json(draft / OUR_CHECKPOINT, about | {"files": _sizes(draft), "checksums": checksums})
-        sync(*draft.rglob("*"), draft)
-    sync(folder.parent)
+    arrays = {name: tree for name, tree in trees.items() if tree}
+    exchange, draft = ours(), Path()
+    with contextlib.ExitStack() as finishing:
+
+        def begin() -> str:
+            draft = finishing.enter_context(new_folder(folder, REMEDY, replace=True)).resolve()
+            check_room(draft, folder, sum(array.nbytes for tree in arrays.values() for array in tree.values()))
+            with writing(folder):
+                for name, tree in arrays.items():
+                    create_arrays(draft / name, tree)
+            return str(draft)
+
+        def write() -> dict[str, Sums]:
+            mine = {name: _mine(tree, all_else=exchange.index == 0) for name, tree in arrays.items()}
+            with writing(folder):
+                return {name: write_arrays(draft / name, tree, tell) for name, tree in mine.items()}
+
+        def finish() -> None:
+            checksums: dict[str, Any] = {name: {} for name in trees}
+            for name, tree in arrays.items():
+                checksums[name] = digits(tree, [one[name] for one in sums])
+            with writing(folder):
+                for name, tokenizer in (("reader", weights.tokenizer), ("retriever", weights.retriever_tokenizer)):
+                    if tokenizer:
+                        tokenizer.save(draft / name)
+            if memory:
+                write_json(draft / ABOUT_TRAINING, memory.about)
+                checksums[ABOUT_TRAINING] = _of_file(draft / ABOUT_TRAINING)
+            about = {"format": FORMAT, "step": weights.step, "index": weights.index, **_shapes(weights.cfg)}
+            write_json(draft / OUR_CHECKPOINT, about | {"files": _sizes(draft), "checksums": checksums})
+            sync(*draft.rglob("*"), draft)
+            finishing.close()
+            sync(folder.parent)
+
+        draft = Path(exchange.lead(begin, CHANNEL))
+        sums = exchange.everyone(write, CHANNEL)
+        exchange.lead(finish, CHANNEL)
+
+
+def _mine(tree: Mapping[str, Either], *, all_else: bool) -> dict[str, Either]:
+    """Arrays that this process writes of: those that are spread, and on process 0 all else."""
+    return {name: array for name, array in tree.items() if all_else or isinstance(array, Share)}
 
 
 def check_room(draft: Path, folder: Path, needed: int) -> None:

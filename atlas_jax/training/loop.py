@@ -25,6 +25,7 @@ from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator
 from atlas_jax.evaluation.loop import checked_files, checked_rows, compute_type, evaluate_file
+from atlas_jax.interrupts import Interrupted, Interrupts, requeue
 from atlas_jax.mesh import batch_rows, is_one_cpu, make_mesh
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.prefetch import prefetch
@@ -32,7 +33,6 @@ from atlas_jax.programs import Program, keep_programs
 from atlas_jax.retrieval.library import check_library
 from atlas_jax.tasks import Example, make_task
 from atlas_jax.training.batches import Batches, TrainingExamples
-from atlas_jax.training.interrupts import Interrupted, Interrupts, requeue
 from atlas_jax.training.live_index import LiveIndex
 from atlas_jax.training.optimizer import rate
 from atlas_jax.training.report import Report

@@ -91,3 +91,20 @@ def test_a_large_array_goes_in_pieces(monkeypatch):
     assert checksum(np.asfortranarray(array)) == whole
     assert checksum(array.T.copy().T) == whole
     assert checksum(array.T) != whole
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16], ids=lambda dtype: np.dtype(dtype).name)
+def test_parts_may_lie_apart_and_come_to_several_processes(dtype):
+    """Blocks of all axes, in any order, in two sums that add up; a block in another place is another array."""
+    array = (RNG.normal(size=(4, 6, 10)) * 9).astype(dtype)
+    blocks = [(i, j, k) for i in (0, 2) for j in (0, 3) for k in (0, 5)]
+
+    def found(places) -> str:
+        halves = [module.Checksum(array.dtype, array.shape) for _ in range(2)]
+        for number, ((i, j, k), place) in enumerate(zip(blocks[::-1], places[::-1], strict=True)):
+            halves[number % 2].add(place, array[i : i + 2, j : j + 3, k : k + 5])
+        halves[0].sums += halves[1].sums
+        return halves[0].digits()
+
+    assert found(blocks) == checksum(array)
+    assert found([blocks[1], blocks[0], *blocks[2:]]) != checksum(array)

@@ -15,8 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.store import Memory, Weights
+from atlas_jax.checkpoints.arrays import Share
+from atlas_jax.checkpoints.store import Memory, Opened, Weights
 from atlas_jax.errors import UserError
+from atlas_jax.mesh import make_mesh, put_parameter
 from atlas_jax.models.atlas import AtlasConfig
 
 TEXTS = ["question: Who? answer: <extra_id_0>", "Z_8 x Z_10, naïve 字", ""]
@@ -63,6 +65,27 @@ def refusal(call: Callable[[], object], *parts: object) -> str:
     for part in parts:
         assert str(part) in message
     return message
+
+
+@pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=2,model=2"])
+def test_what_lies_spread_over_devices_is_saved_the_same(saved, tmp_path, tiny_weights, spec):
+    """Bit for bit and with the same checksums, from pieces whose chunks no two of them share."""
+    mesh = make_mesh(spec)
+    shares = {path: Share(put_parameter(mesh, path, array)) for path, array in tiny_weights.params.items()}
+    assert any(len(share.pieces) > 1 for share in shares.values())
+    weights = tiny_weights
+    store.save(tmp_path / "spread", Opened(shares, weights.cfg, weights.tokenizer, weights.retriever_tokenizer, step=7))
+    for path, array in store.load(tmp_path / "spread").params.items():
+        np.testing.assert_array_equal(array.view(np.uint32), tiny_weights.params[path].view(np.uint32))
+    checksums = [
+        json.loads((folder / "atlas.json").read_text())["checksums"] for folder in (saved, tmp_path / "spread")
+    ]
+    assert checksums[0] == checksums[1]
+    for path, share in shares.items():
+        chunk = json.loads((tmp_path / "spread/params" / path / ".zarray").read_text())["chunks"]
+        assert all(
+            piece == whole or piece % n == 0 for piece, whole, n in zip(share.piece, share.shape, chunk, strict=True)
+        )
 
 
 def test_what_is_saved_comes_back(saved, tiny_weights):

@@ -35,13 +35,13 @@ class Interrupts:
     """Within the block, which is the main thread's, SIGTERM, SIGUSR1 or Ctrl-C raises `Interrupted` at once.
 
     Only the first signal does; further ones are logged, but a second Ctrl-C is a KeyboardInterrupt. Ctrl-C stays
-    ignored where it was, as in a shell's background job.
+    ignored where it was, as in a shell's background job. `later`: nothing is raised; who asks for `first` raises it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, later: bool = False) -> None:
         self._seen: list[int] = []
         self._due = False  # it is still to be raised
-        self._holds = 0
+        self._holds = int(later)
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Interrupts":
@@ -55,6 +55,10 @@ class Interrupts:
 
     def __exit__(self, *error: object) -> None:
         self._undo.close()
+
+    def first(self) -> int:
+        """The first signal that came; 0 if none has."""
+        return next(iter(self._seen), 0)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from atlas_jax.training.interrupts import Interrupted, leave, requeue
+from atlas_jax.interrupts import Interrupted, leave, requeue
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PRELUDE = """
 import os, signal, sys, threading, time
 from signal import SIGINT, SIGTERM, SIGUSR1
-from atlas_jax.training.interrupts import Interrupted, Interrupts, leave
+from atlas_jax.interrupts import Interrupted, Interrupts, leave
 
 def send(signum):
     os.kill(os.getpid(), signum)
