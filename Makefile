@@ -8,10 +8,10 @@ MINUTES ?= 10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lint types test soak fuzz demo clean
+.PHONY: help setup plan-env lint types test soak fuzz demo clean
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.installed ## .venv with everything; does nothing unless pyproject.toml or EXTRAS changed
 
@@ -38,6 +38,11 @@ again:
 	done; \
 	echo "make: no Python >= 3.11 with venv and ensurepip (tried $(or $(PYTHON),python3.13 python3.12 python3.11 python3));" \
 	  "install one (Debian: apt install python3 python3-venv) or say make setup PYTHON=/path/to/python" >&2; exit 2
+
+plan-env: setup ## .venv-plan with XLA's compilers for GPUs and TPUs, some GB, which `atlas plan` finds
+	test -x .venv-plan/bin/python || $(BIN)/python -m venv .venv-plan
+	.venv-plan/bin/python -m pip --disable-pip-version-check install --quiet --editable . libtpu \
+	  "jax[cuda12]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')"
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check
@@ -68,5 +73,5 @@ demo: setup ## evaluate the sample model on the sample questions, on a CPU
 	@echo 'The weights of the sample are random: expect chance, 25 %.'
 
 clean: ## remove .venv, runs/ and caches
-	rm -rf .venv runs build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-plan runs build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,6 +23,7 @@ ATLAS: a retriever and a reader, in JAX (arXiv 2208.03299).
   evaluate   retrieve, read and score:       atlas evaluate --help
   index      what is searched, made ready:   atlas index --help
   convert    weights of one form to another: atlas convert --help
+  plan       will a run fit, how fast is it: atlas plan --help
 """
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,14 @@ SMALLER = "take a smaller --per_gpu_batch_size, --per_gpu_embedder_batch_size or
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 0, or 2 with one line on stderr that says what is wrong and what to do."""
+    """Runs a command; 0, or 2 with one line on stderr that says what is wrong and what to do.
+
+    1 is an answer: of `atlas plan`, that the run does not fit.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with _log_to_stderr():
-            _run(arguments)
+            status = _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read this has gone, as in `atlas evaluate --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor shall the interpreter complain when it flushes
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's
             raise
         return _failed(f"out of memory ({str(error).splitlines()[0]:.200}); {SMALLER}")
-    return 0
+    return status
 
 
 def _failed(message: str, status: int = 2) -> int:
@@ -67,22 +71,24 @@ def _failed(message: str, status: int = 2) -> int:
     return status
 
 
-def _run(arguments: Sequence[str]) -> None:
-    commands: dict[str, Callable[[Sequence[str]], None]] = {
+def _run(arguments: Sequence[str]) -> int:
+    commands: dict[str, Callable[[Sequence[str]], int | None]] = {
         "train": _train,
         "evaluate": _evaluate,
         "index": _index,
         "convert": _convert,
+        "plan": _plan,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
-        return
+        return 0
     command = choose("atlas", commands, arguments[0])
     try:
-        command(arguments[1:])
+        return command(arguments[1:]) or 0
     except SystemExit as done:
         if done.code:  # else argparse has shown --help
             raise
+        return 0
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -132,6 +138,13 @@ def _convert(argv: Sequence[str]) -> None:
     from atlas_jax.checkpoints.convert import main as convert
 
     convert(argv)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from atlas_jax.command_line import parse_plan
+    from atlas_jax.plan.command import plan
+
+    return plan(*parse_plan(argv), argv)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from atlas_jax.config import OUR_CHECKPOINT, READERS, Command, Config, NoEffectConfig, require
+from atlas_jax.config import OUR_CHECKPOINT, READERS, Command, Config, NoEffectConfig, PlanConfig, require
 from atlas_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,21 +41,35 @@ GROUPS: dict[str, type[Any]] = get_type_hints(Config)
 
 def parse_args(command: Command, argv: Sequence[str]) -> Config:
     """The run that a command line asks for; both commands take all flags. `--help` prints and exits."""
+    config = make_config(_given(command, argv))
+    _check_inputs(command, config)
+    return config
+
+
+def parse_plan(argv: Sequence[str]) -> tuple[Config, PlanConfig]:
+    """The run that `atlas plan` is asked about, and the machine; no file of the run need be there."""
+    given = _given("plan", argv)
+    asked = PlanConfig(**{field.name: given.pop(field.name) for field in fields(PlanConfig) if field.name in given})
+    config = make_config({"task": "qa"} | given)
+    _check_reader(config)
+    return config, asked
+
+
+def _given(command: Command, argv: Sequence[str]) -> dict[str, Any]:
+    """Flag to value, of those that are on the command line."""
     namespace, unknown = _parser(command).parse_known_args(argv)
     given = vars(namespace)
-    flags = {field.name: field for group in GROUPS.values() for field in fields(group)}
+    flags = {field.name: field for group in _groups(command) for field in fields(group)}
     if unknown:
         what = "no such flag" if unknown[0].startswith("-") else "a value that belongs to no flag"
         remedy = _suggest(unknown[0].split("=")[0], [f"--{flag}" for flag in flags], f"see atlas {command} --help")
         raise UserError(f"{unknown[0]}: {what}; {remedy}")
     for flag, field in flags.items():
-        if field.default is MISSING and flag not in given:
+        if field.default is MISSING and flag not in given and command != "plan":
             raise UserError(f"--{flag} is missing: {_suggest('', get_args(field.type) or READERS)}")
         if flag in WITHOUT_MEANING and flag in given:
             logger.warning("--%s has no effect: %s", flag, WITHOUT_MEANING[flag])
-    config = make_config(given)
-    _check_inputs(command, config)
-    return config
+    return given
 
 
 def make_config(given: Mapping[str, Any]) -> Config:
@@ -87,6 +101,12 @@ def _check_inputs(command: Command, config: Config) -> None:
     folder = config.weights_folder
     if not reader and folder and (folder / OUR_CHECKPOINT).is_file():
         return
+    _check_reader(config)
+
+
+def _check_reader(config: Config) -> None:
+    """--reader_model_type is one."""
+    model, reader = config.model, config.model.reader_model_type
     if not reader:
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
     found = reader in READERS or (Path(reader) / "config.json").is_file()
@@ -100,6 +120,12 @@ EXAMPLES: dict[Command, str] = {
          --train_retriever --query_side_retriever_training --n_context 20 --retriever_n_context 20 --lr 4e-5""",
     "evaluate": """atlas evaluate --task qa --eval_data dev.jsonl --name run1 --precision bf16 --write_results \\
          --reader_model_type google/t5-base-lm-adapt --model_path atlas/base --load_index_path index/base""",
+    "plan": """atlas plan --topology a100-80gb:8x8 --reader_model_type google/t5-xxl-lm-adapt --precision bf16 \\
+         --train_retriever --query_side_retriever_training --n_context 30 --retriever_n_context 30 \\
+         --text_maxlength 512 --target_maxlength 16 --passages_count 37500000 \\
+         --use_gradient_checkpoint_reader --use_gradient_checkpoint_retriever
+       atlas plan --topology v5p:4x4x4 --mesh fsdp=32,passages=2 --reader_model_type google/t5-xl-lm-adapt --json
+       Takes the flags of atlas train. Exit status 0: everything fits; 1: it does not; 2: bad input.""",
 }
 
 
@@ -113,9 +139,13 @@ class Parser(argparse.ArgumentParser):
 @functools.cache
 def _parser(command: Command) -> argparse.ArgumentParser:
     parser = Parser(f"atlas {command}", EXAMPLES[command], allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for group in GROUPS.values():
+    for group in _groups(command):
         add_flags(parser.add_argument_group(group.__doc__), group, *(field.name for field in fields(group)))
     return parser
+
+
+def _groups(command: Command) -> list[type[Any]]:
+    return [PlanConfig, *GROUPS.values()] if command == "plan" else [*GROUPS.values()]
 
 
 def add_flags(parser: Any, group: type[Any], *names: str) -> None:

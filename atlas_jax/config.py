@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from atlas_jax.errors import UserError
 
-Command = Literal["train", "evaluate"]
+Command = Literal["train", "evaluate", "plan"]
 TaskName = Literal["base", "mlm", "lm", "multiple_choice", "kilt", "section", "fever", "qa"]
 Permutations = Literal["single", "cyclic", "all"]
 
@@ -309,6 +309,20 @@ class NoEffectConfig:
     save_index_n_shards: int = 128  # an index is read by the files it has, whatever their number
     scheduler_steps: int | None = None  # schedules end at --total_steps; the PyTorch code does not read it either
     alpha: float = 1.0  # AdamW has no such value; the PyTorch code does not read it either
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Plan (the machine, and what else decides whether a run fits into it)"""
+
+    topology: str = ""  # the machine: a100-40gb, a100-80gb or h100-80gb and NODESxGPUS, such as a100-80gb:8x8; v4, v5e,
+    # v5p or v6e and the shape of its slice, such as v5e:8x8 or v5p:4x4x4; or cpu:8 (required)
+    passages_count: int = 0  # passages of the index, searched exactly on the devices; 0: no index there
+    json: bool = False  # print the plan as JSON
+
+    def __post_init__(self) -> None:
+        require(bool(self.topology), self, "topology", "is missing: name a machine, such as a100-80gb:8x8 or v5e:8x8")
+        _at_least(0, self, "passages_count")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ the passages of each query, and parameters like `fsdp`; `model` the heads, the M
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ ROWS = (*BATCH, "passages")  # what splits rows of which each query has one a pa
 SHARD = ("fsdp", "passages")  # what splits parameters
 MODEL = "model"
 
+Like = np.ndarray | Array | jax.ShapeDtypeStruct  # an array, or the shape of one that `atlas plan` compiles for
 Spec = tuple[Any, ...]  # for each axis of an array: the mesh's axis or axes that split it, or None
 
 _LAYER = r"(?:reader/(?:en|de)coder/layers/)?"  # of the reader, with or without the axis of its layers in front
@@ -50,26 +51,32 @@ TABLE: tuple[tuple[str, Spec], ...] = (  # which axis of a parameter is split ov
 )
 
 
-def make_mesh(spec: str = "auto", *, learns: bool = False, nbytes: int = 0) -> Mesh:
+def make_mesh(
+    spec: str = "auto", *, learns: bool = False, nbytes: int = 0, described: Sequence[Any] | None = None
+) -> Mesh:
     """A mesh of all devices: `auto`, see `auto_sizes`, or sizes such as `data=4,model=2`.
 
-    With smaller sizes the first devices of a single process do the work.
+    With smaller sizes the first devices of a single process do the work. `described` are devices of another machine,
+    for which programs are only compiled.
     """
-    count = len(jax.devices())
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    sizes = auto_sizes(count, memory, learns=learns, nbytes=nbytes) if spec == "auto" else check_mesh(spec)
+    devices = jax.devices() if described is None else described
+    memory = 0 if described else (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    if spec == "auto":
+        sizes = auto_sizes(len(devices), memory, learns=learns, nbytes=nbytes)
+    else:
+        sizes = check_mesh(spec, described=described)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     used = math.prod(shape)
-    if used < count:
-        logger.warning("--mesh %s: %d of %d devices are used", spec, used, count)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:used])
+    if used < len(devices):
+        logger.warning("--mesh %s: %d of %d devices are used", spec, used, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
 
 
-def check_mesh(spec: str) -> dict[str, int]:
+def check_mesh(spec: str, *, described: Sequence[Any] | None = None) -> dict[str, int]:
     """The sizes that --mesh asks for, none for `auto`; UserError if these devices cannot be such a mesh."""
     sizes = {} if spec == "auto" else _parse(spec)
-    used, count = math.prod(sizes.values()), len(jax.devices())
-    if used > count or (sizes and used < count and jax.process_count() > 1):
+    used, count = math.prod(sizes.values()), len(jax.devices() if described is None else described)
+    if used > count or (sizes and used < count and (described or jax.process_count() > 1)):
         raise UserError(f"--mesh {spec}: {used} devices, but there are {count}; the sizes must multiply to it")
     return sizes
 
@@ -111,33 +118,36 @@ def batch_rows(mesh: Mesh, per_device: int) -> int:
     return per_device * math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def put_batch(mesh: Mesh, array: np.ndarray) -> Array:
+def put_batch(mesh: Mesh, array: Like) -> Any:
     """An array whose first axis is the batch, split over the batch axes."""
     return _put(mesh, array, (BATCH,))
 
 
-def put_passages(mesh: Mesh, array: np.ndarray) -> Array:
+def put_passages(mesh: Mesh, array: Like) -> Any:
     """An array "b n ...", split over the batch axes and, where it can be, over the axis of the passages."""
     return _put(mesh, array, (BATCH, "passages"))
 
 
-def put_rows(mesh: Mesh, array: np.ndarray) -> Array:
+def put_rows(mesh: Mesh, array: Like) -> Any:
     """An array of rows that have nothing to do with each other, split over all devices."""
     return _put(mesh, array, (AXES,))
 
 
-def replicate(mesh: Mesh, array: np.ndarray | Array) -> Array:
+def replicate(mesh: Mesh, array: Like) -> Any:
     """An array that every device holds whole."""
     return _put(mesh, array, ())
 
 
-def put_parameter(mesh: Mesh, path: str, array: np.ndarray | Array) -> Array:
+def put_parameter(mesh: Mesh, path: str, array: Like) -> Any:
     """A parameter, or what AdamW remembers of it, where the table says."""
-    return _put(mesh, array, parameter_spec(path, np.ndim(array)))
+    return _put(mesh, array, parameter_spec(path, len(array.shape)))
 
 
-def _put(mesh: Mesh, array: np.ndarray | Array, spec: Spec) -> Array:
-    return jax.device_put(array, NamedSharding(mesh, _fitting(spec, np.shape(array), mesh.shape)))
+def _put(mesh: Mesh, array: Like, spec: Spec) -> Any:
+    sharding = NamedSharding(mesh, _fitting(spec, array.shape, mesh.shape))
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    return jax.device_put(array, sharding)
 
 
 def _fitting(spec: Spec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:

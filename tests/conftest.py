@@ -34,6 +34,14 @@ def pytest_sessionfinish() -> None:
 
 
 @pytest.fixture(scope="module")
+def quick_compiler():
+    """For programs that are only read: XLA's are the same, without LLVM's optimizations of them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
 def one_faiss_thread():
     """Threads of faiss wait for each other in loops, which is slow where cores are shared."""
     import faiss

@@ -272,7 +272,9 @@ def _abstract(cfg: AtlasConfig) -> tuple[Any, Any]:
 
 
 def build_model(
-    params: Mapping[str, np.ndarray | jax.Array], cfg: AtlasConfig, place: Callable[[str, Any], jax.Array] | None = None
+    params: Mapping[str, np.ndarray | jax.Array | jax.ShapeDtypeStruct],
+    cfg: AtlasConfig,
+    place: Callable[[str, Any], jax.Array] | None = None,
 ) -> Atlas:
     """The model with these parameters, each put where `place` (path, array) says, or left where it is."""
     graph, flat = _abstract(cfg)

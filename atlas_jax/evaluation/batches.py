@@ -8,7 +8,7 @@ from atlas_jax.config import TextConfig
 from atlas_jax.data.reader_inputs import ReaderText
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.step import CHOICE_POSITION, ReaderBatch
-from atlas_jax.mesh import put_batch, put_passages
+from atlas_jax.mesh import Like, put_batch, put_passages
 from atlas_jax.retrieval.sources import Found
 from atlas_jax.tasks import Example
 
@@ -51,11 +51,16 @@ class ReaderBatches:
         for row, prompt in enumerate(prompts):
             target_mask[row, : len(prompt)] = False  # what is given is not to be learnt
         shape = (self.size, n, length)
-        read = [put_passages(self.mesh, array.reshape(shape)) for array in (ids, mask)]
-        return ReaderBatch(*read, *(put_batch(self.mesh, array) for array in (target, target_mask)))
+        return put_reader_batch(self.mesh, ids.reshape(shape), mask.reshape(shape), target, target_mask)
 
     def _target(self, example: Example) -> str:
         target = example.target or ""
         if self.text.decoder_prompt_format:
             target = self.text.decoder_prompt_format.format(query=example.query) + target
         return self.text.decoder_format.format(target=target) if self.text.decoder_format else target
+
+
+def put_reader_batch(mesh: Mesh, passages: Like, mask: Like, target: Like, target_mask: Like) -> ReaderBatch:
+    """The arrays on the devices."""
+    read = (put_passages(mesh, array) for array in (passages, mask))
+    return ReaderBatch(*read, *(put_batch(mesh, array) for array in (target, target_mask)))

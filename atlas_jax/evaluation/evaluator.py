@@ -67,16 +67,9 @@ class Evaluator:
         self.source = source
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self.generation = Generation(
-            config.generation.generation_max_length,
-            config.generation.generation_min_length or 0,
-            config.generation.generation_num_beams,
-            config.generation.generation_length_penalty,
-            eos_id=tokenizer.suffix[0],
-            pad_id=tokenizer.pad_id,
-            # Reference: a prompted decoder may write known tokens only, the embedding has some more
-            vocabulary=tokenizer.vocab_size if config.text.decoder_prompt_format else None,
-        )
+        # Reference: a prompted decoder may write known tokens only, the embedding has some more
+        vocabulary = tokenizer.vocab_size if config.text.decoder_prompt_format else None
+        self.generation = generation(config, tokenizer.pad_id, tokenizer.suffix[0], vocabulary)
         letters = [tokenizer.finish(ids)[0] for ids in tokenizer.ids(list(task.choices))]
         self.choices = replicate(mesh, np.asarray(letters, np.int32))
         self.size = batch_rows(mesh, config.run.per_gpu_batch_size)
@@ -113,16 +106,9 @@ class Evaluator:
         """The reader's program, made once, and the reader's present parameters."""
         if reader is None:
             return None, None
-        graph, state = nnx.split(reader)
         if self._read is None:
-            cfg = self.generation
-            self._read = Program(
-                "reader",
-                lambda state, batch, choices, prompt: read(nnx.merge(graph, state), batch, choices, prompt, cfg),
-                self.mesh,
-                gather=True,
-            )
-        return self._read, state
+            self._read = reader_program(reader, self.generation, self.mesh)
+        return self._read, nnx.state(reader)
 
     def _programs(self) -> list[Program]:
         return [*self.source.programs, *([self._read] if self._read else [])]
@@ -211,3 +197,28 @@ class Evaluator:
             for metric, value in scores.items():
                 totals[metric].append(value)
         return line
+
+
+def generation(config: Config, pad_id: int, eos_id: int, vocabulary: int | None = None) -> Generation:
+    """How answers are written; only tokens below `vocabulary`, if given."""
+    flags = config.generation
+    return Generation(
+        flags.generation_max_length,
+        flags.generation_min_length or 0,
+        flags.generation_num_beams,
+        flags.generation_length_penalty,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        vocabulary=vocabulary,
+    )
+
+
+def reader_program(reader: FiD, cfg: Generation, mesh: Mesh) -> Program:
+    """What reads a batch, for the reader's state."""
+    graph, _ = nnx.split(reader)
+    return Program(
+        "reader",
+        lambda state, batch, choices, prompt: read(nnx.merge(graph, state), batch, choices, prompt, cfg),
+        mesh,
+        gather=True,
+    )

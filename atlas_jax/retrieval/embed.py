@@ -24,13 +24,8 @@ class Embedder:
     """One side of the retriever, compiled once for each length bucket."""
 
     def __init__(self, retriever: Retriever, side: Side, tokenizer: Tokenizer, mesh: Mesh, max_length: int):
-        graph, self._state = nnx.split(retriever)
-        self.program = Program(
-            f"{side} encoder",
-            lambda state, ids, mask: nnx.merge(graph, state)(split(ids, AXES), split(mask, AXES), side=side),
-            mesh,
-            gather=side == "query",
-        )
+        self._state = nnx.state(retriever)
+        self.program = encoder_program(retriever, side, mesh)
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.max_length = max_length
@@ -42,8 +37,7 @@ class Embedder:
 
     def rows(self, length: int, batch: int) -> int:
         """Texts of this length that make a batch: at most `batch` a device."""
-        tokens = TOKENS_PER_DEVICE[self.mesh.devices.flat[0].platform]
-        return self.mesh.size * max(1, min(batch, tokens // length))
+        return encoder_rows(self.mesh, length, batch)
 
     def __call__(self, texts: Sequence[Sequence[int] | np.ndarray], length: int, rows: int) -> Array:
         """Vectors (float32, "rows d") of texts by their bare ids; rows beyond them are meaningless."""
@@ -71,6 +65,23 @@ class Embedder:
         """The bucket of a text with so many ids of its own."""
         specials = len(self.tokenizer.prefix) + len(self.tokenizer.suffix)
         return bucket(min(bare + specials, self.max_length), self.max_length)
+
+
+def encoder_program(retriever: Retriever, side: Side, mesh: Mesh) -> Program:
+    """What embeds a batch of texts, for the retriever's state."""
+    graph, _ = nnx.split(retriever)
+    return Program(
+        f"{side} encoder",
+        lambda state, ids, mask: nnx.merge(graph, state)(split(ids, AXES), split(mask, AXES), side=side),
+        mesh,
+        gather=side == "query",
+    )
+
+
+def encoder_rows(mesh: Mesh, length: int, batch: int) -> int:
+    """Texts of this length that make a batch: at most `batch` a device."""
+    tokens = TOKENS_PER_DEVICE[mesh.devices.flat[0].platform]
+    return mesh.size * max(1, min(batch, tokens // length))
 
 
 def embed_corpus(

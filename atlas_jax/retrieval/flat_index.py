@@ -43,7 +43,7 @@ class FlatIndex:
         count, dim = embeddings.shape
         if not 0 < count < 2**31:
             raise UserError(f"an index of {count} passages: it holds 1 to 2^31 - 1, so check the passage files")
-        padded = max(-(-count // mesh.size), _chunk_rows(count)) * mesh.size
+        padded = padded_rows(count, mesh)
 
         def rows_of_device(place: Any) -> Float16[np.ndarray, "local d"]:
             start, stop, _ = place[0].indices(padded)
@@ -58,10 +58,10 @@ class FlatIndex:
     def search(self, queries: Float[np.ndarray | Array, "q d"], k: int) -> SearchResult:
         """Over several hosts, every host calls this with the same queries."""
         queries = checked_queries(self, queries, k)
-        size = 1 << (len(queries) - 1).bit_length()  # few sizes, so few programs are compiled
+        size = padded_queries(len(queries))
         padded = np.pad(queries, ((0, size - len(queries)), (0, 0)))
-        scores, numbers = _best_rows(
-            self.rows, padded, np.int32(self.count), k=k, chunk=_chunk_rows(self.count), mesh=self.mesh
+        scores, numbers = best_rows(
+            self.rows, padded, np.int32(self.count), k=k, chunk=chunk_rows(self.count), mesh=self.mesh
         )
         found = slice(len(queries))
         return checked_result(np.asarray(scores)[found], np.asarray(numbers)[found].astype(np.int64))
@@ -94,12 +94,23 @@ class _Best(NamedTuple):
     numbers: Int[Array, "*parts q k"]
 
 
-def _chunk_rows(count: int) -> int:
+def padded_rows(count: int, mesh: Mesh) -> int:
+    """Rows of an index of `count` passages, which all devices have equally many of."""
+    return max(-(-count // mesh.size), chunk_rows(count)) * mesh.size
+
+
+def padded_queries(count: int) -> int:
+    """Queries of a search: few sizes, so few programs are compiled."""
+    return 1 << (count - 1).bit_length()
+
+
+def chunk_rows(count: int) -> int:
+    """Rows that are scored at once."""
     return min(CHUNK_ROWS, 1 << (count - 1).bit_length())
 
 
 @functools.partial(jax.jit, static_argnames=("k", "chunk", "mesh"))
-def _best_rows(
+def best_rows(
     rows: Float16[Array, "padded d"], queries: Float32[Array, "q d"], count: Int[Array, ""], *,
     k: int, chunk: int, mesh: Mesh,
 ) -> _Best:  # fmt: skip

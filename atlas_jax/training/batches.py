@@ -12,7 +12,8 @@ from atlas_jax.data.jsonl import Rows
 from atlas_jax.data.order import Order
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.batches import ReaderBatches
-from atlas_jax.mesh import batch_rows, put_batch, put_passages
+from atlas_jax.evaluation.step import ReaderBatch
+from atlas_jax.mesh import Like, batch_rows, put_batch, put_passages
 from atlas_jax.retrieval.sources import Found
 from atlas_jax.tasks import Example, Task
 from atlas_jax.training.step import Batch, RetrieverBatch
@@ -57,15 +58,12 @@ class Batches:
         length = bucket(max(map(len, [*passages, *sides[0], *sides[1]])), self._text.text_maxlength)
         read = self._reader.batch(examples, passages, prompts, length)
         of_queries = np.asarray([min(len(ids), length) for ids in self._reader.tokenizer.ids(queries)], np.int32)
-        query_lengths = put_batch(self._mesh, of_queries)
         if self._retriever_tokenizer is None or not retriever:
-            return Batch(read, query_lengths, None)
+            return put_learning_batch(self._mesh, read, of_queries)
         shorter = min(length, self._text.retriever_maxlength)
         asked, given = (pad(ids, shorter, self._retriever_tokenizer.pad_id) for ids in sides)
         shape = (self.size, found.numbers.shape[1], shorter)
-        arrays = [put_batch(self._mesh, array) for array in asked]
-        arrays += [put_passages(self._mesh, array.reshape(shape)) for array in given]
-        return Batch(read, query_lengths, RetrieverBatch(*arrays))
+        return put_learning_batch(self._mesh, read, of_queries, *asked, *(array.reshape(shape) for array in given))
 
     def _retriever_ids(self, queries: Sequence[str], found: Found) -> tuple[list[list[int]], list[list[int]]]:
         """The retriever's ids of the queries, and of their passages, row after row."""
@@ -81,3 +79,12 @@ class Batches:
     @property
     def _format(self) -> str:
         return self._text.retriever_format
+
+
+def put_learning_batch(mesh: Mesh, read: ReaderBatch, query_lengths: Like, *sides: Like) -> Batch:
+    """The arrays on the devices; `sides` are the retriever's queries and passages, if it learns, each with its mask."""
+    lengths = put_batch(mesh, query_lengths)
+    if not sides:
+        return Batch(read, lengths, None)
+    arrays = [*(put_batch(mesh, array) for array in sides[:2]), *(put_passages(mesh, array) for array in sides[2:])]
+    return Batch(read, lengths, RetrieverBatch(*arrays))

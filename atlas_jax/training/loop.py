@@ -21,7 +21,6 @@ from atlas_jax.checkpoints.store import Memory
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import Config, to_dict
 from atlas_jax.data.jsonl import Rows
-from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator
 from atlas_jax.evaluation.loop import checked_files, checked_rows, compute_type, evaluate_file
@@ -113,20 +112,15 @@ class Trainer:
     ):
         self.config, self.run_folder, self.progress = config, run, start.progress
         self.weights = dataclasses.replace(start.weights, params={})  # they are in the state, once
-        self.cfg = step_config(config, start.weights.cfg, start.weights.tokenizer, mesh)
+        tokenizer, retriever_tokenizer = start.weights.tokenizer, start.weights.retriever_tokenizer
+        self.cfg = step_config(config, start.weights.cfg, mesh, tokenizer.pad_id, tokenizer.suffix[0])
         self.index = LiveIndex(config, start, mesh, scratch)
         self.state = make_state(config, start, mesh)
-        tokenizer, retriever_tokenizer = start.weights.tokenizer, start.weights.retriever_tokenizer
         self.examples = TrainingExamples(config, make_task(config, train=True), files, tokenizer)
         self.batches = Batches(config, tokenizer, retriever_tokenizer, mesh)
         self.evaluator = Evaluator(config, make_task(config), self.index.source, tokenizer, mesh)
         self.evaluated = evaluated
-        self.programs = {
-            update: Program(
-                name, functools.partial(train_step, cfg=self.cfg, update=update), mesh, donate=True, gather=True
-            )
-            for update, name in ((True, "train step"), (False, "gradient step"))
-        }
+        self.programs = {update: step_program(self.cfg, mesh, update=update) for update in (True, False)}
         self.key = jax.random.key(config.run.seed)
         self.saved = self.progress.step if start.memory else -1
         self.bad_in_a_row = 0
@@ -246,7 +240,13 @@ class Trainer:
         )
 
 
-def step_config(config: Config, model: AtlasConfig, tokenizer: Tokenizer, mesh: Mesh) -> StepConfig:
+def step_program(cfg: StepConfig, mesh: Mesh, *, update: bool) -> Program:
+    """A step that changes the parameters, or one that only adds up gradients."""
+    name = "train step" if update else "gradient step"
+    return Program(name, functools.partial(train_step, cfg=cfg, update=update), mesh, donate=True, gather=True)
+
+
+def step_config(config: Config, model: AtlasConfig, mesh: Mesh, pad_id: int, eos_id: int) -> StepConfig:
     """What is constant over the run."""
     rate = config.model.dropout
     return StepConfig(
@@ -256,8 +256,8 @@ def step_config(config: Config, model: AtlasConfig, tokenizer: Tokenizer, mesh: 
         config.distill.temperature_score,
         config.distill.temperature_gold,
         config.retrieval.n_context,
-        tokenizer.pad_id,
-        tokenizer.suffix[0],
+        pad_id,
+        eos_id,
         config.text.text_maxlength,
         dropout=rate > 0,
         query_side=config.retrieval.query_side_retriever_training,

@@ -17,7 +17,7 @@ from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.store import Memory, Weights
 from atlas_jax.config import Config, to_dict
 from atlas_jax.errors import UserError
-from atlas_jax.mesh import put_parameter, replicate
+from atlas_jax.mesh import Like, put_parameter, replicate
 from atlas_jax.training.optimizer import start
 from atlas_jax.training.step import TrainState
 
@@ -114,26 +114,35 @@ def learns(config: Config, path: str) -> bool:
 
 def make_state(config: Config, found: Start, mesh: Mesh) -> TrainState:
     """The state on the devices: as it was, or at the start."""
-    params = {path: put_parameter(mesh, path, x) for path, x in found.weights.params.items()}
+    state = begin(config, {path: put_parameter(mesh, path, x) for path, x in found.weights.params.items()})
+    if found.memory is not None and found.progress.step < config.optim.total_steps:
+        state = _remember(state, found.memory.arrays, found.weights.step)
+    return put_state(mesh, state)
+
+
+def begin(config: Config, params: Mapping[str, Array]) -> TrainState:
+    """The state of a run that has not learnt yet."""
     parts = {
         part: {path: x for path, x in params.items() if path.startswith(part) and learns(config, path)}
         for part in ("reader/", "retriever/")
     }
     learning = parts["reader/"] | parts["retriever/"]
     zeros = {path: jnp.zeros_like(x) for path, x in learning.items()} if config.optim.accumulation_steps > 1 else None
-    state = TrainState(
+    return TrainState(
         start(parts["reader/"]),
         start(parts["retriever/"]) if parts["retriever/"] else None,
         {path: x for path, x in params.items() if path not in learning},
         zeros,
         jnp.int32(0),
     )
-    if found.memory is not None and found.progress.step < config.optim.total_steps:
-        state = _remember(state, found.memory.arrays, found.weights.step)
+
+
+def put_state(mesh: Mesh, state: TrainState) -> TrainState:
+    """The state where the mesh wants it."""
     return jax.tree_util.tree_map_with_path(functools.partial(_put, mesh), state)
 
 
-def _put(mesh: Mesh, keys: tuple[Any, ...], x: np.ndarray | Array) -> Array:
+def _put(mesh: Mesh, keys: tuple[Any, ...], x: Like) -> Any:
     """A leaf of the state: below a parameter's path what is as large as it, else a number."""
     if isinstance(keys[-1], jax.tree_util.DictKey):
         return put_parameter(mesh, keys[-1].key, x)

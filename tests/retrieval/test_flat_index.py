@@ -105,12 +105,12 @@ def test_query_counts_share_programs():
     index = FlatIndex.from_array(normal(40, 4), mesh_of(2))
     queries = normal(9, 4, seed=1).astype(np.float32)
     index.search(queries[:8], 3)
-    programs = flat_index._best_rows._cache_size()
+    programs = flat_index.best_rows._cache_size()
     for q in (5, 6, 7):
         np.testing.assert_array_equal(index.search(queries[:q], 3).numbers, index.search(queries[:8], 3).numbers[:q])
-    assert flat_index._best_rows._cache_size() == programs
+    assert flat_index.best_rows._cache_size() == programs
     index.search(queries, 3)
-    assert flat_index._best_rows._cache_size() == programs + 1
+    assert flat_index.best_rows._cache_size() == programs + 1
     assert index.search(queries[:0], 3).numbers.shape == (0, 3)
 
 

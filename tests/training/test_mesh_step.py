@@ -10,7 +10,7 @@ from flax import nnx
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.mesh import SHARD, make_mesh, parameter_spec, put_batch, put_parameter, put_passages, replicate
 from atlas_jax.programs import Program
-from atlas_jax.training.step import Batch, joint_loss
+from atlas_jax.training.step import Batch, StepConfig, joint_loss
 from tests.training.test_step import batch, config, norm
 
 MESHES = ("fsdp=8", "model=4", "data=2,fsdp=2,model=2", "passages=5")
@@ -39,6 +39,12 @@ def losses(params, batch, cfg):
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
 
+@functools.cache
+def program(spec: str, cfg: StepConfig) -> Program:
+    """The losses and their gradients on a mesh: compiled here, and read in `test_mesh_traffic`."""
+    return Program("losses", functools.partial(losses, cfg=cfg), make_mesh(spec))
+
+
 @pytest.mark.parametrize("spec", MESHES)
 def test_losses_and_gradients_equal_the_reference_on_every_mesh(golden, tiny_weights, batch, spec):
     """Both losses and the norms of both gradients; remat in one case, since it gathers parameters once more."""
@@ -47,24 +53,24 @@ def test_losses_and_gradients_equal_the_reference_on_every_mesh(golden, tiny_wei
     remat = spec.startswith("data=2")
     cfg = config(tiny_weights, remat_reader=remat, remat_retriever=remat)
     params = {path: put_parameter(mesh, path, array) for path, array in tiny_weights.params.items()}
-    program = Program("losses", functools.partial(losses, cfg=cfg), mesh)
-    (_, metrics), gradients = program(params, placed(mesh, batch))
+    questions = placed(mesh, batch)
+    (_, metrics), gradients = program(spec, cfg)(params, questions)
     np.testing.assert_allclose(metrics["loss/reader_loss"], wanted["reader_loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["loss/retriever_loss"], wanted["retriever_loss"], rtol=1e-4)
     np.testing.assert_allclose(norm(gradients, "reader"), wanted["grad_norm_reader"], rtol=1e-4)
     np.testing.assert_allclose(norm(gradients, "retriever"), wanted["grad_norm_retriever"], rtol=1e-4)
     if spec == "fsdp=8":
-        keeps_no_whole_layers(program.prepare(params, placed(mesh, batch)).as_text(), tiny_weights.params)
+        keeps_no_whole_layers(program(spec, cfg).prepare(params, questions).as_text(), tiny_weights.params)
 
 
-def keeps_no_whole_layers(program: str, params) -> None:
+def keeps_no_whole_layers(text: str, params) -> None:
     """A layer is gathered for use, and again for its gradient: all of them together are nowhere, shares of them are."""
     for path, array in params.items():
         if "/layers/" in path and path.endswith("kernel"):
             shape, share = list(array.shape), list(array.shape)
             share[parameter_spec(path, array.ndim).index(SHARD)] //= 8
-            assert f"f32[{','.join(map(str, share))}]" in program, path
-            assert f"f32[{','.join(map(str, shape))}]" not in program, path
+            assert f"f32[{','.join(map(str, share))}]" in text, path
+            assert f"f32[{','.join(map(str, shape))}]" not in text, path
 
 
 def test_dropout_does_not_depend_on_the_mesh(tiny_weights, batch):
@@ -77,10 +83,10 @@ def test_dropout_does_not_depend_on_the_mesh(tiny_weights, batch):
     found = []
     for spec in ("data=1", "data=2,fsdp=2,model=2"):
         mesh = make_mesh(spec)
-        program, questions = Program("noisy", noisy, mesh), placed(mesh, batch)
+        losing, questions = Program("noisy", noisy, mesh), placed(mesh, batch)
         params = {path: put_parameter(mesh, path, array) for path, array in tiny_weights.params.items()}
         for seed in (0, 1):
-            metrics = program(params, questions, replicate(mesh, jax.random.key(seed)))
+            metrics = losing(params, questions, replicate(mesh, jax.random.key(seed)))
             found.append(np.asarray([metrics["loss/reader_loss"], metrics["loss/retriever_loss"]]))
     here, other, there, _ = found
     np.testing.assert_allclose(there, here, rtol=1e-5)

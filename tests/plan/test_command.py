@@ -1,0 +1,204 @@
+"""`atlas plan` on host devices: the whole command, and what it refuses."""
+
+import contextlib
+import io
+import json
+import math
+
+import pytest
+
+from atlas_jax import cli
+from atlas_jax.command_line import parse_plan
+from atlas_jax.mesh import make_mesh
+from atlas_jax.plan import command, hlo, topology
+from atlas_jax.plan.command import alternatives
+from atlas_jax.plan.hlo import Collective, Counts, Shape
+from atlas_jax.plan.programs import make_plan
+from atlas_jax.plan.report import examine, roofline
+
+FLAGS = ["--text_maxlength", "32", "--target_maxlength", "8", "--generation_max_length", "4", "--dropout", "0"]
+
+
+@pytest.fixture(scope="session")
+def flags(golden):
+    """The golden reader, which reads 32 tokens and writes 4."""
+    return ["--reader_model_type", str(golden / "assets" / "reader"), *FLAGS]
+
+
+@pytest.fixture(scope="session")
+def searching(flags, golden):
+    """The same on eight devices, with the golden retriever and an index of 8 x 4096 passages."""
+    retriever = str(golden / "assets" / "retriever")
+    return [*flags, "--topology", "cpu:8", "--retriever_model_path", retriever, "--passages_count", "32768"]
+
+
+@pytest.fixture(scope="module")
+def planned(flags, quick_compiler):
+    """The steps that the command prints of a closed-book run on two devices, as JSON, and its exit status."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = cli.main(["plan", "--topology", "cpu:2", *flags, "--closed_book", "--json"])
+    return json.loads(printed.getvalue())["steps"], status
+
+
+def test_memory_adds_up(planned, tiny_weights):
+    """Parameters and AdamW's two moments, split by two or whole as the table says, are what the compiler was given."""
+    (train, reader), status = planned
+    assert (status, train["name"], reader["name"]) == (0, "train step", "reader")
+    mesh = make_mesh("fsdp=2")
+    by_hand = 0
+    for path, array in tiny_weights.params.items():
+        if path.startswith("reader/"):
+            whole = not path.endswith(("kernel", "reader/embed/embedding"))
+            by_hand += array.nbytes if whole else array.nbytes // mesh.size
+    assert train["memory"]["parameters"] == by_hand
+    assert train["memory"]["optimizer"] == 2 * by_hand + 2 * 4  # and two counts of updates
+    key = 2 * 4
+    ids, masks, lengths = 4 * (32 + 8), 32 + 8, 4  # of the one question of a device
+    assert train["memory"]["batch"] == ids + masks + lengths + key
+    given = train["memory"]["parameters"] + train["memory"]["optimizer"] + train["memory"]["batch"]
+    assert train["arguments"] == pytest.approx(given, abs=64)
+    assert reader["memory"]["activations and temporaries"] > 0
+    assert train["total"] == sum(train["memory"].values())
+
+
+def test_arithmetic_is_six_for_each_parameter_and_token(planned, tiny_weights):
+    """Per device: 6 N T for the matrices of the encoder and for those of the decoder, plus attention's products."""
+    train = planned[0][0]
+    sizes = {path: array.size for path, array in tiny_weights.params.items() if path.endswith("kernel")}
+    encoder = sum(size for path, size in sizes.items() if path.startswith("reader/encoder"))
+    crossing = sum(size for path, size in sizes.items() if "/cross_attn/k" in path or "/cross_attn/v" in path)
+    decoder = sum(size for path, size in sizes.items() if path.startswith(("reader/decoder", "reader/lm_head")))
+    source, target = 32, 8
+    matrices = 6 * (source * (encoder + crossing) + target * (decoder - crossing))
+    layers, width = 3, 4 * 16
+    attention = 3 * 2 * 2 * layers * width * (source * source + target * target + target * source)
+    found = sum(train["flops"].values())
+    assert 0.95 * (matrices + attention) <= found <= 1.25 * (matrices + attention)
+
+
+def test_it_does_not_fit(searching, monkeypatch, capsys):
+    """On a device of one byte not even the search does: exit status 1, and what was tried; else 0, and nothing was."""
+
+    def search_alone(*args):
+        plan = make_plan(*args)
+        return plan._replace(steps=plan.steps[-1:])
+
+    monkeypatch.setattr("atlas_jax.plan.programs.make_plan", search_alone)
+    first = "--use_gradient_checkpoint_reader"
+    monkeypatch.setattr(command, "alternatives", lambda config, count: [(first, config)])
+    assert cli.main(["plan", *searching]) == 0
+    out = capsys.readouterr().out
+    assert "search: fits" in out
+    assert "tried" not in out
+    monkeypatch.setitem(topology.DEVICES, "cpu", topology.DEVICES["cpu"]._replace(memory=1))
+    assert cli.main(["plan", *searching]) == 1
+    out = capsys.readouterr().out
+    assert "search: DOES NOT FIT" in out
+    assert f"tried {first}: does not fit (search 0." in out
+    assert "nothing that was tried fits" in out
+
+
+def test_what_is_tried_in_order(flags):
+    """Each measure on top of those before it; what the flags have already is left out."""
+    given = [*flags, "--topology", "cpu:8", "--train_retriever", "--n_context", "6", "--per_gpu_batch_size", "2"]
+    config, _ = parse_plan([*given, "--precision", "bf16"])
+    tried = list(alternatives(config, 8))
+    both = "--use_gradient_checkpoint_reader --use_gradient_checkpoint_retriever"
+    assert [flags for flags, _ in tried] == [
+        both,
+        f"{both} --per_gpu_batch_size 1",
+        f"{both} --per_gpu_batch_size 1 --mesh fsdp=4,passages=2",  # auto is fsdp=8
+    ]
+    last = tried[-1][1]
+    assert last.run.mesh == "fsdp=4,passages=2"
+    assert last.model.use_gradient_checkpoint_retriever
+    config, _ = parse_plan([*given, "--mesh", "data=8"])
+    assert any(flags.endswith("--mesh fsdp=8") for flags, _ in alternatives(config, 8))
+
+
+def test_the_search_reads_its_share_of_the_index_once(searching):
+    """4096 x 8 rows of 48 float16 on eight devices; its products are 2 x queries x rows x width on each."""
+    config, asked = parse_plan(searching)
+    plan = make_plan(config, make_mesh("fsdp=8"), asked.passages_count)
+    rows, width, queries = 4096, 48, 8
+    assert plan.resident["index"] == rows * width * 2
+    search = plan.steps[-1]
+    report = examine(search, plan, topology.parse("cpu:8"), turns=1)
+    assert report.flops == {"f32": 2 * queries * rows * width}
+    assert report.traffic >= rows * width * 2
+    assert report.collectives.keys() == {"all-gather"}
+    assert report.collectives["all-gather"]["bytes"] == 8 * queries * config.retrieval.n_context * (4 + 4)
+
+
+def test_time_between_nodes():
+    """64 GPUs of 8 nodes gather 64 MB: 7/8 must come into each node through its 8 ports; inside one node, NVLink."""
+    machine = topology.parse("a100-80gb:8x8")
+    nbytes = 64_000_000
+    shapes = (Shape("s8", (nbytes,)),)
+
+    def seconds(group):
+        counts = Counts({"bf16": 312e12, "f32": 156e12}, 2039e9, [Collective("all-gather", shapes, group, 3, "")], 0)
+        return roofline(counts, machine)
+
+    everywhere, within = seconds(tuple(range(64))), seconds(tuple(range(8)))
+    assert everywhere["interconnect"] == pytest.approx(3 * nbytes * 7 / 8 / 8 / 25e9)
+    assert within["interconnect"] == pytest.approx(3 * nbytes * 7 / 8 / 300e9)
+    assert (everywhere["compute"], everywhere["memory"]) == pytest.approx((2, 1))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "--topology"),
+        (["--topology", "a100:8x8"], "--topology a100:8x8: no such device; choose from a100-40gb, a100-80gb"),
+        (["--topology", "a100-80gb:64"], "expected its shape as in a100-80gb:8x8"),
+        (["--topology", "v5e:8"], "expected its shape as in v5e:8x8"),
+        (["--topology", "cpu:0"], "expected its shape as in cpu:8"),
+        (["--topology", "cpu:9"], "JAX has 8 CPU devices here"),
+        (["--topology", "cpu:8", "--mesh", "fsdp=3"], "--mesh fsdp=3: 3 devices, but there are 8"),
+        (["--topology", "cpu:8", "--passages_count", "-1"], "--passages_count -1: must be at least 0"),
+        (["--topology", "cpu:8", "--reader_model_type", "t5-bse"], "did you mean t5-base?"),
+    ],
+)
+def test_what_is_refused(flags, capsys, argv, said):
+    """Exit status 2 and one line."""
+    assert cli.main(["plan", *flags, *argv]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+
+
+def test_without_the_compiler(flags, capsys, monkeypatch, tmp_path):
+    """A GPU needs `make plan-env`; where that was made, its Python runs the same command."""
+    monkeypatch.setattr(topology, "COMPILERS", {"cuda": "no_such_module", "tpu": "no_such_module"})
+    monkeypatch.setattr(command, "PYTHON", tmp_path / "python")
+    argv = ["plan", "--topology", "a100-80gb:8x8", *flags]
+    assert cli.main(argv) == 2
+    assert "run `make plan-env`" in capsys.readouterr().err
+    (tmp_path / "python").touch()
+    ran = []
+    monkeypatch.setattr("os.execve", lambda *args: ran.append(args) or (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("atlas_jax.cli.leave", lambda status: status)
+    cli.main(argv)
+    ((python, arguments, _),) = ran
+    assert python == tmp_path / "python"
+    assert arguments[1:] == ["-m", "atlas_jax.cli", *argv]
+
+
+def test_every_gpu_has_a_description():
+    """Memory and bandwidth in the table are those that XLA is told."""
+    for name, device in topology.DEVICES.items():
+        if device.platform == "cuda":
+            text = topology.parse(f"{name}:1x8").target
+            assert f"device_memory_size: {device.memory}\n" in text
+            told = float(text.split("memory_bandwidth: ")[1].split()[0])
+            assert math.isclose(told, device.bandwidth, rel_tol=1e-3)
+
+
+def test_a_whole_array_is_found():
+    """A program that makes an array as large as a stacked parameter is found out."""
+    text = (
+        "HloModule m\n\nENTRY %main (p: f32[3,8,4]) -> f32[3,64,4] {\n  %p = f32[3,8,4]{2,1,0} parameter(0)\n"
+        "  ROOT %g = f32[3,64,4]{2,1,0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={1}\n}\n"
+    )
+    assert [shape.sizes for shape, _ in hlo.arrays(hlo.parse(text))] == [(3, 64, 4)]

@@ -1,0 +1,81 @@
+"""What travels in a training step, read out of the compiled programs of `test_mesh_step`: what the table says."""
+
+import collections
+
+import pytest
+
+from atlas_jax.mesh import make_mesh, put_parameter
+from atlas_jax.plan import hlo
+from tests.training.test_mesh_step import placed, program
+from tests.training.test_step import batch, config
+
+__all__ = ["batch"]  # the fixture
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+QUESTIONS, N, WIDTH, TARGET = 8, 5, 64, 16
+
+
+def collectives(spec, weights, batch):
+    mesh = make_mesh(spec)
+    params = {path: put_parameter(mesh, path, array) for path, array in weights.params.items()}
+    text = program(spec, config(weights)).prepare(params, placed(mesh, batch)).as_text()
+    split = {path: x.shape for path, x in params.items() if not x.sharding.is_fully_replicated}
+    return hlo.count(hlo.parse(text)).collectives, split
+
+
+def uses(path):
+    """Of a parameter in the two losses: the decoder learns and judges, the retriever reads queries and passages."""
+    return 3 if path == "reader/embed/embedding" else 1 if path.startswith("reader/encoder") else 2
+
+
+def layer(path, shape):
+    """(how many layers a parameter has, the shape of one)."""
+    return (shape[0], shape[1:]) if "/layers/" in path else (1, shape)
+
+
+def by_shape(found):
+    total = collections.Counter()
+    for one in found:
+        for array in one.shapes:
+            total[array.sizes] += one.times
+    return total
+
+
+def test_under_fsdp_parameters_travel_and_gradients_come_back(tiny_weights, batch):
+    """Each use gathers each layer of each split parameter once, and nothing else; activations stay where they are."""
+    found, split = collectives("fsdp=8", tiny_weights, batch)
+    gathers = [one for one in found if one.kind == "all-gather"]
+    assert {len(one.group) for one in found} == {8}
+    wanted = collections.Counter()
+    for path, shape in split.items():
+        layers, sizes = layer(path, shape)
+        wanted[sizes] += layers * uses(path)
+    assert by_shape(one for one in gathers if "transpose(" not in one.op_name) == wanted
+    assert by_shape(gathers).keys() == wanted.keys()  # in the gradient again, where they are not kept
+
+    assert {one.kind for one in found} <= {"all-gather", "reduce-scatter", "all-reduce"}
+    returned = by_shape(one for one in found if one.kind != "all-gather")  # a CPU's compiler makes no reduce-scatter
+    back = collections.Counter()
+    for sizes, times in returned.items():
+        back[tuple(sorted(sizes))] += times  # that of the output matrix is transposed
+    heads, length, width = 4, 160, 48
+    parameters = {layer(path, array.shape)[1] for path, array in tiny_weights.params.items()}
+    of_positions = {(heads, length, length), (heads, TARGET, TARGET)}  # what each head adds at each distance
+    assert back.keys() <= {tuple(sorted(sizes)) for sizes in parameters | of_positions | {(length, width), ()}}
+    for path, shape in split.items():
+        layers, sizes = layer(path, shape)
+        used = (length, width) if path.endswith("positions/embedding") else sizes  # of 512 positions the first
+        assert back[tuple(sorted(used))] >= layers, path
+
+
+def test_under_model_only_the_residual_stream_travels(tiny_weights, batch):
+    """No gathering; sums of what each device adds to the residual stream, and of softmaxes over a split vocabulary."""
+    found, split = collectives("model=4", tiny_weights, batch)
+    assert {one.kind for one in found} == {"all-reduce"}
+    rows = {QUESTIONS, QUESTIONS * N}
+    for one in found:
+        for array in one.shapes:
+            of_stream = array.sizes[0] in rows and array.sizes[-1] == WIDTH
+            of_softmax = array.sizes[0] in rows and array.sizes[1:] in ((TARGET,), (TARGET, 1))
+            assert of_stream or of_softmax, one
+    assert not by_shape(found).keys() & {layer(path, shape)[1] for path, shape in split.items()}
