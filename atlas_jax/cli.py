@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,7 +98,7 @@ def _train(argv: Sequence[str]) -> None:
     config = parse_args("train", argv)
     from atlas_jax.training.loop import train
 
-    with _run_folder(config) as run:
+    with _hosts(config), _run_folder(config) as run:
         train(config, run)
 
 
@@ -107,23 +108,43 @@ def _evaluate(argv: Sequence[str]) -> None:
     config = parse_args("evaluate", argv)
     from atlas_jax.evaluation.loop import evaluate  # takes seconds: after the flags are known to be right
 
-    with _run_folder(config) as run:
+    with _hosts(config), _run_folder(config) as run:
         evaluate(config, run)
 
 
 @contextlib.contextmanager
+def _hosts(config: "Config") -> Iterator[None]:
+    """All processes of the run are there, and share the run's folder; those but the first only warn."""
+    from atlas_jax.hosts import connect
+    from atlas_jax.shared_files import check_shared
+
+    with connect(config.run) as exchange:
+        if exchange.index:
+            logging.getLogger("atlas_jax").setLevel(logging.WARNING)
+        check_shared(config.run_folder, "--checkpoint_dir")
+        yield
+
+
+@contextlib.contextmanager
 def _run_folder(config: "Config") -> Iterator[Path]:
-    """The run's folder, with its flags in config.json and its log in run.log."""
+    """The run's folder, with its flags in config.json and its log in run.log.
+
+    All processes but the first have one of their own instead, which nobody will see.
+    """
     from atlas_jax.config import to_dict
+    from atlas_jax.exchange import ours
     from atlas_jax.files import write_json
 
-    run = config.run_folder
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        log = logging.FileHandler(run / "run.log", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{run}: cannot be written ({error.strerror}); choose another --checkpoint_dir") from None
-    with _handler(log):
+    with contextlib.ExitStack() as stack:
+        run = config.run_folder
+        if ours().index:
+            run = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="atlas-")))
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            log = logging.FileHandler(run / "run.log", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{run}: cannot be written ({error.strerror}); choose another --checkpoint_dir") from None
+        stack.enter_context(_handler(log))
         write_json(run / "config.json", to_dict(config))
         yield run
 

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from atlas_jax.config import RunConfig
 from atlas_jax.errors import UserError
-from atlas_jax.exchange import Exchange
+from atlas_jax.exchange import Exchange, become, ours
 from atlas_jax.roll_call import Card, gather_round
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def connect(run: RunConfig) -> Iterator[Exchange]:
     """
     place = find(run)
     if place.count == 1:
-        yield Exchange()
+        yield ours()
         return
     import jax
     from jax._src.distributed import global_state
@@ -212,7 +212,8 @@ def connect(run: RunConfig) -> Iterator[Exchange]:
         )
         exchange = Exchange(place.index, [card["host"] for card in roll.cards], global_state.client, run.host_timeout)
         _compare_devices(exchange, place)
-        yield exchange
+        with become(exchange):
+            yield exchange
         jax.distributed.shutdown()
     except BaseException as failure:
         error = failure

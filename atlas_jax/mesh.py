@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -118,23 +119,45 @@ def batch_rows(mesh: Mesh, per_device: int) -> int:
     return per_device * math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def put_batch(mesh: Mesh, array: Like) -> Any:
-    """An array whose first axis is the batch, split over the batch axes."""
-    return _put(mesh, array, (BATCH,))
+def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """The rows of a batch of so many that this process makes: those that its devices work on; alone, all of them."""
+    return _own_rows(_sharding(mesh, (rows,), (BATCH,)), (rows,))
 
 
-def put_passages(mesh: Mesh, array: Like) -> Any:
+def row_owners(mesh: Mesh, rows: int) -> np.ndarray:
+    """The process of each of so many rows that are split over all devices, which divide them."""
+    owners = np.empty(rows, np.int64)
+    places: Mapping[Any, Any] = _sharding(mesh, (rows,), (AXES,)).devices_indices_map((rows,))
+    for device, index in places.items():
+        owners[index] = device.process_index
+    return owners
+
+
+def put_batch(mesh: Mesh, array: Like, rows: int | None = None) -> Any:
+    """An array whose first axis is the batch, split over the batch axes.
+
+    Given the number of its `rows`, `array` has only those that are `own_rows`; the same for passages.
+    """
+    return _put(mesh, array, (BATCH,), rows)
+
+
+def put_passages(mesh: Mesh, array: Like, rows: int | None = None) -> Any:
     """An array "b n ...", split over the batch axes and, where it can be, over the axis of the passages."""
-    return _put(mesh, array, (BATCH, "passages"))
+    return _put(mesh, array, (BATCH, "passages"), rows)
 
 
-def put_rows(mesh: Mesh, array: Like) -> Any:
-    """An array of rows that have nothing to do with each other, split over all devices."""
-    return _put(mesh, array, (AXES,))
+def put_rows(mesh: Mesh, array: Like, rows: int | None = None) -> Any:
+    """An array of rows that have nothing to do with each other, split over all devices.
+
+    Given the number of its `rows`, `array` has only those that this process has by `row_owners`.
+    """
+    return _put(mesh, array, (AXES,), rows)
 
 
 def replicate(mesh: Mesh, array: Like) -> Any:
     """An array that every device holds whole."""
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(replicate(mesh, np.asarray(jax.random.key_data(array))))
     return _put(mesh, array, ())
 
 
@@ -143,11 +166,50 @@ def put_parameter(mesh: Mesh, path: str, array: Like) -> Any:
     return _put(mesh, array, parameter_spec(path, len(array.shape)))
 
 
-def _put(mesh: Mesh, array: Like, spec: Spec) -> Any:
-    sharding = NamedSharding(mesh, _fitting(spec, array.shape, mesh.shape))
+def _put(mesh: Mesh, array: Like, spec: Spec, rows: int | None = None) -> Any:
+    shape = array.shape if rows is None else (rows, *array.shape[1:])
+    sharding = _sharding(mesh, shape, spec)
     if isinstance(array, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-    return jax.device_put(array, sharding)
+        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)
+    if isinstance(array, jax.Array):
+        return jax.device_put(array, sharding)
+    own = None if rows is None or rows == len(array) else _own_rows(sharding, shape)
+
+    def part(index: Any) -> np.ndarray:
+        if own is not None:  # those of a device follow each other, here too
+            start, stop, _ = index[0].indices(shape[0])
+            first = int(np.searchsorted(own, start))
+            index = (slice(first, first + stop - start), *index[1:])
+        return np.asarray(array[index])
+
+    return jax.make_array_from_callback(shape, sharding, part)  # unlike `device_put` it asks no other process
+
+
+def _sharding(mesh: Mesh, shape: tuple[int, ...], spec: Spec) -> NamedSharding:
+    return NamedSharding(mesh, _fitting(spec, shape, mesh.shape))
+
+
+def _own_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
+    own = np.zeros(shape[0], bool)
+    places: Mapping[Any, Any] = sharding.addressable_devices_indices_map(shape)
+    for index in places.values():
+        own[index[0]] = True
+    return np.flatnonzero(own)
+
+
+def on_host(array: Array) -> np.ndarray:
+    """A copy of the whole array in the memory of every process; they ask for it together."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        assert isinstance(array.sharding, NamedSharding)
+        whole = NamedSharding(array.sharding.mesh, PartitionSpec())
+        array = jax.jit(lambda x: x, out_shardings=whole)(array)
+    return np.array(array)
+
+
+def own_part(array: Array) -> np.ndarray:
+    """The rows that this process has of an array that is split by rows over all devices."""
+    rows = {shard.index[0].indices(len(array))[0]: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(rows[start]) for start in sorted(rows)])
 
 
 def _fitting(spec: Spec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:

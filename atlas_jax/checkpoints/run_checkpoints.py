@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.store import Memory, Weights
+from atlas_jax.checkpoints.store import Memory, Opened, Weights
 from atlas_jax.errors import UserError
 from atlas_jax.exchange import ours
 from atlas_jax.files import new_file
@@ -62,7 +62,7 @@ class RunCheckpoints:
             raise UserError(f"{self.folder}: none of its checkpoints can be read; the newest: {refusals[0]}")
         return None
 
-    def save(self, step: int, weights: Weights, memory: Memory | None = None) -> None:
+    def save(self, step: int, weights: Weights | Opened, memory: Memory | None = None) -> None:
         """Starts to write `step-{step}`, once the save before is done; the arrays must not change until `wait`.
 
         Not being able to write is logged, and the older checkpoints stay.
@@ -96,7 +96,7 @@ class RunCheckpoints:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _save(self, weights: Weights, memory: Memory | None) -> None:
+    def _save(self, weights: Weights | Opened, memory: Memory | None) -> None:
         folder = self.folder / f"step-{weights.step}"
         try:
             store.save(folder, weights, memory)

@@ -79,7 +79,7 @@ class Opened:
 class Memory:
     """What a training run needs besides the weights to go on as if it had not stopped."""
 
-    arrays: dict[str, np.ndarray]  # the optimizers' moments and the like, by name
+    arrays: Mapping[str, Either]  # the optimizers' moments and the like, by name
     about: dict[str, Any]  # the position in the data, counters: what JSON holds
 
 

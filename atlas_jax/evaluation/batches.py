@@ -8,7 +8,8 @@ from atlas_jax.config import TextConfig
 from atlas_jax.data.reader_inputs import ReaderText
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.step import CHOICE_POSITION, ReaderBatch
-from atlas_jax.mesh import Like, put_batch, put_passages
+from atlas_jax.exchange import ours
+from atlas_jax.mesh import Like, own_rows, put_batch, put_passages
 from atlas_jax.retrieval.sources import Found
 from atlas_jax.tasks import Example
 
@@ -16,14 +17,23 @@ MAX_TARGET = 2**14  # tokens of a target where --target_maxlength sets no limit
 
 
 class ReaderBatches:
-    """Makes batches of `size` rows; what examples do not fill holds nothing."""
+    """Makes batches of `size` rows; what examples do not fill holds nothing.
+
+    Each process makes only the rows that its devices work on, `own`, and all agree on how long the longest text is.
+    """
 
     def __init__(self, text: TextConfig, tokenizer: Tokenizer, mesh: Mesh, size: int):
         self.text = text
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.size = size
+        self.own = own_rows(mesh, size)
         self._join = ReaderText(tokenizer, text.encoder_format, text.text_maxlength)
+
+    def mine(self, examples: Sequence[Example], found: Found) -> tuple[list[Example], Found]:
+        """Of a batch what this process makes."""
+        rows = self.own[self.own < len(examples)]
+        return [examples[row] for row in rows], found._replace(numbers=found.numbers[rows], there=found.there[rows])
 
     def passages(self, queries: Sequence[str], found: Found) -> list[list[int]]:
         """The ids of each query with each of its passages, row after row; none where there is no passage."""
@@ -36,22 +46,21 @@ class ReaderBatches:
         return self.tokenizer.ids([form.format(query=query) for query in queries]) if form else []
 
     def batch(
-        self, examples: Sequence[Example], passages: Sequence[list[int]], prompts: list[list[int]], length: int
+        self, examples: Sequence[Example], passages: Sequence[list[int]], prompts: list[list[int]], length: int, n: int
     ) -> ReaderBatch:
-        """The arrays, on the devices, for passages of at most `length` tokens."""
-        n = len(passages) // len(examples)
-        empty = self.size - len(examples)
+        """The arrays, on the devices, for `n` passages an example of at most `length` tokens."""
+        empty = len(self.own) - len(examples)
         ids, mask = pad([*passages, *[[]] * (empty * n)], length, self.tokenizer.pad_id)
         maximum = self.text.target_maxlength
         targets = self.tokenizer.target_ids([self._target(example) for example in examples], maximum)
-        longest = max(CHOICE_POSITION + 1, *map(len, targets))
+        (longest,) = ours().agree(max(CHOICE_POSITION + 1, *map(len, targets), 0))
         target, target_mask = pad(
             [*targets, *[[]] * empty], bucket(longest, max(longest, maximum or MAX_TARGET)), self.tokenizer.pad_id
         )
         for row, prompt in enumerate(prompts):
             target_mask[row, : len(prompt)] = False  # what is given is not to be learnt
-        shape = (self.size, n, length)
-        return put_reader_batch(self.mesh, ids.reshape(shape), mask.reshape(shape), target, target_mask)
+        shape = (len(self.own), n, length)
+        return put_reader_batch(self.mesh, ids.reshape(shape), mask.reshape(shape), target, target_mask, rows=self.size)
 
     def _target(self, example: Example) -> str:
         target = example.target or ""
@@ -60,7 +69,9 @@ class ReaderBatches:
         return self.text.decoder_format.format(target=target) if self.text.decoder_format else target
 
 
-def put_reader_batch(mesh: Mesh, passages: Like, mask: Like, target: Like, target_mask: Like) -> ReaderBatch:
-    """The arrays on the devices."""
-    read = (put_passages(mesh, array) for array in (passages, mask))
-    return ReaderBatch(*read, *(put_batch(mesh, array) for array in (target, target_mask)))
+def put_reader_batch(
+    mesh: Mesh, passages: Like, mask: Like, target: Like, target_mask: Like, rows: int | None = None
+) -> ReaderBatch:
+    """The arrays on the devices, see `put_batch`."""
+    read = (put_passages(mesh, array, rows) for array in (passages, mask))
+    return ReaderBatch(*read, *(put_batch(mesh, array, rows) for array in (target, target_mask)))

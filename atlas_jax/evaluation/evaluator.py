@@ -18,6 +18,7 @@ from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.batches import ReaderBatches
 from atlas_jax.evaluation.generation import FREE, Generation
 from atlas_jax.evaluation.step import ReaderBatch, Reading, read
+from atlas_jax.exchange import ours
 from atlas_jax.mesh import batch_rows, put_batch, replicate
 from atlas_jax.models.fid import FiD
 from atlas_jax.prefetch import prefetch
@@ -152,14 +153,18 @@ class Evaluator:
     def _prepare(self, rows: list[int], examples: list[Example], found: Found, *, reads: bool) -> Work:
         if not reads:
             return Work(rows, examples, found, None, [], None)
-        queries = [example.query for example in examples]
-        prompts, passages = self.batches.prompts(queries), self.batches.passages(queries, found)
-        length = bucket(max(map(len, passages)), self.config.text.text_maxlength)
-        batch = self.batches.batch(examples, passages, prompts, length)
+        prompts = self.batches.prompts([example.query for example in examples])
+        mine, theirs = self.batches.mine(examples, found)
+        own = [prompts[row] for row in self.batches.own if row < len(prompts)]
+        passages = self.batches.passages([example.query for example in mine], theirs)
+        (longest,) = ours().agree(max(map(len, passages), default=0))
+        length = bucket(longest, self.config.text.text_maxlength)
+        batch = self.batches.batch(mine, passages, own, length, found.numbers.shape[1])
         prompt = None
         if prompts:
             longest = bucket(max(map(len, prompts)), self.generation.max_length)
-            prompt = put_batch(self.mesh, pad([*prompts, *[[]] * (self.size - len(prompts))], longest, FREE)[0])
+            given = pad([*own, *[[]] * (len(self.batches.own) - len(own))], longest, FREE)[0]
+            prompt = put_batch(self.mesh, given, self.size)
         return Work(rows, examples, found, batch, prompts, prompt)
 
     def _judged(self, rows: Rows, program: Program | None, state: Any, *, write: bool) -> Iterator[Judged]:

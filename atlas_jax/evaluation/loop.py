@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,20 @@ from atlas_jax.programs import keep_programs
 from atlas_jax.retrieval.finder import Finder
 from atlas_jax.retrieval.library import check_library
 from atlas_jax.retrieval.sources import FromRows, Source
+from atlas_jax.shared_files import shared_scratch
 from atlas_jax.tasks import Task, make_task
 
 logger = logging.getLogger(__name__)
 
+SCRATCH = ".scratch-evaluate-"
 ZERO_SHOT_STEP = 1  # the published commands expect the files of a model that was not trained here to end so
 
 
 def evaluate(config: Config, run: Path) -> dict[str, Result]:
-    """Evaluates every file of --eval_data with one model; writes predictions and scores into the folder `run`."""
+    """Evaluates every file of --eval_data with one model; writes predictions and scores into the folder `run`.
+
+    What all processes use goes into --checkpoint_dir's.
+    """
     task = make_task(config)
     files = checked_files(config.run.eval_data, task)
     check_library(config)
@@ -45,8 +49,8 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
     count = sum(array.size for array in weights.params.values())
     mesh = make_mesh(config.run.mesh, nbytes=count * np.dtype(compute_type(config)).itemsize)
     model = place(weights, config, mesh)
-    with tempfile.TemporaryDirectory(prefix=".scratch-", dir=run) as scratch:
-        source = passage_source(config, weights, model, mesh, Path(scratch))
+    with shared_scratch(config.run_folder, SCRATCH) as scratch:
+        source = passage_source(config, weights, model, mesh, scratch)
         evaluator = Evaluator(config, task, source, weights.tokenizer, mesh)
         return {
             rows.path: evaluate_file(evaluator, rows, model.reader, run, f"{name}-step-{ZERO_SHOT_STEP}")

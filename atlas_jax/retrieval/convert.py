@@ -1,6 +1,7 @@
 """An index from one form into another, chunk by chunk: memory depends neither on its size nor on its shards."""
 
 import concurrent.futures
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from jaxtyping import Float16
 from atlas_jax.files import new_folder
 from atlas_jax.progress import progress
 from atlas_jax.retrieval.index_folder import PASSAGES, VECTORS, Origin, describe, origin_of, read_about, read_vectors
-from atlas_jax.retrieval.interface import allocate, release
+from atlas_jax.retrieval.interface import VectorFile, release
 from atlas_jax.retrieval.passages import PassageStore
 
 CHUNK_ROWS = 4096  # vectors that a thread reads and writes at a time: 6 MB of Contriever's, which a cache holds
@@ -73,24 +74,16 @@ def take(source: Source, folder: Path) -> dict[str, Any]:
 
 def write_vectors(source: Source, file: Path) -> None:
     """One .npy file, whose space is taken before anything is written: a full disk is found at once."""
-    with open(file, "wb") as out, progress("writing vectors", "vectors", source.count) as more:
-        shape = {"descr": "<f2", "fortran_order": False, "shape": (source.count, source.dim)}
-        np.lib.format.write_array_header_1_0(out, shape)
-        out.flush()
-        first, row = out.tell(), 2 * source.dim
-        allocate(out.fileno(), first + source.count * row)
+    with (
+        contextlib.closing(VectorFile.create(file, source.count, source.dim)) as out,
+        progress("writing vectors", "vectors", source.count) as more,
+    ):
 
         def copy(start: int) -> int:
             rows = source.read(start, min(start + CHUNK_ROWS, source.count))
-            _write_at(out.fileno(), rows.data.cast("B"), first + start * row)
+            out[start : start + len(rows)] = rows
             return len(rows)
 
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             for count in pool.map(copy, range(0, source.count, CHUNK_ROWS)):
                 more(count)
-
-
-def _write_at(file: int, data: memoryview, offset: int) -> None:
-    while len(data):
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written

@@ -1,8 +1,10 @@
 """Texts to vectors: queries a batch at a time, a whole corpus by length."""
 
 import collections
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -10,7 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
-from atlas_jax.mesh import AXES, put_rows, split
+from atlas_jax.exchange import ours
+from atlas_jax.mesh import AXES, own_part, put_rows, row_owners, split
 from atlas_jax.models.atlas import Retriever
 from atlas_jax.programs import Program
 from atlas_jax.retrieval.passages import PassageTokens
@@ -40,26 +43,42 @@ class Embedder:
         return encoder_rows(self.mesh, length, batch)
 
     def __call__(self, texts: Sequence[Sequence[int] | np.ndarray], length: int, rows: int) -> Array:
-        """Vectors (float32, "rows d") of texts by their bare ids; rows beyond them are meaningless."""
+        """Vectors (float32, "rows d") of texts by their bare ids; rows beyond them are meaningless.
+
+        With several processes, each has the texts of its own rows, see `row_owners`.
+        """
         finished = [self.tokenizer.finish(text, self.max_length) for text in texts]
-        ids, mask = pad([*finished, *[[]] * (rows - len(texts))], length, self.tokenizer.pad_id)
-        return self.program(self._state, put_rows(self.mesh, ids), put_rows(self.mesh, mask))
+        own = int((row_owners(self.mesh, rows) == ours().index).sum())
+        ids, mask = pad([*finished, *[[]] * (own - len(texts))], length, self.tokenizer.pad_id)
+        return self.program(self._state, put_rows(self.mesh, ids, rows), put_rows(self.mesh, mask, rows))
 
     def queries(self, queries: Sequence[str], rows: int) -> Array:
-        """Vectors of queries, in one batch of `rows`."""
-        ids = self.tokenizer.ids(queries)
-        return self(ids, self._length(max(map(len, ids))), rows)
+        """Vectors of queries, in one batch of `rows`; of those that are another process's, the text does not matter."""
+        own = np.flatnonzero(row_owners(self.mesh, rows) == ours().index).tolist()
+        ids = self.tokenizer.ids([queries[row] for row in own if row < len(queries)])
+        (longest,) = ours().agree(max(map(len, ids), default=0))
+        return self(ids, self._length(longest), rows)
 
-    def batches(self, tokens: PassageTokens, numbers: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, Array]]:
-        """(numbers, vectors) of passages in batches of like length, longest first; vectors may still be under way."""
-        order = numbers[np.argsort(-tokens.lengths(numbers), kind="stable")]
+    def batches(
+        self, tokens: PassageTokens, parts: Sequence[np.ndarray], batch: int
+    ) -> Iterator[tuple[np.ndarray, Array]]:
+        """Passages in batches of like length, longest first; `parts` has the numbers of those of each process.
+
+        Each batch: whose vector each row is, -1 for nobody's, and the vectors, which may still be under way.
+        """
+        orders = [part[np.argsort(-tokens.lengths(part), kind="stable")] for part in parts]
         at = 0
-        while at < len(order):
-            length = self._length(int(tokens.lengths(order[at : at + 1])[0]))
+        while at < max(map(len, orders)):
+            longest = max(int(tokens.lengths(order[at : at + 1]).max(initial=0)) for order in orders)
+            length = self._length(longest)
             rows = self.rows(length, batch)
-            chosen = order[at : at + rows]
-            yield chosen, self(tokens.take(chosen), length, rows)
-            at += rows
+            numbers, owners = np.full(rows, -1), row_owners(self.mesh, rows)
+            for process, order in enumerate(orders):
+                chosen = order[at : at + rows // len(orders)]
+                numbers[np.flatnonzero(owners == process)[: len(chosen)]] = chosen
+            own = numbers[owners == ours().index]
+            yield numbers, self(tokens.take(own[own >= 0]), length, rows)
+            at += rows // len(orders)
 
     def _length(self, bare: int) -> int:
         """The bucket of a text with so many ids of its own."""
@@ -72,7 +91,7 @@ def encoder_program(retriever: Retriever, side: Side, mesh: Mesh) -> Program:
     graph, _ = nnx.split(retriever)
     return Program(
         f"{side} encoder",
-        lambda state, ids, mask: nnx.merge(graph, state)(split(ids, AXES), split(mask, AXES), side=side),
+        lambda state, ids, mask: split(nnx.merge(graph, state)(split(ids, AXES), split(mask, AXES), side=side), AXES),
         mesh,
         gather=side == "query",
     )
@@ -84,21 +103,55 @@ def encoder_rows(mesh: Mesh, length: int, batch: int) -> int:
     return mesh.size * max(1, min(batch, tokens // length))
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """What takes rows: an array, or `interface.RowFile`."""
+
+    def __setitem__(self, rows: slice, values: np.ndarray) -> None: ...
+
+
+@dataclasses.dataclass
+class _Window:
+    """Neighbours on disk, until their vectors are all there."""
+
+    first: int
+    vectors: np.ndarray
+    missing: int
+
+
 def embed_corpus(
-    embedder: Embedder, tokens: PassageTokens, out: np.ndarray, batch: int, progress: Callable[[int], object]
+    embedder: Embedder, tokens: PassageTokens, out: Rows, batch: int, progress: Callable[[int], object]
 ) -> None:
-    """Fills `out` (float16, "p d") with the vectors of all passages; the host stays two batches ahead of the device."""
-    under_way: collections.deque[tuple[np.ndarray, Array]] = collections.deque()
+    """Fills `out` (float16, "p d") with the vectors of all passages; the host stays two batches ahead of the device.
+
+    With several processes, each fills a part of its own.
+    """
+    exchange = ours()
+    under_way: collections.deque[tuple[_Window, np.ndarray, Array]] = collections.deque()
 
     def land() -> None:
-        numbers, vectors = under_way.popleft()
-        out[numbers] = np.asarray(vectors)[: len(numbers)].astype(np.float16)
-        progress(len(numbers))
+        window, numbers, vectors = under_way.popleft()
+        own = numbers[row_owners(embedder.mesh, len(numbers)) == exchange.index]
+        there = own >= 0
+        window.vectors[own[there] - window.first] = own_part(vectors)[there].astype(np.float16)
+        window.missing -= int(there.sum())
+        if not window.missing and len(window.vectors):
+            out[window.first : window.first + len(window.vectors)] = window.vectors
+            window.vectors = window.vectors[:0]
+        progress(int((numbers >= 0).sum()))
 
-    for start in range(0, len(tokens), WINDOW):
-        window = np.arange(start, min(start + WINDOW, len(tokens)))
-        for item in embedder.batches(tokens, window, batch):
-            under_way.append(item)
+    ends = [len(tokens) * process // exchange.count for process in range(exchange.count + 1)]
+    for offset in range(0, -(-len(tokens) // exchange.count), WINDOW):
+        exchange.agree()
+        parts = [
+            np.arange(min(start + offset, end), min(start + offset + WINDOW, end))
+            for start, end in itertools.pairwise(ends)
+        ]
+        size = len(parts[exchange.index])
+        first = ends[exchange.index] + offset
+        window = _Window(first, np.empty((size, embedder.dim), np.float16), size)
+        for numbers, vectors in embedder.batches(tokens, parts, batch):
+            under_way.append((window, numbers, vectors))
             if len(under_way) > 2:
                 land()
     while under_way:

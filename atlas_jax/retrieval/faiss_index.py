@@ -106,21 +106,27 @@ class FaissIndex:
         return {"index_mode": "faiss", **meta}
 
     @classmethod
-    def load(cls, folder: Path, meta: Mapping[str, Any]) -> "FaissIndex":
-        """The index that was saved, from `save`'s metadata; nothing is trained again and no vectors are needed."""
+    def load(cls, folder: Path, meta: Mapping[str, Any], part: slice = slice(None)) -> "FaissIndex":
+        """The index that was saved, from `save`'s metadata; nothing is trained again and no vectors are needed.
+
+        Or of its passages only the `part`, as if there were no others, with their numbers counted from its start.
+        """
         kind, count, code_size = meta["kind"], meta["count"], meta["code_size"]
         index, arrays = _empty_index(kind, count, meta["dim"], code_size), map_arrays(folder, meta)
         faiss.copy_array_to_vector(np.array(arrays["code_table"]), _code_table(index))
+        start, stop, _ = part.indices(count)
         if _is_ivf(index):
             index.quantizer.add(np.array(arrays["centroids"]))
             _check_lists(folder, arrays["list_sizes"], arrays["numbers"])
             for i, rows in enumerate(_slices(arrays["list_sizes"].tolist())):
-                members, content = arrays["numbers"][rows].astype(np.int64), np.array(arrays["codes"][rows])
+                members = arrays["numbers"][rows].astype(np.int64)
+                own = (members >= start) & (members < stop)
+                members, content = members[own] - start, np.array(arrays["codes"][rows][own])
                 index.invlists.add_entries(i, len(members), faiss.swig_ptr(members), faiss.swig_ptr(content))
-            index.ntotal = count
+            index.ntotal = stop - start
         else:
-            _make_room(index, count)
-            _codes_in_place(index)[:] = arrays["codes"]
+            _make_room(index, stop - start)
+            _codes_in_place(index)[:] = arrays["codes"][part]
         index.is_trained = True
         return cls(kind, code_size, index)
 

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from atlas_jax.config import Config
 from atlas_jax.data.reader_inputs import ReaderText
 from atlas_jax.data.tokens import Tokenizer
+from atlas_jax.exchange import ours
 from atlas_jax.mesh import batch_rows
 from atlas_jax.models.atlas import Retriever
 from atlas_jax.progress import progress
@@ -38,14 +39,16 @@ class Finder:
         self._search = Search(self.library.index, self.queries, batch_rows(mesh, config.run.per_gpu_batch_size))
         self.source = FromIndex(self._search, self.library.passages)
         if config.retrieval.retrieve_with_rerank:
-            tokens = self.library.passages.tokens(tokenizer, config.text.retriever_format, "retriever")
+            with ours().process_0_first():
+                tokens = self.library.passages.tokens(tokenizer, config.text.retriever_format, "retriever")
             candidates, batch = config.retrieval.searched[1], config.index.per_gpu_embedder_batch_size
             self.source.search = Rerank(self._search, self.passages, tokens, candidates, batch)
 
     def prepare(self, tokenizer: Tokenizer) -> None:
         """Tokenizes all passages for the reader now, visibly, rather than a few at a time later."""
         text = ReaderText(tokenizer, self.config.text.encoder_format, self.config.text.text_maxlength)
-        with progress("tokenizing for the reader", "passages", len(self.library.passages)) as more:
+        count = len(self.library.passages)
+        with ours().process_0_first(), progress("tokenizing for the reader", "passages", count) as more:
             text.prepare(self.library.passages, more)
 
     def update(self, retriever: Retriever) -> None:

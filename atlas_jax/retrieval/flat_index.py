@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float16, Float32, Int
 
 from atlas_jax.errors import UserError
+from atlas_jax.mesh import replicate
 from atlas_jax.retrieval.interface import SearchResult, checked_queries, checked_result, read_array
 
 CHUNK_ROWS = 4096  # rows scored at once: measured fastest on a CPU, where their float32 copy stays in the cache
@@ -60,26 +60,10 @@ class FlatIndex:
         queries = checked_queries(self, queries, k)
         size = padded_queries(len(queries))
         padded = np.pad(queries, ((0, size - len(queries)), (0, 0)))
-        scores, numbers = best_rows(
-            self.rows, padded, np.int32(self.count), k=k, chunk=chunk_rows(self.count), mesh=self.mesh
-        )
+        asked, count = (replicate(self.mesh, array) for array in (padded, np.asarray(self.count, np.int32)))
+        scores, numbers = best_rows(self.rows, asked, count, k=k, chunk=chunk_rows(self.count), mesh=self.mesh)
         found = slice(len(queries))
         return checked_result(np.asarray(scores)[found], np.asarray(numbers)[found].astype(np.int64))
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Every host writes the rows of its own devices into the one file."""
-        path = folder / "embeddings.npy"
-        if jax.process_index() == 0:
-            path.unlink(missing_ok=True)  # a new file: the old one may be mapped, perhaps by this very index
-            np.lib.format.open_memmap(path, "w+", np.float16, (self.count, self.dim))
-        multihost_utils.sync_global_devices("embeddings.npy created")
-        file = np.lib.format.open_memmap(path, "r+")
-        for shard in self.rows.addressable_shards:
-            share = file[shard.index[0]]  # shorter than the shard where padding begins
-            share[:] = np.asarray(shard.data)[: len(share)]
-        file.flush()
-        multihost_utils.sync_global_devices("embeddings.npy written")
-        return {"index_mode": "flat", "kind": self.kind, "count": self.count, "dim": self.dim}
 
     @classmethod
     def load(cls, folder: Path, meta: Mapping[str, Any], mesh: Mesh) -> "FlatIndex":

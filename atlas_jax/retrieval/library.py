@@ -1,5 +1,6 @@
 """An index with its passages on disk (`index.json`, arrays, `passages/`): opened, taken over from shards, or built."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -13,12 +14,14 @@ from jax.sharding import Mesh
 from atlas_jax.checkpoints.pretrained import read_json
 from atlas_jax.config import Config
 from atlas_jax.errors import UserError
+from atlas_jax.exchange import ours
 from atlas_jax.files import new_folder
 from atlas_jax.progress import progress
 from atlas_jax.retrieval.convert import take
 from atlas_jax.retrieval.embed import Embedder, embed_corpus
 from atlas_jax.retrieval.faiss_index import FaissIndex, FaissKind
 from atlas_jax.retrieval.flat_index import FlatIndex
+from atlas_jax.retrieval.host_shards import HostShards
 from atlas_jax.retrieval.index_folder import (
     ABOUT,
     PASSAGES,
@@ -32,9 +35,10 @@ from atlas_jax.retrieval.index_folder import (
     read_vectors,
     share,
 )
-from atlas_jax.retrieval.interface import Index, create_array
+from atlas_jax.retrieval.interface import Index, VectorFile, read_array
 from atlas_jax.retrieval.passages import PassageStore, build_passages
 from atlas_jax.retrieval.shards import Shards
+from atlas_jax.shared_files import new_shared_folder
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +61,10 @@ def open_library(config: Config, embedder: Embedder, retrievers: Sequence[str], 
     goes to --save_index_path, or into the folder `scratch`, and is opened from there.
     """
     folder = Path(config.index.load_index_path or "")
-    if not config.index.load_index_path or not is_index(folder):
+    if not config.index.load_index_path or not ours().lead(lambda: is_index(folder)):
         folder = Path(os.path.abspath(config.index.save_index_path or scratch / "index"))
         build_library(config, embedder, retrievers[0], folder)
-    return _open(folder, config, embedder.dim, retrievers, mesh)
+    return _open(folder, config, embedder.dim, retrievers, mesh, scratch)
 
 
 def build_library(config: Config, embedder: Embedder, retriever: str, folder: Path) -> None:
@@ -68,17 +72,22 @@ def build_library(config: Config, embedder: Embedder, retriever: str, folder: Pa
 
     `retriever` is the fingerprint of the passage encoder. What is there is replaced if it is an index.
     """
-    shards = Shards(Path(config.index.load_index_path)) if config.index.load_index_path else None
-    if shards:
-        check_retriever(shards.folder / "embeddings.0.pt", {"dim": shards.dim, "retriever": None}, embedder.dim, [])
+    if config.index.load_index_path:
+        ours().lead(lambda: _take_shards(config, embedder.dim, retriever, folder))
+        return
+    ours().lead(lambda: check_replaceable(folder))
+    with new_shared_folder(folder, _ELSEWHERE) as draft:
+        ours().lead(lambda: _read_passages(config, draft))
+        _embed(config, embedder, retriever, draft)
+
+
+def _take_shards(config: Config, dim: int, retriever: str, folder: Path) -> None:
+    shards = Shards(Path(config.index.load_index_path or ""))
+    check_retriever(shards.folder / "embeddings.0.pt", {"dim": shards.dim, "retriever": None}, dim, [])
     check_replaceable(folder)
     with new_folder(folder, _ELSEWHERE, replace=True) as draft:
-        if shards:
-            about = take(shards, draft)
-            about = _arrays(read_vectors(draft, about), config, draft)
-        else:
-            about = _build(config, embedder, draft)
-        describe(draft, about, _origin(config, retriever))
+        about = take(shards, draft)
+        describe(draft, _arrays(read_vectors(draft, about), config, draft), _origin(config, retriever))
 
 
 def rebuild_library(
@@ -86,11 +95,11 @@ def rebuild_library(
 ) -> Library:
     """The same passages embedded again; goes to --save_index_path, or into the folder `scratch`."""
     folder = Path(os.path.abspath(config.index.save_index_path or scratch / "index"))
-    with new_folder(folder, _ELSEWHERE, replace=True) as draft:
-        share(library.passages.folder, draft / PASSAGES, copy=config.index.save_index_path is not None)
-        about = _embed(config, embedder, PassageStore.open(draft / PASSAGES), draft)
-        describe(draft, about, _origin(config, retriever))
-    return _open(folder, config, embedder.dim, [retriever], mesh)
+    copy = config.index.save_index_path is not None
+    with new_shared_folder(folder, _ELSEWHERE) as draft:
+        ours().lead(lambda: share(library.passages.folder, draft / PASSAGES, copy=copy))
+        _embed(config, embedder, retriever, draft)
+    return _open(folder, config, embedder.dim, [retriever], mesh, scratch)
 
 
 def is_index_of(folder: str | None, retriever: str) -> bool:
@@ -119,7 +128,7 @@ def check_count(config: Config, count: Any) -> None:
         raise UserError(f"--{flag} {wanted}: the index holds {count} passages; ask for at most that many")
 
 
-def _open(folder: Path, config: Config, dim: int, retrievers: Sequence[str], mesh: Mesh) -> Library:
+def _open(folder: Path, config: Config, dim: int, retrievers: Sequence[str], mesh: Mesh, scratch: Path) -> Library:
     """An index of ours; refuses the queries of another retriever than the one that built it."""
     about = read_about(folder)
     check_retriever(folder, about, dim, retrievers)
@@ -128,7 +137,7 @@ def _open(folder: Path, config: Config, dim: int, retrievers: Sequence[str], mes
     if len(passages) != about.get("count"):
         raise UserError(f"{folder}: {about.get('count')} vectors, but {len(passages)} passages; build the index again")
     check_count(config, len(passages))
-    return Library(_load(folder, about, config, mesh), passages, about["retriever"] or retrievers[0])
+    return Library(_load(folder, about, config, mesh, scratch), passages, about["retriever"] or retrievers[0])
 
 
 def _warn(folder: Path, about: dict[str, Any], config: Config) -> None:
@@ -143,17 +152,26 @@ def _warn(folder: Path, about: dict[str, Any], config: Config) -> None:
         logger.warning("--save_index_path has no effect: %s is there already", folder)
 
 
-def _load(folder: Path, about: dict[str, Any], config: Config, mesh: Mesh) -> Index:
+def _load(folder: Path, about: dict[str, Any], config: Config, mesh: Mesh, scratch: Path) -> Index:
     """The kind of index that the flags ask for: the one that is there, or made from its vectors."""
     mode, kind, code_size = config.index.index_mode, about.get("kind"), about.get("code_size")
     if about.get("index_mode") == "flat":
         if mode == "flat":
             return FlatIndex.load(folder, about, mesh)
-        return faiss_of(read_vectors(folder, about), config)
+        return _faiss_of_vectors(folder, about, config, scratch / "faiss")
     if (about.get("index_mode"), kind, code_size) == (mode, *_faiss_kind(config)):
-        return FaissIndex.load(folder, about)
+        return FaissIndex.load(folder, about) if ours().count == 1 else HostShards(folder, about)
     had = f"--index_mode faiss --faiss_index_type {kind}" + (f" --faiss_code_size {code_size}" if code_size else "")
     raise UserError(f"{folder}: holds {had}, and no vectors to make another index from; ask for that one")
+
+
+def _faiss_of_vectors(folder: Path, about: dict[str, Any], config: Config, shared: Path) -> Index:
+    """Made by process 0, which alone can choose centroids for all; several processes take their parts from files."""
+    if ours().count == 1:
+        return faiss_of(read_vectors(folder, about), config)
+    with new_shared_folder(shared, _ELSEWHERE) as draft:
+        meta = ours().lead(lambda: faiss_of(read_vectors(folder, about), config).save(draft))
+    return HostShards(shared, meta)
 
 
 def _arrays(vectors: np.ndarray, config: Config, folder: Path) -> dict[str, Any]:
@@ -181,19 +199,29 @@ def faiss_of(vectors: np.ndarray, config: Config) -> FaissIndex:
         return FaissIndex.build(vectors, kind, code_size, seed=config.run.seed, progress=more)
 
 
-def _build(config: Config, embedder: Embedder, folder: Path) -> dict[str, Any]:
-    """Passages from jsonl, embedded."""
+def _read_passages(config: Config, folder: Path) -> None:
+    """Passages from jsonl."""
     with progress("reading passages", "passages") as more:
-        passages = build_passages(config.index.passages, folder / PASSAGES, config.index.max_passages, more)
-    return _embed(config, embedder, passages, folder)
+        build_passages(config.index.passages, folder / PASSAGES, config.index.max_passages, more)
 
 
-def _embed(config: Config, embedder: Embedder, passages: PassageStore, folder: Path) -> dict[str, Any]:
-    """Vectors of the passages, in the kind of index that the flags ask for."""
-    with progress("tokenizing for the retriever", "passages", len(passages)) as more:
+def _embed(config: Config, embedder: Embedder, retriever: str, folder: Path) -> None:
+    """Embeds the passages in the folder, and writes the kind of index that the flags ask for beside them."""
+    passages = PassageStore.open(folder / PASSAGES)
+    count = len(passages)
+    with ours().process_0_first(), progress("tokenizing for the retriever", "passages", count) as more:
         tokens = passages.tokens(embedder.tokenizer, config.text.retriever_format, "retriever", more)
-    vectors = create_array(folder / VECTORS, np.float16, (len(passages), embedder.dim))
-    with progress("embedding", "passages", len(passages)) as more:
+    ours().lead(lambda: VectorFile.create(folder / VECTORS, count, embedder.dim).close())
+    with (
+        contextlib.closing(VectorFile(folder / VECTORS, count, embedder.dim)) as vectors,
+        progress("embedding", "passages", count) as more,
+    ):
         embed_corpus(embedder, tokens, vectors, config.index.per_gpu_embedder_batch_size, more)
-    vectors.flush()
-    return _arrays(vectors, config, folder)
+        vectors.sync()
+    ours().barrier()
+
+    def finish() -> None:
+        written = read_array(folder / VECTORS, np.float16, (count, embedder.dim))
+        describe(folder, _arrays(written, config, folder), _origin(config, retriever))
+
+    ours().lead(finish)

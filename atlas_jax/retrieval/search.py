@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from atlas_jax.exchange import ours
+from atlas_jax.mesh import on_host
 from atlas_jax.retrieval.embed import Embedder
 from atlas_jax.retrieval.interface import Index, SearchResult
 from atlas_jax.retrieval.passages import PassageTokens
@@ -63,6 +65,8 @@ class Rerank:
         unique, place = np.unique(numbers, return_inverse=True)
         embed = self.passages
         out = np.empty((len(unique), embed.dim), np.float32)
-        for part, vectors in list(embed.batches(self.tokens, unique, self.batch)):  # all under way, then awaited
-            out[np.searchsorted(unique, part)] = np.asarray(vectors)[: len(part)]
+        parts = np.array_split(unique, ours().count)
+        for part, vectors in list(embed.batches(self.tokens, parts, self.batch)):  # all under way, then awaited
+            there = part >= 0
+            out[np.searchsorted(unique, part[there])] = on_host(vectors)[there]
         return out[place]

@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -13,10 +13,13 @@ from atlas_jax.data.order import Order
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.batches import ReaderBatches
 from atlas_jax.evaluation.step import ReaderBatch
+from atlas_jax.exchange import ours
 from atlas_jax.mesh import Like, batch_rows, put_batch, put_passages
 from atlas_jax.retrieval.sources import Found
 from atlas_jax.tasks import Example, Task
 from atlas_jax.training.step import Batch, RetrieverBatch
+
+ELSEWHERE = Example(query="", target=None, answers=[])  # an example that another process reads
 
 
 class TrainingExamples:
@@ -35,10 +38,10 @@ class TrainingExamples:
         found = self._files[file][row - self._starts[file]]
         return self._task.examples(found, epoch * self._rows + row, self._tokenizer)[which]
 
-    def batches(self, position: int, size: int) -> Iterator[list[Example]]:
-        """Endless, from a position on."""
+    def batches(self, position: int, size: int, own: Container[int]) -> Iterator[list[Example]]:
+        """Endless, from a position on; of rows that are not this process's own nothing is read."""
         for start in itertools.count(position, size):
-            yield [self[start + i] for i in range(size)]
+            yield [self[start + row] if row in own else ELSEWHERE for row in range(size)]
 
 
 class Batches:
@@ -48,22 +51,26 @@ class Batches:
         self.size = batch_rows(mesh, config.run.per_gpu_batch_size)
         self._text, self._mesh = config.text, mesh
         self._reader = ReaderBatches(config.text, tokenizer, mesh, self.size)
+        self.own = frozenset(self._reader.own.tolist())
         self._retriever_tokenizer = retriever_tokenizer
 
     def __call__(self, examples: Sequence[Example], found: Found, *, retriever: bool) -> Batch:
         """With the retriever's side where it learns."""
-        queries = [example.query for example in examples]
+        n = found.numbers.shape[1]
+        mine, found = self._reader.mine(examples, found)
+        queries = [example.query for example in mine]
         prompts, passages = self._reader.prompts(queries), self._reader.passages(queries, found)
         sides = self._retriever_ids(queries, found) if retriever else ([], [])
-        length = bucket(max(map(len, [*passages, *sides[0], *sides[1]])), self._text.text_maxlength)
-        read = self._reader.batch(examples, passages, prompts, length)
+        (longest,) = ours().agree(max(map(len, [*passages, *sides[0], *sides[1]])))
+        length = bucket(longest, self._text.text_maxlength)
+        read = self._reader.batch(mine, passages, prompts, length, n)
         of_queries = np.asarray([min(len(ids), length) for ids in self._reader.tokenizer.ids(queries)], np.int32)
         if self._retriever_tokenizer is None or not retriever:
-            return put_learning_batch(self._mesh, read, of_queries)
+            return put_learning_batch(self._mesh, read, of_queries, rows=self.size)
         shorter = min(length, self._text.retriever_maxlength)
         asked, given = (pad(ids, shorter, self._retriever_tokenizer.pad_id) for ids in sides)
-        shape = (self.size, found.numbers.shape[1], shorter)
-        return put_learning_batch(self._mesh, read, of_queries, *asked, *(array.reshape(shape) for array in given))
+        passages_too = [array.reshape(len(mine), n, shorter) for array in given]
+        return put_learning_batch(self._mesh, read, of_queries, *asked, *passages_too, rows=self.size)
 
     def _retriever_ids(self, queries: Sequence[str], found: Found) -> tuple[list[list[int]], list[list[int]]]:
         """The retriever's ids of the queries, and of their passages, row after row."""
@@ -81,10 +88,13 @@ class Batches:
         return self._text.retriever_format
 
 
-def put_learning_batch(mesh: Mesh, read: ReaderBatch, query_lengths: Like, *sides: Like) -> Batch:
+def put_learning_batch(
+    mesh: Mesh, read: ReaderBatch, query_lengths: Like, *sides: Like, rows: int | None = None
+) -> Batch:
     """The arrays on the devices; `sides` are the retriever's queries and passages, if it learns, each with its mask."""
-    lengths = put_batch(mesh, query_lengths)
+    lengths = put_batch(mesh, query_lengths, rows)
     if not sides:
         return Batch(read, lengths, None)
-    arrays = [*(put_batch(mesh, array) for array in sides[:2]), *(put_passages(mesh, array) for array in sides[2:])]
-    return Batch(read, lengths, RetrieverBatch(*arrays))
+    queries = (put_batch(mesh, array, rows) for array in sides[:2])
+    passages = (put_passages(mesh, array, rows) for array in sides[2:])
+    return Batch(read, lengths, RetrieverBatch(*queries, *passages))

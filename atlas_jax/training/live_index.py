@@ -14,7 +14,8 @@ from atlas_jax.checkpoints.restore import retriever_fingerprint
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import Config
 from atlas_jax.errors import UserError
-from atlas_jax.mesh import put_parameter
+from atlas_jax.exchange import ours
+from atlas_jax.mesh import on_host, put_parameter
 from atlas_jax.models.atlas import Atlas
 from atlas_jax.retrieval.finder import Finder
 from atlas_jax.retrieval.library import is_index_of
@@ -77,7 +78,9 @@ class LiveIndex:
         encoder = self._built or passage_encoder(weights.params)
         cfg = dataclasses.replace(weights.cfg, reader=None)
         model = build_model(weights.params | encoder, cfg, functools.partial(put_parameter, mesh))
-        kept = before.index is not None and is_index_of(config.index.save_index_path, before.index)
+        kept = before.index is not None and ours().lead(
+            lambda: is_index_of(config.index.save_index_path, before.index or "")
+        )
         if kept:  # as the run left it
             index = dataclasses.replace(config.index, load_index_path=config.index.save_index_path)
             config = dataclasses.replace(config, index=index)
@@ -126,4 +129,5 @@ def is_due(config: Config, step: int) -> bool:
 
 def passage_encoder(params: Mapping[str, np.ndarray | Array]) -> dict[str, np.ndarray]:
     """Copies of what embeds passages, on the host."""
-    return {path: np.array(array) for path, array in params.items() if path.startswith(PASSAGE_ENCODER)}
+    encoder = {path: array for path, array in params.items() if path.startswith(PASSAGE_ENCODER)}
+    return {path: on_host(x) if isinstance(x, Array) else np.array(x) for path, x in encoder.items()}

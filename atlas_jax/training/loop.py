@@ -5,8 +5,6 @@ import dataclasses
 import fcntl
 import functools
 import logging
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +22,14 @@ from atlas_jax.data.jsonl import Rows
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator
 from atlas_jax.evaluation.loop import checked_files, checked_rows, compute_type, evaluate_file
+from atlas_jax.exchange import ours
 from atlas_jax.interrupts import Interrupted, Interrupts, requeue
-from atlas_jax.mesh import batch_rows, is_one_cpu, make_mesh
+from atlas_jax.mesh import batch_rows, is_one_cpu, make_mesh, replicate
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.prefetch import prefetch
 from atlas_jax.programs import Program, keep_programs
 from atlas_jax.retrieval.library import check_library
+from atlas_jax.shared_files import shared_scratch
 from atlas_jax.tasks import Example, make_task
 from atlas_jax.training.batches import Batches, TrainingExamples
 from atlas_jax.training.live_index import LiveIndex
@@ -44,17 +44,21 @@ SCRATCH = ".scratch-train-"
 
 
 def train(config: Config, run: Path) -> None:
-    """Trains until --total_steps; goes on where the run's folder has checkpoints. `Interrupted`, it has saved."""
+    """Trains until --total_steps; goes on where the run's folder has checkpoints. `Interrupted`, it has saved.
+
+    What one process writes goes into the folder `run`; checkpoints, which all write, into --checkpoint_dir's.
+    """
     files = [checked_rows(path, make_task(config, train=True)) for path in config.run.train_data]
     evaluated = checked_files(config.run.eval_data, make_task(config))
     check_library(config)
     keep_programs(config.run.compile_cache)
     with contextlib.ExitStack() as stack:
-        interrupts = stack.enter_context(Interrupts())
+        interrupts = stack.enter_context(Interrupts(later=ours().count > 1))
+        ours().asked_to_stop = interrupts.first
         stack.push(_requeue)
         stack.enter_context(_alone(run))
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH, dir=run)))
-        checkpoints = stack.enter_context(RunCheckpoints(run / "checkpoint", config.run.keep))
+        scratch = stack.enter_context(shared_scratch(config.run_folder, SCRATCH))
+        checkpoints = stack.enter_context(RunCheckpoints(config.run_folder / "checkpoint", config.run.keep))
         mesh = make_mesh(config.run.mesh, learns=True)
         start = _start(config, checkpoints, batch_rows(mesh, config.run.per_gpu_batch_size))
         trainer = Trainer(config, run, start, files, evaluated, mesh, scratch)
@@ -92,8 +96,6 @@ def _alone(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{run}: another process trains there now; wait for it or choose another --name") from None
-        for left in run.glob(f"{SCRATCH}*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
         yield
 
 
@@ -110,7 +112,7 @@ class Trainer:
         mesh: Mesh,
         scratch: Path,
     ):
-        self.config, self.run_folder, self.progress = config, run, start.progress
+        self.config, self.run_folder, self.mesh, self.progress = config, run, mesh, start.progress
         self.weights = dataclasses.replace(start.weights, params={})  # they are in the state, once
         tokenizer, retriever_tokenizer = start.weights.tokenizer, start.weights.retriever_tokenizer
         self.cfg = step_config(config, start.weights.cfg, mesh, tokenizer.pad_id, tokenizer.suffix[0])
@@ -134,7 +136,9 @@ class Trainer:
                 logger.info("step %d of %d: the run is finished", self.progress.step, total)
             if self.progress.step and (self.progress.step % freq.eval_freq == 0 or self.progress.step == total):
                 self.evaluate(report, interrupts, only_missing=True)  # which a stop may have cut short
-            for examples in prefetch(self.examples.batches(self.progress.position, self.batches.size)):
+            for examples in prefetch(
+                self.examples.batches(self.progress.position, self.batches.size, self.batches.own)
+            ):
                 if self.progress.step >= total:
                     break
                 self.index.refresh(self.model(), self.state.params, self.progress.step)
@@ -163,7 +167,7 @@ class Trainer:
         retriever = self.config.distill.train_retriever and step > self.config.distill.freeze_retriever_steps
         batch = self.batches(examples, found, retriever=retriever)
         program = self.programs[step % self.config.optim.accumulation_steps == 0]
-        arguments = batch, jax.random.fold_in(self.key, step)
+        arguments = batch, replicate(self.mesh, jax.random.fold_in(self.key, step))
         made = time.perf_counter()
         program.prepare(self.state, *arguments)
         with interrupts.held():
@@ -226,7 +230,8 @@ class Trainer:
         self.index.update(model)
         for name, rows in self.evaluated.items():
             stem = f"{name}-step-{step}"
-            if not (only_missing and (self.run_folder / f"{stem}.metrics.json").exists()):
+            scores = self.run_folder / f"{stem}.metrics.json"
+            if not (only_missing and ours().lead(scores.exists)):
                 result = evaluate_file(self.evaluator, rows, model.reader, self.run_folder, stem)
                 report.scores(step, Path(rows.path).name, result.scores)
 

@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.store import Memory, Weights
+from atlas_jax.checkpoints.arrays import Either, Share
+from atlas_jax.checkpoints.arrays import read as read_array
+from atlas_jax.checkpoints.store import Memory, Opened, Weights
 from atlas_jax.config import Config, to_dict
 from atlas_jax.errors import UserError
 from atlas_jax.mesh import Like, put_parameter, replicate
@@ -71,7 +73,7 @@ class Start:
     def index_params(self) -> dict[str, np.ndarray]:
         """The passage encoder that built the index, where that was done in the run."""
         arrays = self.memory.arrays if self.memory else {}
-        return {path.removeprefix(INDEX): x for path, x in arrays.items() if path.startswith(INDEX)}
+        return {path.removeprefix(INDEX): read_array(x) for path, x in arrays.items() if path.startswith(INDEX)}
 
 
 def read(folder: Path) -> Start:
@@ -114,10 +116,23 @@ def learns(config: Config, path: str) -> bool:
 
 def make_state(config: Config, found: Start, mesh: Mesh) -> TrainState:
     """The state on the devices: as it was, or at the start."""
-    state = begin(config, {path: put_parameter(mesh, path, x) for path, x in found.weights.params.items()})
+    params = found.weights.params
+    shapes = jax.eval_shape(functools.partial(begin, config), params)
+    state: TrainState = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)  # no memory: nobody writes to them
     if found.memory is not None and found.progress.step < config.optim.total_steps:
         state = _remember(state, found.memory.arrays, found.weights.step)
-    return put_state(mesh, state)
+    return put_state(mesh, _with_params(state, params))
+
+
+def _with_params(state: TrainState, params: Mapping[str, Any]) -> TrainState:
+    def of(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: params[path] for path in part}
+
+    return state._replace(
+        reader=state.reader._replace(params=of(state.reader.params)),
+        retriever=state.retriever and state.retriever._replace(params=of(state.retriever.params)),
+        frozen=of(state.frozen),
+    )
 
 
 def begin(config: Config, params: Mapping[str, Array]) -> TrainState:
@@ -149,14 +164,15 @@ def _put(mesh: Mesh, keys: tuple[Any, ...], x: Like) -> Any:
     return replicate(mesh, x)
 
 
-def snapshot(state: TrainState, weights: Weights, *, weights_only: bool) -> tuple[Weights, dict[str, np.ndarray]]:
-    """Copies on the host: the weights, and what else the state holds, by name."""
-    params = {path: np.array(x) for path, x in state.params.items()}
-    arrays = {} if weights_only else {name: np.array(x) for name, x in _named(_besides(state))[0].items()}
-    return dataclasses.replace(weights, params=params), arrays
+def snapshot(state: TrainState, weights: Weights, *, weights_only: bool) -> tuple[Opened, dict[str, Either]]:
+    """Copies on the host of what this process has to save: the weights, and what else the state holds, by name."""
+    params = {path: Share(x) for path, x in state.params.items()}
+    arrays = {} if weights_only else {name: Share(x) for name, x in _named(_besides(state))[0].items()}
+    parts = weights.cfg, weights.tokenizer, weights.retriever_tokenizer, weights.step, weights.index
+    return Opened(params, *parts), dict(arrays)
 
 
-def _remember(state: TrainState, arrays: Mapping[str, np.ndarray], step: int) -> TrainState:
+def _remember(state: TrainState, arrays: Mapping[str, Either], step: int) -> TrainState:
     """The state with these arrays besides its parameters."""
     names, structure = _named(_besides(state))
     if not any(name in arrays for name in names):
@@ -167,7 +183,7 @@ def _remember(state: TrainState, arrays: Mapping[str, np.ndarray], step: int) ->
     for name, x in names.items():
         if name not in arrays or arrays[name].shape != x.shape:
             raise UserError(f"step {step}: its checkpoint has no {name} of this shape; is it one of this run?")
-    found = jax.tree.unflatten(structure, [arrays[name] for name in names])
+    found = jax.tree.unflatten(structure, [read_array(arrays[name]) for name in names])
     return state._replace(
         reader=state.reader._replace(moments=found["reader"]),
         retriever=state.retriever and state.retriever._replace(moments=found["retriever"]),

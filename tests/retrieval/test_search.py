@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -86,10 +87,11 @@ class Rounding(Embedder):
     def __init__(self, like):
         self.program, self.dim = like.program, like.dim
 
-    def batches(self, tokens, numbers, batch):
+    def batches(self, tokens, parts, batch):
+        (numbers,) = parts
         for at in range(0, len(numbers), 7):
-            part = numbers[at : at + 7][::-1]
-            yield part, np.pad(part[:, None] // 10, ((0, 1), (0, 47))).astype(np.float32)
+            part = np.append(numbers[at : at + 7][::-1], -1)
+            yield part, jax.numpy.asarray(np.pad(part[:, None] // 10, ((0, 0), (0, 47))).astype(np.float32))
 
 
 def test_equal_scores_keep_the_order_of_the_index(search, passages, tokens, questions):

@@ -1,0 +1,60 @@
+"""Files that all processes of a run use: process 0 makes and removes them, on storage that every host has."""
+
+import contextlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from atlas_jax.errors import UserError
+from atlas_jax.exchange import ours
+from atlas_jax.files import new_folder
+
+
+@contextlib.contextmanager
+def new_shared_folder(folder: Path, remedy: str) -> Iterator[Path]:
+    """`files.new_folder` for all processes: each may write into it, and it appears when all have come to the end."""
+    with contextlib.ExitStack() as stack:
+        yield Path(ours().lead(lambda: str(stack.enter_context(new_folder(folder, remedy, replace=True)))))
+        ours().lead(stack.close)
+
+
+@contextlib.contextmanager
+def shared_scratch(folder: Path, prefix: str) -> Iterator[Path]:
+    """A folder below another one, for as long as the block lasts on any process; what was left there goes first."""
+
+    def make() -> str:
+        for left in folder.glob(f"{prefix}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        return tempfile.mkdtemp(prefix=prefix, dir=folder)
+
+    scratch = Path(ours().lead(make))
+    try:
+        yield scratch
+        ours().barrier()  # others may have its files open
+    finally:
+        if not ours().index:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_shared(folder: Path, flag: str) -> None:
+    """UserError unless every process sees the same folder there."""
+
+    def mark() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f".{uuid.uuid4().hex}"
+        (folder / name).touch()
+        return name
+
+    def look() -> None:
+        if not (folder / name).exists():
+            raise UserError(f"{flag} {folder}: is another folder here than on process 0; all hosts must share it")
+
+    if ours().count > 1:
+        name = ours().lead(mark)
+        try:
+            ours().everyone(look)
+        finally:
+            if not ours().index:
+                (folder / name).unlink(missing_ok=True)
