@@ -4,10 +4,12 @@ Axes: `data` splits the batch; `fsdp` the batch too, and parameters with all tha
 the passages of each query, and parameters like `fsdp`; `model` the heads, the MLP and the vocabulary of the reader.
 """
 
+import contextlib
+import contextvars
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -238,6 +240,8 @@ def parameter_spec(path: str, ndim: int) -> Spec:
 
 # Within a program that runs on a mesh
 
+_gathered_before = contextvars.ContextVar("gathered_before", default=False)
+
 
 def split(x: Array, *spec: Any) -> Array:
     """`x` split so, as far as its shape allows; on no mesh and on one device it is `x`."""
@@ -253,7 +257,7 @@ def gathered(path: str, x: Array, dtype: Any) -> Array:
     What splits heads, MLP and vocabulary stays, since their products are split too. It is sent in the type it is used
     in, and so are the gradients that come back as their sum.
     """
-    if jax.sharding.get_abstract_mesh().size <= 1:
+    if jax.sharding.get_abstract_mesh().size <= 1 or _gathered_before.get():
         return x
     stored = parameter_spec(path, x.ndim)
     used = tuple(axes if axes == MODEL else None for axes in stored)
@@ -267,6 +271,16 @@ def gathered(path: str, x: Array, dtype: Any) -> Array:
     and_back = jax.custom_vjp(gather)
     and_back.defvjp(lambda x: (gather(x), None), lambda _, g: (split(split(g, *used), *stored).astype(x.dtype),))
     return and_back(x)
+
+
+@contextlib.contextmanager
+def gathered_before() -> Iterator[None]:
+    """What is traced within the block finds its parameters `gathered` already: a loop need not do so in each round."""
+    token = _gathered_before.set(True)
+    try:
+        yield
+    finally:
+        _gathered_before.reset(token)
 
 
 def is_matrix(path: str) -> bool:

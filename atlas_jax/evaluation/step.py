@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.evaluation.generation import Generation, Prompt, generate
+from atlas_jax.mesh import gathered_before
 from atlas_jax.models.fid import FiD, shift_right
 
 
@@ -34,14 +35,15 @@ CHOICE_POSITION = 1  # the decoder position whose logits tell the letter: positi
 
 def read(reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Prompt, cfg: Generation) -> Reading:
     """Loss of the targets, logits of the choices, and a generated answer, out of one pass of the encoder."""
-    source = reader.encode(batch.passages, batch.mask)
-    logits, _ = reader.decode(shift_right(batch.target, cfg.pad_id), source)
-    loss = token_losses(logits, batch.target, batch.target_mask)
+    reader, source = reader.gathered(reader.encode(batch.passages, batch.mask))
+    with gathered_before():
+        logits, _ = reader.decode(shift_right(batch.target, cfg.pad_id), source)
+        generated = generate(reader, source, cfg, prompt)
     return Reading(
-        loss.sum(-1),
+        token_losses(logits, batch.target, batch.target_mask).sum(-1),
         batch.target_mask.sum(-1),
         jnp.take(logits[:, CHOICE_POSITION], choices, axis=-1),
-        generate(reader, source, cfg, prompt),
+        generated,
     )
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from atlas_jax.mesh import BATCH, split
+from atlas_jax.mesh import BATCH, parameters_are_split, split
 from atlas_jax.models.stack import whole
 from atlas_jax.models.t5 import CrossAttention, Decoder, Encoder, KeyValues, Source, T5Config, Unread
 
@@ -84,6 +84,13 @@ class FiD(nnx.Module):
         """
         x, present = self.decoder(self._embedded(inputs), source, past=past, position=position)
         return self._logits(x), present
+
+    def gathered(self, source: Source) -> tuple["FiD", Source]:
+        """The reader, and what it has encoded, for use within `mesh.gathered_before`."""
+        if not parameters_are_split():
+            return self, source
+        reader = whole(self, "reader/", self.cfg.dtype)
+        return reader, source._replace(layers=reader.decoder.layers)
 
     def predict(
         self,

@@ -1,8 +1,9 @@
 """Kills training runs at random moments and starts them again; `make soak` does so a hundred times.
 
-    python tests/training/killing.py --kills 100
+    python tests/training/killing.py --kills 100 [--processes 2]
 
-A killed run must end with the parameters, bit for bit, and the metrics of one that nobody killed.
+A killed run must end with the parameters, bit for bit, and the metrics of one that nobody killed. Of several processes
+one is killed, and the others must end by themselves.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,12 +58,25 @@ def command(name: str, folder: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "atlas_jax.cli", "train", *given, "--shuffle", "--train_retriever", *more]
 
 
-def start(name: str, folder: Path, *more: str) -> subprocess.Popen:
-    """The run, on one device."""
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+def start(name: str, folder: Path, *more: str, processes: int = 1) -> list[subprocess.Popen]:
+    """The run, with one device a process."""
+    return start_processes(command(name, folder, *more), folder / f"{name}.log", processes)
+
+
+def start_processes(command: list[str], log: Path, processes: int, devices: int = 1) -> list[subprocess.Popen]:
+    """Several processes of a command that know each other; what each says is added to a file of its own."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    with (folder / f"{name}.log").open("a") as log:
-        return subprocess.Popen(command(name, folder, *more), stdout=log, stderr=log, env=environment)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    hosts = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", str(processes), "--host_timeout", "60"]
+    started = []
+    for index in range(processes):
+        more = [*hosts, "--process_id", str(index)] if processes > 1 else []
+        with log.with_suffix(f".{index}{log.suffix}" if index else log.suffix).open("a") as out:
+            started.append(subprocess.Popen([*command, *more], stdout=out, stderr=out, env=environment))
+    return started
 
 
 def prepare(folder: Path) -> Path:
@@ -71,27 +86,37 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def finish(name: str, folder: Path, *more: str) -> float:
+def finish(name: str, folder: Path, *more: str, processes: int = 1) -> float:
     """Runs to the end; returns the seconds."""
     began = time.monotonic()
-    status = start(name, folder, *more).wait()
-    assert status == 0, (folder / f"{name}.log").read_text()[-3000:]
+    statuses = [process.wait() for process in start(name, folder, *more, processes=processes)]
+    assert not any(statuses), (statuses, (folder / f"{name}.log").read_text()[-3000:])
     return time.monotonic() - began
 
 
-def killed(name: str, folder: Path, kills: int, seconds: float, rng: random.Random, signals=(signal.SIGKILL,)) -> int:
+def killed(
+    name: str,
+    folder: Path,
+    kills: int,
+    seconds: float,
+    rng: random.Random,
+    signals=(signal.SIGKILL,),
+    processes: int = 1,
+) -> int:
     """Kills the run at random moments of its first `seconds`, then lets it end; returns how often it was killed."""
     done = 0
     for _ in range(kills):
-        process = start(name, folder)
+        run = start(name, folder, processes=processes)
+        victim = rng.choice(run)
         try:
-            process.wait(rng.uniform(0.0, seconds))
+            victim.wait(rng.uniform(0.0, seconds))
             break  # it was done
         except subprocess.TimeoutExpired:
-            process.send_signal(rng.choice(signals))
-            process.wait(60)
+            victim.send_signal(rng.choice(signals))
+            for process in run:
+                process.wait(120)
             done += 1
-    finish(name, folder)
+    finish(name, folder, processes=processes)
     return done
 
 
@@ -116,17 +141,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
     rng, kills, runs, different = random.Random(given.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = prepare(Path(temporary))
-        finish("warm", folder)
-        seconds = finish("whole", folder)
+        finish("warm", folder, processes=given.processes)
+        seconds = finish("whole", folder, processes=given.processes)
+        signals = signal.SIGKILL, signal.SIGTERM
         while kills < given.kills:
             name = f"killed-{runs}"
-            kills += killed(
-                name, folder, min(10, given.kills - kills), 1.1 * seconds, rng, (signal.SIGKILL, signal.SIGTERM)
-            )
+            most = min(10, given.kills - kills)
+            kills += killed(name, folder, most, 1.1 * seconds, rng, signals, given.processes)
             runs += 1
             different += not same(folder / "whole", folder / name)
             print(f"{kills} kills, {runs} runs, {different} different", flush=True)

@@ -1,10 +1,17 @@
-"""What travels in a training step, read out of the compiled programs of `test_mesh_step`: what the table says."""
+"""What travels between devices, read out of compiled programs, those of `test_mesh_step` among them."""
 
 import collections
+import dataclasses
 
+import numpy as np
 import pytest
+from flax import nnx
 
-from atlas_jax.mesh import make_mesh, put_parameter
+from atlas_jax.checkpoints.weights import build_model
+from atlas_jax.evaluation.batches import put_reader_batch
+from atlas_jax.evaluation.evaluator import reader_program
+from atlas_jax.evaluation.generation import Generation
+from atlas_jax.mesh import make_mesh, parameter_spec, put_parameter, replicate
 from atlas_jax.plan import hlo
 from tests.training.test_mesh_step import placed, program
 from tests.training.test_step import batch, config
@@ -79,3 +86,38 @@ def test_under_model_only_the_residual_stream_travels(tiny_weights, batch):
             of_softmax = array.sizes[0] in rows and array.sizes[1:] in ((TARGET,), (TARGET, 1))
             assert of_stream or of_softmax, one
     assert not by_shape(found).keys() & {layer(path, shape)[1] for path, shape in split.items()}
+
+
+def test_an_answer_is_written_with_what_was_gathered_before(tiny_weights):
+    """Under fsdp no parameter travels for each token: every one is gathered for the encoder or, once, for the decoder.
+
+    A loop in which it were would be one more use.
+    """
+    mesh = make_mesh("fsdp=8")
+    reader = build_model(
+        {path: x for path, x in tiny_weights.params.items() if path.startswith("reader/")},
+        dataclasses.replace(tiny_weights.cfg, retriever=None),
+        lambda path, array: put_parameter(mesh, path, array),
+    ).reader
+    ids, target = np.zeros((8, 2, 32), np.int32), np.zeros((8, 4), np.int32)
+    given = put_reader_batch(mesh, ids, ids > 0, target, target > 0)
+    text = (
+        reader_program(reader, Generation(max_length=4), mesh)
+        .prepare(nnx.state(reader), given, replicate(mesh, np.zeros(1, np.int32)), None)
+        .as_text()
+    )
+    found = hlo.count(hlo.parse(text))
+    assert found.unknown_loops == 1
+    wanted = collections.Counter()
+    for path, x in tiny_weights.params.items():
+        if path.startswith("reader/") and any(parameter_spec(path, x.ndim)):
+            layers, sizes = layer(path, x.shape)
+            if path.startswith("reader/encoder") or "cross_attn/k" in path or "cross_attn/v" in path:
+                wanted[sizes] += layers
+            elif "/decoder/layers/" in path:
+                wanted[x.shape] += 1
+            else:
+                wanted[sizes] += 2 if "embed" in path else 1
+    gathers = by_shape(one for one in found.collectives if one.kind == "all-gather")
+    results = {(8,), (8, 1), (8, 4)}
+    assert {sizes: times for sizes, times in gathers.items() if sizes not in results} == wanted

@@ -45,7 +45,7 @@ def test_a_finished_run_started_again_does_nothing(folder):
 def test_another_learning_rate_is_another_run(folder):
     """Refused in one line that names the flag; a flag that does not enter the training is not."""
     folder, _ = folder
-    process = killing.start("whole", folder, "--lr", "5e-4")
+    (process,) = killing.start("whole", folder, "--lr", "5e-4")
     assert process.wait(120) == 2
     said = (folder / "whole.log").read_text().splitlines()[-1]
     assert "--lr 0.0005 (was 0.001)" in said

@@ -1,0 +1,88 @@
+"""Several processes train and evaluate one model: what comes out is what one process gives, and none is lost."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.training import killing
+from tests.training.test_loop import RUNS, compare
+
+ATLAS = [sys.executable, "-m", "atlas_jax.cli"]
+
+
+def ended(processes: list[subprocess.Popen], log: Path) -> tuple[list[int], str]:
+    """The statuses of all, which must end by themselves, and what the first said."""
+    return [process.wait(180) for process in processes], log.read_text()
+
+
+def wait_for(text: str, times: int, log: Path, processes: list[subprocess.Popen]) -> None:
+    """Until the first process has said so, so often."""
+    while log.read_text().count(text) < times:
+        assert all(process.poll() is None for process in processes), log.read_text()
+        time.sleep(0.05)
+
+
+def test_a_trajectory_does_not_depend_on_processes_and_devices(golden, tmp_path, flags):
+    """Begun by two processes of two devices, of which one is killed after the third step; gone on by four processes,
+    of which one is told to stop; ended by one. Each begins with the newest checkpoint."""
+    name, log, run = "cosine_refresh", tmp_path / "log.txt", tmp_path / "cosine_refresh"
+    command = [*ATLAS, "train", "--name", name, "--checkpoint_dir", str(tmp_path), *flags, *RUNS[name]]
+    several = [*command, "--per_gpu_batch_size", "1", "--save_freq", "3"]
+
+    two = killing.start_processes([*several, "--mesh", "data=2,fsdp=2"], log, 2, devices=2)
+    wait_for("] 4 / 6 |", 1, log, two)
+    two[1].kill()
+    statuses, said = ended(two, log)
+    assert statuses == [75, -signal.SIGKILL]
+    assert said.splitlines()[-1].startswith("atlas: process 1 (")
+    assert "is gone: it was killed or its host failed" in said.splitlines()[-1]
+
+    four = killing.start_processes([*several, "--mesh", "fsdp=4"], log, 4)
+    wait_for("] 4 / 6 |", 2, log, four)
+    four[2].send_signal(signal.SIGTERM)
+    statuses, said = ended(four, log)
+    assert statuses == [128 + signal.SIGTERM] * 4
+    assert f"going on from {run}/checkpoint/step-3" in said
+    assert "interrupted by SIGTERM; the same command goes on from its newest checkpoint" in said.splitlines()[-1]
+
+    statuses, said = ended(killing.start_processes(command, log, 1), log)
+    assert statuses == [0]
+    assert said.count("going on from") == 2
+    compare(golden, tmp_path, name)
+
+
+def test_an_evaluation_does_not_depend_on_processes(golden, tmp_path):
+    """Three processes, rows that nothing divides, an index in three parts: each row once, with the same passages."""
+    rows = (golden / "qa.jsonl").read_text().splitlines(keepends=True)[:7]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    flags = ["--task", "qa", "--eval_data", str(tmp_path / "rows.jsonl"), "--write_results", "--n_context", "3"]
+    flags += ["--model_path", str(golden / "checkpoint_initial"), "--passages", str(golden / "passages.jsonl")]
+    flags += ["--reader_model_type", str(golden / "assets/reader"), "--generation_max_length", "6"]
+    flags += ["--retriever_model_path", str(golden / "assets/retriever"), "--text_maxlength", "64"]
+    flags += ["--index_mode", "faiss", "--faiss_index_type", "ivfsq", "--checkpoint_dir", str(tmp_path)]
+    found = []
+    for count in (1, 3):
+        command = [*ATLAS, "evaluate", *flags, "--name", f"run-{count}", "--per_gpu_batch_size", str(6 // count)]
+        log = tmp_path / f"log-{count}.txt"
+        statuses, said = ended(killing.start_processes(command, log, count), log)
+        assert statuses == [0] * count, said
+        run = tmp_path / f"run-{count}"
+        lines = [json.loads(line) for line in (run / "rows-step-1.jsonl").read_text().splitlines()]
+        assert [line["query"] for line in lines] == [json.loads(row)["question"] for row in rows]
+        scores = json.loads((run / "rows-step-1.metrics.json").read_text())
+        kept = {name: scores[name] for name in ("exact_match", "f1", "examples", "prompts")}
+        passages = [[passage["id"] for passage in line["passages"]] for line in lines]
+        found.append((kept, [line["generation"] for line in lines], passages, scores["eval_loss"]))
+        assert sorted(path.name for path in run.iterdir()) == [
+            "config.json",
+            "rows-step-1.jsonl",
+            "rows-step-1.metrics.json",
+            "run.log",
+        ]
+    (*alike, loss), (*others, other_loss) = found
+    assert alike == others
+    assert abs(loss - other_loss) < 1e-4 * loss
+    assert len({str(one) for one in alike[2]}) > 1
