@@ -78,7 +78,7 @@ class RunConfig:
     dont_write_passages: bool = False  # leave the passages, most of the bytes, out of the --write_results files
     mesh: str = "auto"  # how devices share the work: sizes of data, fsdp, passages and model, as data=8,fsdp=8; or auto
     compile_cache: str = "auto"  # folder that keeps compiled programs for the next run; auto: the user's cache; or none
-    coordinator: str | None = None  # several hosts: host:port of process 0; SLURM, Open MPI and Google's pods need none
+    coordinator: str | None = None  # several hosts: host:port of process 0; SLURM, Open MPI and Google's TPUs need none
     num_processes: int | None = None  # with --coordinator: how many processes there are
     process_id: int | None = None  # with --coordinator: which of them this one is, from 0
     main_port: int = -1  # SLURM, Open MPI: port of process 0; -1: one that follows from the job's number

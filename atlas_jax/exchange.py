@@ -53,7 +53,7 @@ class Exchange:
             self._client.key_value_set_bytes(f"{key}/{self.index}", value)
             answer = self._get(f"{key}/all", seconds + SLACK)
             if answer is None:
-                raise NoAnswer(f"{self._name(0)} did not answer within {seconds:.0f} s ({channel})")
+                raise NoAnswer(f"{self._name(0)} did not answer within {seconds:g} s ({channel})")
         else:
             answer = self._collect(key, value, seconds, channel)
             self._client.key_value_set_bytes(f"{key}/all", answer)
@@ -78,7 +78,7 @@ class Exchange:
             values.append(found or b"")
             self._client.key_value_delete(f"{key}/{index}")
         if missing:
-            return json.dumps(f"{', '.join(missing)} did not answer within {seconds:.0f} s ({channel})").encode()
+            return json.dumps(f"{', '.join(missing)} did not answer within {seconds:g} s ({channel})").encode()
         return json.dumps([len(one) for one in values]).encode() + b"\n" + b"".join(values)
 
     def _get(self, key: str, seconds: float) -> bytes | None:

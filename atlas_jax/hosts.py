@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: flags, SLURM, Open MPI, Google's pods. No other file knows.
+"""How the processes of a run find each other: flags, SLURM, Open MPI, Google's TPUs. No other file knows.
 
 Importing this starts no devices.
 """
@@ -12,6 +12,8 @@ import os
 import re
 import socket
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 PORTS, FIRST_PORT = 12_000, 20_000  # below those that Linux gives to programs that ask for any
 NO_STEP = 0xFFFFFFF0  # SLURM numbers a batch script's and a shell's own step from here
-OWN_FLAGS = ("--process_id", "--local_rank")  # that each process may have its own value of
+OWN_FLAGS = ("--process_id", "--local_rank", "--compile_cache")  # of which each process may have its own value
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Place:
 
 
 def find(run: RunConfig, environment: Mapping[str, str] = os.environ) -> Place:
-    """Flags before SLURM before Open MPI before Google's pods; a single process otherwise."""
+    """Flags before SLURM before Open MPI before Google's TPUs; a single process otherwise."""
     flags = {"coordinator": run.coordinator, "num_processes": run.num_processes, "process_id": run.process_id}
     if missing := [f"--{flag}" for flag, value in flags.items() if value is None]:
         if len(missing) < len(flags):
@@ -54,7 +56,14 @@ def find(run: RunConfig, environment: Mapping[str, str] = os.environ) -> Place:
         return _by_slurm(run, environment)
     if "OMPI_COMM_WORLD_SIZE" in environment:
         return _by_open_mpi(run, environment)
-    return _by_google(run, environment) or Place()
+    if "TPU_WORKER_HOSTNAMES" in environment:
+        return _by_tpus(run, environment)
+    if (index := environment.get("JOB_COMPLETION_INDEX")) is not None:
+        logger.warning(
+            "pod %s of a Kubernetes job, alone: with --coordinator the pods are one run, as launch/gke shows", index
+        )
+        return Place()
+    return _by_tpu_vm(run, environment)
 
 
 def _by_flags(run: RunConfig) -> Place:
@@ -108,18 +117,47 @@ def _by_open_mpi(run: RunConfig, environment: Mapping[str, str]) -> Place:
     return Place(f"{host}:{port}", count, index, own_devices(environment, local, here), "Open MPI")
 
 
-def _by_google(run: RunConfig, environment: Mapping[str, str]) -> Place | None:
-    """A TPU slice or an indexed job of Kubernetes, as JAX itself finds them."""
-    from jax._src import clusters
+def _by_tpus(run: RunConfig, environment: Mapping[str, str], found: str = "GKE") -> Place:
+    """What GKE tells the pods of TPU slices; with several slices, MEGASCALE_* says which this one is."""
+    names = environment["TPU_WORKER_HOSTNAMES"].split(",")
+    numbers = (("NUM_SLICES", 1), ("SLICE_ID", 0))
+    slices, this = (_number(environment, f"MEGASCALE_{name}", otherwise) for name, otherwise in numbers)
+    first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", names[0]).partition(":")[0]
+    count, index = len(names) * slices, len(names) * this + _number(environment, "TPU_WORKER_ID")
+    if count == 1:
+        return Place()
+    port = run.main_port if run.main_port != -1 else FIRST_PORT
+    return Place(f"{first}:{port}", count, index, None, found, tuple(names) if slices == 1 else ())
+
+
+def _by_tpu_vm(run: RunConfig, environment: Mapping[str, str]) -> Place:
+    """A machine with TPUs asks Google's metadata server for what GKE would have told it."""
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
-    if not running_in_cloud_tpu_vm and "JOB_COMPLETION_INDEX" not in environment:
-        return None
-    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-    coordinator, count, index, _ = detect(None, None, None, None, None, run.host_timeout)
-    if coordinator is None or count is None or index is None or count == 1:
-        return None
-    return Place(coordinator, count, index, found="Google Cloud")
+    if not running_in_cloud_tpu_vm:
+        return Place()
+    try:
+        workers, lines = (_metadata(environment, name) for name in ("worker-network-endpoints", "tpu-env"))
+        told = dict(re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)", lines, re.MULTILINE))
+        names = ",".join(worker.split(":")[-1] for worker in workers.split(","))  # name:number:address, or a name alone
+        told |= {"TPU_WORKER_HOSTNAMES": names, "TPU_WORKER_ID": _metadata(environment, "agent-worker-number")}
+    except urllib.error.HTTPError:  # Google's, but without TPUs of its own, or not Google's
+        return Place()
+    except OSError as error:
+        by_hand = "--coordinator, --num_processes and --process_id say it by hand"
+        raise UserError(
+            f"the other machines of this TPU: no answer of Google's metadata server ({error}); {by_hand}"
+        ) from None
+    return _by_tpus(run, told, "Cloud TPU")
+
+
+def _metadata(environment: Mapping[str, str], name: str) -> str:
+    server = environment.get("GCE_METADATA_IP", "metadata.google.internal")
+    address = f"http://{server}/computeMetadata/v1/instance/attributes/{name}"
+    request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+        text: str = answer.read().decode()
+    return text
 
 
 def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int:
@@ -238,7 +276,7 @@ def _card() -> Card:
 
 
 def command_hash(arguments: Sequence[str]) -> str:
-    """A short fingerprint of a command line, but for the flags that tell processes apart."""
+    """A short fingerprint of a command line, but for `OWN_FLAGS`."""
     joined = re.sub(rf"\0(?:{'|'.join(OWN_FLAGS)})(?:=|\0)[^\0]*", "", "\0" + "\0".join(arguments))
     return hashlib.sha256(joined.encode()).hexdigest()[:12]
 

@@ -19,6 +19,7 @@ from atlas_jax.errors import UserError
 
 LOST = 75  # the exit status when another process is gone: try again
 GRACE = 1.0  # seconds for an error of this process to go before that of another
+ENDING = 30.0  # seconds that process 0 leaves the others, who have been told, to end before it
 LEAST_SILENCE = 10.0  # seconds; Python may be busy for some
 
 Card = dict[str, Any]  # what a process says of itself; `host` is its name
@@ -71,16 +72,20 @@ class RollCall:
         return f"process {index} ({self.cards[index]['host']})"
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Says goodbye; an `Exception` ends all other processes, an interruption leaves them time to stop."""
+        """Says goodbye; an `Exception` ends all other processes, an interruption leaves them time to save and stop.
+
+        That is as long as a silence may last, counted from the first that goes.
+        """
         self._closing.set()
         told: Card = {"bye": True}
         if isinstance(error, Exception):
             text = " ".join(f"{error}".split()) or type(error).__name__
             told = {"lost": f"{self.name(self.index)} failed: {text[:500]}"}
         for line in self._lines.values():
-            line.send(told)  # and stays open until this process ends: so long does process 0 live
-        if not self.index and isinstance(error, Exception):
-            self._wait_for_the_others()
+            line.send(told)
+            os.dup(line.socket.fileno())  # open until this process has ended: so long does process 0 live
+        if not self.index and error is not None:
+            self._wait_for_the_others(ENDING + (0.0 if isinstance(error, Exception) else self._silence))
 
     def _watch(self) -> None:
         """Beats, and ends this process when another one is gone."""
@@ -128,12 +133,12 @@ class RollCall:
             sys.stdout.flush()
         print(f"atlas: {text}; this process {self.index} ends too", file=sys.stderr, flush=True)
         if not self.index:
-            self._wait_for_the_others(but)
+            self._wait_for_the_others(ENDING, but)
         os._exit(LOST)
 
-    def _wait_for_the_others(self, but: int = -1) -> None:
-        """JAX aborts the other processes when process 0 ends, so it lets them read why and go first."""
-        end = time.monotonic() + 2 * GRACE
+    def _wait_for_the_others(self, seconds: float, but: int = -1) -> None:
+        """JAX aborts the other processes when process 0 ends, so it lets them read why, or save, and go first."""
+        end = time.monotonic() + seconds
         for index, line in self._lines.items():
             line.socket.settimeout(0.2)
             while index != but and time.monotonic() < end and line.receive() is not None:

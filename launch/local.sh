@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Several processes on this machine, as if each were a host; their lines are numbered.
 #   launch/local.sh -n 2 -- atlas train --task qa ...
-# When one fails the others are killed, and its status is that of the script. Ctrl-C, SIGTERM and SIGUSR1 go to all.
-# PORT=12345 chooses the port, DRY_RUN=1 prints the commands.
+#   ATLAS="launch/local.sh -n 2 -- atlas" launch/mmlu/full.sh
+# Its status is that of the process that fails first; the others then have five seconds to say why they end. Signals go to
+# all, which may then take their time to save. PORT=12345 chooses the port, DRY_RUN=1 prints the commands.
 set -euo pipefail
 
 usage="usage: launch/local.sh -n N -- COMMAND..."
@@ -11,41 +12,51 @@ count=$2
 shift 3
 PORT=${PORT:-$(python3 -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
-commands=()
-for ((i = 0; i < count; i++)); do
-  commands+=("$(printf '%q ' "$@" --coordinator "127.0.0.1:$PORT" --num_processes "$count" --process_id "$i")")
-done
-if [ -n "${DRY_RUN:-}" ]; then
-  printf '%s\n' "${commands[@]}"
-  exit
-fi
+run() { # of all processes, the one with this number
+  local command=("$@" --coordinator "127.0.0.1:$PORT" --num_processes "$count" --process_id "$i")
+  if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+  else
+    exec "${command[@]}"
+  fi
+}
 
 pids=()
+set -m # each in a process group of its own, so that a Ctrl-C comes to it once, from here
 for ((i = 0; i < count; i++)); do
-  (trap - INT TERM USR1; eval "exec ${commands[i]}") > >(trap '' INT TERM USR1; exec sed -u "s/^/[$i] /") 2>&1 &
-  pids+=($!)
+  if [ -n "${DRY_RUN:-}" ]; then
+    run "$@"
+  else
+    run "$@" </dev/null > >(trap '' INT TERM USR1 HUP; exec sed -u "s/^/[$i] /") 2>&1 &
+    pids+=($!)
+  fi
 done
-for signal in INT TERM USR1; do
+set +m
+told=
+for signal in INT TERM USR1 HUP; do
   # shellcheck disable=SC2064 # the signal of now
-  trap "kill -$signal \${pids[*]} 2>/dev/null || true" $signal
+  trap "told=1; kill -$signal \"\${pids[@]}\" 2>/dev/null || true" $signal
 done
 
 status=0
-left=$count
-while [ "$left" -gt 0 ]; do
-  code=0
-  wait -n "${pids[@]}" 2>/dev/null || code=$?
-  running=0
-  for pid in "${pids[@]}"; do
-    if kill -0 "$pid" 2>/dev/null; then running=$((running + 1)); fi
+end=
+while [ ${#pids[@]} -gt 0 ]; do
+  for i in "${!pids[@]}"; do
+    kill -0 "${pids[i]}" 2>/dev/null && continue
+    code=0
+    wait "${pids[i]}" || code=$?
+    unset "pids[i]"
+    if [ "$code" -ne 0 ] && [ "$status" -eq 0 ]; then
+      status=$code
+      end=$((SECONDS + ${GRACE:-5}))
+    fi
   done
-  [ "$running" -lt "$left" ] || continue # a signal woke us
-  left=$running
-  if [ "$code" -ne 0 ] && [ "$code" -ne 127 ] && [ "$status" -eq 0 ]; then
-    status=$code
-    sleep "${GRACE:-5}" # to say why they end, too
+  if [ -n "$end" ] && [ -z "$told" ] && [ "$SECONDS" -ge "$end" ]; then
     kill -KILL "${pids[@]}" 2>/dev/null || true
   fi
+  sleep 0.1 &
+  wait $! || true # a signal ends it
 done
-wait
+wait # for the last lines
 exit "$status"

@@ -85,3 +85,12 @@ def tiny_weights(tiny_config):
     from atlas_jax.checkpoints.restore import restore
 
     return restore(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts several processes of one run."""
+    from tests.several import Processes
+
+    with Processes() as found:
+        yield found

@@ -1,26 +1,41 @@
-"""One process of a run, for the tests of several: `mode coordinator count index timeout`."""
+"""The processes of a run, for the tests of several: forked from this one, which has JAX imported; that takes a second.
 
+A line of JSON on stdin asks for a process, and is answered with its pid; a pid alone is answered with its exit status.
+"""
+
+import json
 import logging
 import os
+import signal
 import sys
 import time
+from pathlib import Path
+
+import jax  # noqa: F401 # once for all
 
 from atlas_jax import hosts, roll_call
 from atlas_jax.config import RunConfig
 from atlas_jax.errors import UserError
-
-mode, coordinator, count, index, timeout = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
-sys.argv = ["atlas", "train", "--process_id", str(index)]
-roll_call.LEAST_SILENCE = 2.0
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-logging.getLogger("jax").setLevel(logging.ERROR)
-if mode == "version" and index == 1:
-    hosts.version = lambda package: "9.9" if package == "jax" else "1"
-if mode == "devices" and index == 1:
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+from atlas_jax.interrupts import Interrupted, Interrupts
 
 
-def talk(exchange) -> None:
+def fork_as_asked() -> dict:
+    """Returns in each process, with what was asked; in the first one never."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if isinstance(asked, int):
+            print(os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1]), flush=True)
+        elif pid := os.fork():
+            print(pid, flush=True)
+        else:
+            with open(asked["output"], "wb") as output, open(os.devnull) as nothing:
+                for own, standard in ((nothing, 0), (output, 1), (output, 2)):
+                    os.dup2(own.fileno(), standard)
+            return asked
+    os._exit(0)
+
+
+def talk(exchange, mark: Path) -> None:
     """What the tests of `exchange` claim, on several channels at once."""
     import threading
 
@@ -36,28 +51,67 @@ def talk(exchange) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    print("max", exchange.agree_max([exchange.index, -exchange.index, 7]))
+    print("max", exchange.agree(exchange.index, -exchange.index, 7))
     print("large", [len(one) for one in exchange.gather(bytes(6_000_000 + exchange.index))])
+    print("led", exchange.lead(lambda: f"by {exchange.index}"))
+    try:
+        exchange.everyone(lambda: 1 // (exchange.index - 1))
+    except (UserError, ZeroDivisionError) as error:
+        print("error", error)
+    exchange.asked_to_stop = lambda: signal.SIGUSR1 * (exchange.index == 1)
+    try:
+        exchange.agree()
+    except Interrupted as stop:
+        print("stop", stop.signum)
+    with exchange.process_0_first():
+        print("marked", exchange.index == 0 or mark.exists())
+        time.sleep(0.2 * (exchange.index == 0))
+        mark.touch()
     exchange.barrier("end")
     left = exchange._client.key_value_dir_get_bytes("atlas/")
     print("keys", sum(key.count("/") for key, _ in left) and len(left))
 
 
-try:
-    run = RunConfig(coordinator=coordinator, num_processes=count, process_id=index, host_timeout=timeout)
-    with hosts.connect(run) as e:
+def main(mode: str, run: RunConfig, seconds: float, who: int) -> None:
+    """What a process does within the run; `seconds` and `who` are the mode's."""
+    with hosts.connect(run) as exchange:
+        index = exchange.index
         print("up", flush=True)
-        if mode == "talk":
-            talk(e)
-        if mode == "late" and index != 1:
-            e.gather(b"x", timeout=1)
-        if mode == "late":
-            time.sleep(20)
-        if mode == "error" and index == int(os.environ.get("WHO", "1")):
-            raise UserError("bad.jsonl, line 3: no question")
-        if mode in ("sleep", "error"):
-            time.sleep(30)
+        try:
+            if mode == "talk":
+                talk(exchange, Path(f"{run.coordinator}.mark"))
+            if mode == "late" and index != who:
+                exchange.gather(b"x", timeout=seconds)
+            if mode == "error" and index == who:
+                raise UserError("bad.jsonl, line 3: no question")
+            if mode in ("late", "sleep", "error"):
+                time.sleep(30)
+        except Interrupted:
+            time.sleep(seconds * (index == who))
+            print("saved", flush=True)
+            raise
         print("done", flush=True)
-except UserError as error:
-    print(f"atlas: {error}", file=sys.stderr)
-    sys.exit(2)
+
+
+if __name__ == "__main__":
+    asked = fork_as_asked()
+    mode, index = asked["mode"], asked["run"]["process_id"]
+    sys.argv = ["atlas", "train", "--process_id", str(index)]
+    os.chdir(Path(asked["output"]).parent)
+    sys.stdout.reconfigure(line_buffering=True)
+    roll_call.LEAST_SILENCE = 1.0
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    if mode == "version" and index == 1:
+        hosts.version = lambda package: "9.9" if package == "jax" else "1"
+    if mode == "devices" and index == 1:
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    try:
+        with Interrupts():
+            main(mode, RunConfig(**asked["run"]), asked["seconds"], asked["who"])
+    except Interrupted as stop:  # as `cli` does
+        print(f"atlas: {stop}", file=sys.stderr)
+        sys.exit(stop.status)
+    except UserError as error:
+        print(f"atlas: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -2,14 +2,16 @@
 # 5-shot MMLU: a model for each of the 57 domains, trained on five questions of it. Settings: common.sh.
 #   DATA_DIR=/data SIZE=base launch/mmlu/5-shot.sh                  all domains, one after the other, and their table
 #   DATA_DIR=/data SIZE=base DOMAIN=anatomy launch/mmlu/5-shot.sh   one of them
-# As a SLURM array, a task takes the domain of its index, 0 to 56. A domain that has its predictions is not trained again.
+# As a SLURM array, a task takes the domain of its index, 0 to 56, and the one that ends last prints the table. A domain
+# that has its predictions is not trained again.
 # A model is as large as the one it starts from, so those of finished domains are not kept: --keep 1 keeps them.
+# shellcheck source=launch/mmlu/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 FILES=$MMLU/5-shot
 STEPS=16
 RUNS=$SAVE_DIR/$SIZE-mmlu-5-shot
-mapfile -t DOMAINS < <(cd "$FILES/individual_train" && ls | sed -n 's/\.5-shot-train\.jsonl$//p' | LC_ALL=C sort)
+mapfile -t DOMAINS < <(cd "$FILES/individual_train" && printf '%s\n' *.jsonl | sed -n 's/\.5-shot-train\.jsonl$//p' | LC_ALL=C sort)
 CHOSEN=("${DOMAINS[@]}")
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || CHOSEN=("${DOMAINS[$SLURM_ARRAY_TASK_ID]}")
 [ -z "${DOMAIN:-}" ] || CHOSEN=("$DOMAIN")
@@ -19,12 +21,14 @@ for domain in "${CHOSEN[@]}"; do
     echo "$domain: has its predictions"
     continue
   fi
-  $ATLAS train "${MODEL_FLAGS[@]}" "${TRAIN_FLAGS[@]}" --checkpoint_dir "$RUNS" --name "$domain" \
+  run_atlas train "${MODEL_FLAGS[@]}" "${TRAIN_FLAGS[@]}" --checkpoint_dir "$RUNS" --name "$domain" \
     --train_data "$FILES/individual_train/$domain.5-shot-train.jsonl" \
     --eval_data "$FILES/individual_valid/$domain.val.jsonl" "$FILES/individual_test/$domain.test.jsonl" \
     --total_steps $STEPS --warmup_steps 4 --eval_freq 4 --keep 0 "$@"
 done
 
-if ls "$RUNS"/*/*.test-step-$STEPS.jsonl >/dev/null 2>&1 && [ -z "${DOMAIN:-}${SLURM_ARRAY_TASK_ID:-}" ]; then
-  $SCORES --predictions_path "$RUNS" --gold_path "$MMLU/5-shot-multitask/combined_test.jsonl" --step $STEPS --split test
+shopt -s nullglob
+predictions=("$RUNS"/*/*.test-step-"$STEPS".jsonl)
+if [ -z "${DOMAIN:-}" ] && [ ${#predictions[@]} = ${#DOMAINS[@]} ]; then
+  run_scores --predictions_path "$RUNS" --gold_path "$MMLU/5-shot-multitask/combined_test.jsonl" --step $STEPS --split test
 fi

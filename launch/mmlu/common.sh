@@ -3,14 +3,55 @@
 #   SIZE       base, large, xl or xxl (default xxl)
 # and if you like PRECISION (bf16, fp32), SAVE_DIR (where runs go), READER and RETRIEVER (folders with config.json and
 # tokenizer, where the Hugging Face hub is out of reach). Arguments of a script go to atlas as they are.
+# ATLAS and SCORES are the commands that train and that print the score table. DRY_RUN=1 prints the commands.
 set -euo pipefail
 
 : "${DATA_DIR:?set DATA_DIR: the folder that holds models/, indices/ and data/}"
 SIZE=${SIZE:-xxl}
 SAVE_DIR=${SAVE_DIR:-$DATA_DIR/experiments}
 MMLU=$DATA_DIR/data/mmlu_data
-ATLAS=${ATLAS:-atlas}
-SCORES=${SCORES:-"python $(dirname "${BASH_SOURCE[0]}")/../../eval/evaluate_mmlu_predictions.py"}
+read -ra ATLAS <<<"${ATLAS:-atlas}"
+read -ra SCORES <<<"${SCORES:-python $(dirname "${BASH_SOURCE[0]}")/../../eval/evaluate_mmlu_predictions.py}"
+
+# Runs atlas; its status is that of the script. Signals go on to it, so that it saves: a container's first process is this
+# shell, and it alone gets them. But SLURM signals the processes of srun itself, and srun kills them when it gets SIGTERM.
+run_atlas() {
+  if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${ATLAS[@]}" "$@"
+    echo
+    return
+  fi
+  if [ "${ATLAS[0]}" = srun ]; then
+    trap : TERM USR1 # and this shell waits for srun
+    "${ATLAS[@]}" "$@"
+    return
+  fi
+  local atlas signal status again=1
+  set -m # in a process group of its own, so that a Ctrl-C comes to it once, from here
+  "${ATLAS[@]}" "$@" </dev/null &
+  atlas=$!
+  set +m
+  for signal in INT TERM USR1 HUP; do
+    # shellcheck disable=SC2064 # the signal of now
+    trap "again=1; kill -$signal $atlas 2>/dev/null || true" $signal
+  done
+  while [ -n "$again" ]; do # a signal ends a `wait`
+    again="" status=0
+    wait "$atlas" || status=$?
+  done
+  trap - INT TERM USR1 HUP
+  return "$status"
+}
+
+# Prints the score table, once: of the pods of a Kubernetes job the first does.
+run_scores() {
+  if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${SCORES[@]}" "$@"
+    echo
+  elif [ "${JOB_COMPLETION_INDEX:-0}" = 0 ]; then
+    "${SCORES[@]}" "$@"
+  fi
+}
 
 MODEL_FLAGS=(
   --reader_model_type "${READER:-google/t5-$SIZE-lm-adapt}"
@@ -31,6 +72,7 @@ MODEL_FLAGS=(
 )
 [ -z "${RETRIEVER:-}" ] || MODEL_FLAGS+=(--retriever_model_path "$RETRIEVER")
 
+# shellcheck disable=SC2034 # zeroshot.sh does not train
 TRAIN_FLAGS=(
   --shuffle
   --train_retriever

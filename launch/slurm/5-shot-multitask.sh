@@ -13,5 +13,5 @@
 # SLURM runs a copy of this file, so its folder is that of `sbatch`.
 # shellcheck source=launch/slurm/common.sh
 source "${SLURM_SUBMIT_DIR:-$PWD}/launch/slurm/common.sh"
-
-exec "$MMLU_SCRIPTS/5-shot-multitask.sh" "$@"
+# shellcheck source=launch/mmlu/5-shot-multitask.sh
+source "$REPOSITORY/launch/mmlu/5-shot-multitask.sh"

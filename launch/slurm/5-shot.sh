@@ -14,5 +14,5 @@
 # SLURM runs a copy of this file, so its folder is that of `sbatch`.
 # shellcheck source=launch/slurm/common.sh
 source "${SLURM_SUBMIT_DIR:-$PWD}/launch/slurm/common.sh"
-
-exec "$MMLU_SCRIPTS/5-shot.sh" "$@"
+# shellcheck source=launch/mmlu/5-shot.sh
+source "$REPOSITORY/launch/mmlu/5-shot.sh"

@@ -1,18 +1,36 @@
 # What the SLURM scripts share; sourced by them. Submit from the repository's folder:
 #   DATA_DIR=/data sbatch launch/slurm/full.sh
 # IMAGE=FILE runs in a container: apptainer (an .sif), or with a SLURM that has pyxis, CONTAINER=pyxis and an image's name.
-# The other settings are those of launch/mmlu/common.sh. DRY_RUN=1 prints the commands.
+# It has atlas in it and sees DATA_DIR, SAVE_DIR and this repository; no spaces in their names. The other settings are
+# those of launch/mmlu/common.sh. DRY_RUN=1 prints the commands.
 set -euo pipefail
 
-# Five minutes before its time is over SLURM sends SIGUSR1: the run saves and goes back to the queue. As the batch step gets no
-# signal of `--signal=USR1@300`, only srun's processes do, and no shell may be in between: `exec` below.
-LAUNCH=(srun --kill-on-bad-exit=1 --ntasks-per-node=1)
-if [ -n "${IMAGE:-}" ] && [ "${CONTAINER:-apptainer}" = pyxis ]; then
-  LAUNCH+=(--container-image="$IMAGE" --container-mounts="$DATA_DIR:$DATA_DIR")
-elif [ -n "${IMAGE:-}" ]; then
-  LAUNCH+=(apptainer exec --nv --bind "$DATA_DIR" "$IMAGE")
+# Five minutes before the time is over SLURM sends SIGUSR1 to what srun started, not to this shell (`--signal=USR1@300`
+# without B:). Each process saves and ends with 138, sooner or later than others, and with --kill-on-bad-exit=1 the first
+# would have the rest killed while they save. Nor is that flag needed: a process whose peer is lost ends by itself. But
+# one that hangs shall not keep the nodes: --wait=600 seconds after the first has ended, srun kills who is left.
+LAUNCH=(srun --kill-on-bad-exit=0 --wait=600 --ntasks-per-node=1 --cpu-bind=none)
+
+REPOSITORY=${SLURM_SUBMIT_DIR:-$PWD}
+TABLE="python $REPOSITORY/eval/evaluate_mmlu_predictions.py" # in this shell, on the first node alone
+if [ -n "${IMAGE:-}" ]; then
+  seen=$DATA_DIR:$DATA_DIR,$REPOSITORY:$REPOSITORY${SAVE_DIR:+,$SAVE_DIR:$SAVE_DIR}
+  if [ "${CONTAINER:-apptainer}" = pyxis ]; then
+    image=(--container-image="$IMAGE" --container-mounts="$seen")
+    TABLE="srun --nodes=1 --ntasks=1 ${image[*]} $TABLE"
+  else
+    image=(apptainer exec --nv --bind "$seen" "$IMAGE")
+    TABLE="${image[*]} $TABLE"
+  fi
+  LAUNCH+=("${image[@]}")
 fi
-[ -z "${DRY_RUN:-}" ] || LAUNCH=(echo "${LAUNCH[@]}")
-export ATLAS="${LAUNCH[*]} atlas"
-[ -z "${DRY_RUN:-}" ] || export SCORES=echo
-MMLU_SCRIPTS=${SLURM_SUBMIT_DIR:-$PWD}/launch/mmlu
+export ATLAS="${LAUNCH[*]} atlas" SCORES=${SCORES:-$TABLE}
+
+# The first process puts the job back into the queue (atlas_jax/interrupts.py); in a container, which has no scontrol, this
+# shell does, when all processes have ended.
+back_to_queue() {
+  if [ "$1" -eq 138 ] && [ -n "${IMAGE:-}" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+}
+trap 'back_to_queue $?' EXIT

@@ -13,5 +13,5 @@
 # SLURM runs a copy of this file, so its folder is that of `sbatch`.
 # shellcheck source=launch/slurm/common.sh
 source "${SLURM_SUBMIT_DIR:-$PWD}/launch/slurm/common.sh"
-
-exec "$MMLU_SCRIPTS/full.sh" "$@"
+# shellcheck source=launch/mmlu/full.sh
+source "$REPOSITORY/launch/mmlu/full.sh"

@@ -13,5 +13,5 @@
 # SLURM runs a copy of this file, so its folder is that of `sbatch`.
 # shellcheck source=launch/slurm/common.sh
 source "${SLURM_SUBMIT_DIR:-$PWD}/launch/slurm/common.sh"
-
-exec "$MMLU_SCRIPTS/zeroshot.sh" "$@"
+# shellcheck source=launch/mmlu/zeroshot.sh
+source "$REPOSITORY/launch/mmlu/zeroshot.sh"

@@ -1,0 +1,7 @@
+"""`python -m atlas_jax` is `atlas`, where that is not on PATH."""
+
+import sys
+
+from atlas_jax.cli import main
+
+sys.exit(main())
