@@ -8,7 +8,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="atlas-tests-")
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not WORKER:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="atlas-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,7 +32,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 def pytest_sessionfinish() -> None:
     """The compiled programs go."""
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if not WORKER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
