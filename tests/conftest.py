@@ -8,9 +8,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if not WORKER:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="atlas-tests-")
+# That of the first process serves those that it starts to share the tests
+os.environ["ATLAS_TEST_PROGRAMS"] = os.environ.get("ATLAS_TEST_PROGRAMS") or tempfile.mkdtemp(prefix="atlas-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["ATLAS_TEST_PROGRAMS"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,8 +32,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 def pytest_sessionfinish() -> None:
     """The compiled programs go."""
-    if not WORKER:
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["ATLAS_TEST_PROGRAMS"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
