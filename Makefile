@@ -5,6 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 SAMPLE := atlas_jax/sample
 MINUTES ?= 10
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -52,7 +53,7 @@ types: setup ## mypy
 	$(BIN)/mypy
 
 test: setup lint types ## lint, types and the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 soak: setup ## kill training runs a hundred times at random moments and compare what they end with (an hour)
 	$(BIN)/python tests/training/killing.py --kills 100

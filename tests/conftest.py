@@ -5,6 +5,7 @@ What one test has compiled the others find, also those that start a process.
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and what it starts would ignore it
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("atlas_jax", "beartype.beartype")  # from here on, each import of ours checks its annotations
 
@@ -38,7 +40,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="module")
 def quick_compiler():
-    """For programs that are only read: XLA's are the same, without LLVM's optimizations of them."""
+    """For programs that run once or are only read: XLA's are the same, without LLVM's optimizations of them."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -34,8 +34,8 @@ TERA, GIGA = 1e12, 1e9
 # H100 SXM: its data sheet (989 and 494 without sparsity; 3.35 TB/s; NVLink 900 GB/s, 450 each way).
 # Networks: DGX A100 and DGX H100 give each GPU a port of 200 and 400 Gbit/s. Memory in bytes: as XLA's public device
 # descriptions have it. TPUs: Google Cloud's pages of each (bf16, HBM, ICI in Gbit/s of all links: 2400, 1600, 4800
-# and 3584, taken here as both ways together); float32 products are three or more passes of bf16, taken as six for
-# --precision fp32 as JAX's "highest", but by default one: so bf16's rate. Between slices there is nothing here.
+# and 3584, taken here as both ways together); JAX by default makes a float32 product in one pass of bf16, at its rate.
+# Between slices there is nothing here.
 # cpu: a rough core, for tests of the command; a figure of no use for planning.
 DEVICES = {
     "a100-40gb": Device("cuda", 42331013120, 1555.2 * GIGA, 312 * TERA, 156 * TERA, 300 * GIGA, 25 * GIGA),

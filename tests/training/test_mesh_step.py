@@ -16,6 +16,7 @@ from tests.training.test_step import batch, config, norm
 MESHES = ("fsdp=8", "model=4", "data=2,fsdp=2,model=2", "passages=5")
 
 __all__ = ["batch"]  # the fixture
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def placed(mesh, batch: Batch) -> Batch:

@@ -14,6 +14,7 @@ from atlas_jax.evaluation.step import ReaderBatch
 from atlas_jax.training.optimizer import start
 from atlas_jax.training.step import Batch, RetrieverBatch, StepConfig, TrainState, joint_loss, train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 MODES = ("ppmean", "evalnormsum", "loop", "emdr")
 
 
