@@ -121,13 +121,16 @@ def batch_rows(mesh: Mesh, per_device: int) -> int:
     return per_device * math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
-    """The rows of a batch of so many that this process makes: those that its devices work on; alone, all of them."""
-    return _own_rows(_sharding(mesh, (rows,), (BATCH,)), (rows,))
+def own_rows(mesh: Mesh, rows: int, axes: tuple[str, ...] = BATCH) -> np.ndarray:
+    """Of so many rows, split over these axes, those that this process's devices work on, and so it makes.
+
+    Alone it makes all; where devices of several processes work on the same rows, each of these does.
+    """
+    return _own_rows(_sharding(mesh, (rows,), (axes,)), (rows,))
 
 
 def row_owners(mesh: Mesh, rows: int) -> np.ndarray:
-    """The process of each of so many rows that are split over all devices, which divide them."""
+    """The process of each of so many rows that are split over all devices, whose number divides theirs."""
     owners = np.empty(rows, np.int64)
     places: Mapping[Any, Any] = _sharding(mesh, (rows,), (AXES,)).devices_indices_map((rows,))
     for device, index in places.items():
@@ -151,7 +154,7 @@ def put_passages(mesh: Mesh, array: Like, rows: int | None = None) -> Any:
 def put_rows(mesh: Mesh, array: Like, rows: int | None = None) -> Any:
     """An array of rows that have nothing to do with each other, split over all devices.
 
-    Given the number of its `rows`, `array` has only those that this process has by `row_owners`.
+    Given the number of its `rows`, `array` has only those that are `own_rows` of all axes.
     """
     return _put(mesh, array, (AXES,), rows)
 

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from atlas_jax.exchange import ours
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -79,6 +81,7 @@ class Program:
             self.compile_seconds += seconds
             shape = " x ".join(map(str, max((x.shape for x in leaves), key=len, default=())))
             logger.info("compiled %s for %s in %.1f s (program %d)", self.name, shape, seconds, self.count)
+            ours().barrier()  # who found it in a cache is not to think that another one, who did not, is stuck
         return self._compiled[shapes]
 
     def _lower(self, state: Any, *args: Any) -> jax.stages.Lowered:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.exchange import ours
-from atlas_jax.mesh import AXES, own_part, put_rows, row_owners, split
+from atlas_jax.mesh import AXES, own_part, own_rows, put_rows, row_owners, split
 from atlas_jax.models.atlas import Retriever
 from atlas_jax.programs import Program
 from atlas_jax.retrieval.passages import PassageTokens
@@ -45,16 +45,16 @@ class Embedder:
     def __call__(self, texts: Sequence[Sequence[int] | np.ndarray], length: int, rows: int) -> Array:
         """Vectors (float32, "rows d") of texts by their bare ids; rows beyond them are meaningless.
 
-        With several processes, each has the texts of its own rows, see `row_owners`.
+        With several processes, each has the texts of its own rows.
         """
         finished = [self.tokenizer.finish(text, self.max_length) for text in texts]
-        own = int((row_owners(self.mesh, rows) == ours().index).sum())
-        ids, mask = pad([*finished, *[[]] * (own - len(texts))], length, self.tokenizer.pad_id)
+        empty = len(own_rows(self.mesh, rows, AXES)) - len(texts)
+        ids, mask = pad([*finished, *[[]] * empty], length, self.tokenizer.pad_id)
         return self.program(self._state, put_rows(self.mesh, ids, rows), put_rows(self.mesh, mask, rows))
 
     def queries(self, queries: Sequence[str], rows: int) -> Array:
         """Vectors of queries, in one batch of `rows`; of those that are another process's, the text does not matter."""
-        own = np.flatnonzero(row_owners(self.mesh, rows) == ours().index).tolist()
+        own = own_rows(self.mesh, rows, AXES).tolist()
         ids = self.tokenizer.ids([queries[row] for row in own if row < len(queries)])
         (longest,) = ours().agree(max(map(len, ids), default=0))
         return self(ids, self._length(longest), rows)
