@@ -32,6 +32,11 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long tests first: at the end none of the processes that share them has to wait for another."""
+    items.sort(key=lambda item: item.path.parent.name != "training")
+
+
 def pytest_sessionfinish() -> None:
     """The compiled programs go."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
