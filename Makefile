@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup plan-env lint types test soak fuzz demo clean
+.PHONY: help setup plan-env lint types test soak layouts fuzz demo clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,9 @@ test: setup lint types ## lint, types and the tests
 
 soak: setup ## kill training runs a hundred times at random moments and compare what they end with (an hour)
 	$(BIN)/python tests/training/killing.py --kills 100
+
+layouts: setup ## train and evaluate on every mesh with 1, 2 and 4 processes, and compare with one device (two hours)
+	$(BIN)/python -m tests.training.layouts
 
 fuzz: setup ## hostile files, for MINUTES=10, for the readers of PyTorch files and pickles; the one that broke them is kept
 	@$(PIP) -qq atheris || echo 'make: no atheris for this Python; files by rules only' >&2

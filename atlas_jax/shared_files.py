@@ -13,11 +13,15 @@ from atlas_jax.files import new_folder
 
 
 @contextlib.contextmanager
-def new_shared_folder(folder: Path, remedy: str) -> Iterator[Path]:
-    """`files.new_folder` for all processes: each may write into it, and it appears when all have come to the end."""
+def new_shared_folder(folder: Path, remedy: str, channel: str = "main") -> Iterator[Path]:
+    """`files.new_folder` for all processes: each may write into it, and it appears when all have come to the end.
+
+    An existing one is replaced. The path is absolute.
+    """
     with contextlib.ExitStack() as stack:
-        yield Path(ours().lead(lambda: str(stack.enter_context(new_folder(folder, remedy, replace=True)))))
-        ours().lead(stack.close)
+        new = new_folder(folder, remedy, replace=True)
+        yield Path(ours().lead(lambda: str(stack.enter_context(new).resolve()), channel))
+        ours().lead(stack.close, channel)
 
 
 @contextlib.contextmanager

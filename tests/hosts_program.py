@@ -3,6 +3,7 @@
 A line of JSON on stdin asks for a process, and is answered with its pid; a pid alone is answered with its exit status.
 """
 
+import importlib
 import json
 import logging
 import os
@@ -10,8 +11,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-
-import jax  # noqa: F401 # once for all
 
 from atlas_jax import hosts, roll_call
 from atlas_jax.config import RunConfig
@@ -21,6 +20,7 @@ from atlas_jax.interrupts import Interrupted, Interrupts
 
 def fork_as_asked() -> dict:
     """Returns in each process, with what was asked; in the first one never."""
+    importlib.import_module("jax")  # once for all
     for line in sys.stdin:
         asked = json.loads(line)
         if isinstance(asked, int):

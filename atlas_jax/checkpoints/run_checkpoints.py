@@ -1,6 +1,7 @@
 """The checkpoints of a training run: written behind its back, the newest whole one read."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 import os
@@ -46,12 +47,16 @@ class RunCheckpoints:
         UserError if there are some but it refuses all.
         """
         found: list[T] = []
+
+        def keep(folder: Path) -> None:
+            found.append(read(folder))
+
         names = ours().lead(lambda: [folder.name for folder in self._newest_first()])
         refusals = []
         for name, older in itertools.zip_longest(names, names[1:]):
             folder = self.folder / name
             try:
-                ours().everyone(lambda folder=folder: found.append(read(folder)))  # type: ignore[misc]
+                ours().everyone(functools.partial(keep, folder))
                 return found[-1], folder
             except (OSError, UserError) as error:
                 refusals.append(error)

@@ -33,10 +33,11 @@ from atlas_jax.config import OUR_CHECKPOINT
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.exchange import ours
-from atlas_jax.files import new_folder, sync, write_json
+from atlas_jax.files import sync, write_json
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
+from atlas_jax.shared_files import new_shared_folder
 
 FORMAT = 2
 CHANNEL = "checkpoint"  # on which the processes of a run speak of this
@@ -113,42 +114,45 @@ def save(
     if memory:
         trees["training"] = memory.arrays
     arrays = {name: tree for name, tree in trees.items() if tree}
-    exchange, draft = ours(), Path()
-    with contextlib.ExitStack() as finishing:
+    exchange = ours()
+    with new_shared_folder(folder, REMEDY, CHANNEL) as draft:
+        exchange.lead(lambda: _create(draft, folder, arrays), CHANNEL)
+        mine = {name: _mine(tree, all_else=exchange.index == 0) for name, tree in arrays.items()}
+        sums = exchange.everyone(lambda: _write(draft, folder, mine, tell), CHANNEL)
+        checksums: dict[str, Any] = {name: {} for name in trees}
+        checksums |= {name: digits(tree, [one[name] for one in sums]) for name, tree in arrays.items()}
+        exchange.lead(lambda: _describe(draft, folder, weights, memory, checksums), CHANNEL)
+    exchange.lead(lambda: sync(folder.parent), CHANNEL)
 
-        def begin() -> str:
-            draft = finishing.enter_context(new_folder(folder, REMEDY, replace=True)).resolve()
-            check_room(draft, folder, sum(array.nbytes for tree in arrays.values() for array in tree.values()))
-            with writing(folder):
-                for name, tree in arrays.items():
-                    create_arrays(draft / name, tree)
-            return str(draft)
 
-        def write() -> dict[str, Sums]:
-            mine = {name: _mine(tree, all_else=exchange.index == 0) for name, tree in arrays.items()}
-            with writing(folder):
-                return {name: write_arrays(draft / name, tree, tell) for name, tree in mine.items()}
+def _create(draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, Either]]) -> None:
+    check_room(draft, folder, sum(array.nbytes for tree in arrays.values() for array in tree.values()))
+    with writing(folder):
+        for name, tree in arrays.items():
+            create_arrays(draft / name, tree)
 
-        def finish() -> None:
-            checksums: dict[str, Any] = {name: {} for name in trees}
-            for name, tree in arrays.items():
-                checksums[name] = digits(tree, [one[name] for one in sums])
-            with writing(folder):
-                for name, tokenizer in (("reader", weights.tokenizer), ("retriever", weights.retriever_tokenizer)):
-                    if tokenizer:
-                        tokenizer.save(draft / name)
-            if memory:
-                write_json(draft / ABOUT_TRAINING, memory.about)
-                checksums[ABOUT_TRAINING] = _of_file(draft / ABOUT_TRAINING)
-            about = {"format": FORMAT, "step": weights.step, "index": weights.index, **_shapes(weights.cfg)}
-            write_json(draft / OUR_CHECKPOINT, about | {"files": _sizes(draft), "checksums": checksums})
-            sync(*draft.rglob("*"), draft)
-            finishing.close()
-            sync(folder.parent)
 
-        draft = Path(exchange.lead(begin, CHANNEL))
-        sums = exchange.everyone(write, CHANNEL)
-        exchange.lead(finish, CHANNEL)
+def _write(
+    draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, Either]], tell: Callable[[int], object]
+) -> dict[str, Sums]:
+    with writing(folder):
+        return {name: write_arrays(draft / name, tree, tell) for name, tree in arrays.items()}
+
+
+def _describe(
+    draft: Path, folder: Path, weights: Weights | Opened, memory: Memory | None, checksums: dict[str, Any]
+) -> None:
+    """Writes everything but arrays, and sees to it that all of it is on the disk."""
+    with writing(folder):
+        for name, tokenizer in (("reader", weights.tokenizer), ("retriever", weights.retriever_tokenizer)):
+            if tokenizer:
+                tokenizer.save(draft / name)
+    if memory:
+        write_json(draft / ABOUT_TRAINING, memory.about)
+        checksums = checksums | {ABOUT_TRAINING: _of_file(draft / ABOUT_TRAINING)}
+    about = {"format": FORMAT, "step": weights.step, "index": weights.index, **_shapes(weights.cfg)}
+    write_json(draft / OUR_CHECKPOINT, about | {"files": _sizes(draft), "checksums": checksums})
+    sync(*draft.rglob("*"), draft)
 
 
 def _mine(tree: Mapping[str, Either], *, all_else: bool) -> dict[str, Either]:

@@ -1,0 +1,154 @@
+"""Trains and evaluates on every mesh with 1, 2 and 4 processes, and compares with one device: `make layouts`.
+
+    python -m tests.training.layouts --runs linear flat --meshes model=4 --processes 2
+
+Eight questions a step, shuffled, with dropout, on eight devices (`model=4`: four). A run is begun and ended on a
+layout, and then ended once more by the layout after it, from the checkpoint in the middle.
+"""
+
+import argparse
+import itertools
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tests.training import killing
+from tests.training.test_loop import COLUMNS, RUNS
+
+GOLDEN = killing.GOLDEN
+# and their questions a device of the batch axes
+MESHES = {"data=8": 1, "fsdp=8": 1, "model=4": 8, "data=2,fsdp=2,model=2": 2, "fsdp=4,passages=2": 2}
+INDEXES = {"flat": ["--index_mode", "flat"], "faiss": ["--index_mode", "faiss", "--faiss_index_type", "ivfsq"]}
+ATLAS = [sys.executable, "-m", "atlas_jax.cli"]
+MODEL = {
+    "--task": "qa",
+    "--model_path": str(GOLDEN / "checkpoint_initial"),
+    "--reader_model_type": str(GOLDEN / "assets/reader"),
+    "--retriever_model_path": str(GOLDEN / "assets/retriever"),
+    "--passages": str(GOLDEN / "passages.jsonl"),
+    "--n_context": "4",
+    "--retriever_n_context": "4",
+    "--text_maxlength": "96",
+    "--target_maxlength": "16",
+}
+TRAINING = {
+    "--train_data": str(GOLDEN / "qa.jsonl"),
+    "--temperature_gold": "0.1",
+    "--temperature_score": "0.1",
+    "--total_steps": "6",
+    "--save_freq": "3",
+    "--warmup_steps": "3",
+    "--lr": "1e-3",
+    "--lr_retriever": "3e-4",
+    "--log_freq": "1",
+}
+EVALUATION = {"--generation_max_length": "6"}
+
+
+def listed(flags: dict[str, str]) -> list[str]:
+    return [text for flag, value in flags.items() for text in (flag, value)]
+
+
+def run(command: list[str], folder: Path, mesh: str, processes: int) -> None:
+    """On that mesh, or with none on one device; anything but success is an error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    devices = int(np.prod([int(axis.split("=")[1]) for axis in mesh.split(",")])) if mesh else 1
+    queries = MESHES.get(mesh, 8)
+    layout = ["--per_gpu_batch_size", str(queries), *(["--mesh", mesh] if mesh else [])]
+    started = killing.start_processes([*command, *layout], folder / "log.txt", processes, devices // processes)
+    statuses = [process.wait() for process in started]
+    if any(statuses):
+        raise AssertionError(f"{statuses}: {(folder / 'log.txt').read_text()[-2000:]}")
+
+
+def train(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dict[str, np.ndarray]:
+    """Goes on with the run of that folder, or begins it; returns what it ends with."""
+    from atlas_jax.checkpoints.store import load
+
+    flags = [*listed(MODEL | TRAINING), "--train_retriever", "--shuffle", *RUNS[name]]
+    command = [*ATLAS, "train", "--name", "run", "--checkpoint_dir", str(folder), *flags]
+    run(command, folder, mesh, processes)
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    trace = {column: np.asarray([row[column] for row in rows if column in row]) for column in COLUMNS}
+    return trace | dict(load(folder / "run/checkpoint/step-6").params)
+
+
+def back_to_the_middle(folder: Path) -> None:
+    """As if the run had been killed when it had saved step 3."""
+    checkpoints = folder / "run/checkpoint"
+    shutil.rmtree(checkpoints / "step-6")
+    (checkpoints / "latest").unlink()
+    (checkpoints / "latest").symlink_to("step-3")
+
+
+def evaluate(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dict[str, np.ndarray]:
+    """Seven questions, which nothing divides; returns the answers and the passages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = (GOLDEN / "qa.jsonl").read_text().splitlines(keepends=True)[:7]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    flags = [*listed(MODEL | EVALUATION), "--eval_data", str(folder / "rows.jsonl"), *INDEXES[name], "--write_results"]
+    command = [*ATLAS, "evaluate", "--name", "run", "--checkpoint_dir", str(folder), *flags]
+    run(command, folder, mesh, processes)
+    lines = [json.loads(line) for line in (folder / "run/rows-step-1.jsonl").read_text().splitlines()]
+    scores = json.loads((folder / "run/rows-step-1.metrics.json").read_text())
+    passages = [passage for line in lines for passage in line["passages"]]
+    return {
+        "answers": np.asarray([line["generation"] for line in lines]),
+        "passages": np.asarray([passage["id"] for passage in passages]),
+        "eval_loss": np.asarray(scores["eval_loss"]),
+        "exact_match": np.asarray(scores["exact_match"]),
+    }
+
+
+def difference(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> tuple[float, str]:
+    """The largest relative one, of which 1 is too much, and where: 3e-4 of traces, 1e-4 of others beside 2e-5."""
+    assert found.keys() == wanted.keys()
+    worst = 0.0, ""
+    for name, array in wanted.items():
+        if array.dtype.kind in "US":
+            assert (found[name] == array).all(), name
+            continue
+        assert found[name].shape == array.shape, name
+        allowed = 3e-4 * np.abs(array) if name in COLUMNS else 2e-5 + 1e-4 * np.abs(array)
+        worst = max(worst, (float(np.max(np.abs(found[name] - array) / allowed, initial=0)), name))
+    return worst
+
+
+def main() -> None:
+    """Prints a line for each comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", default=[*RUNS, *INDEXES], choices=[*RUNS, *INDEXES])
+    parser.add_argument("--meshes", nargs="+", default=[*MESHES], choices=[*MESHES])
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
+    given = parser.parse_args()
+    layouts, failed = list(itertools.product(given.meshes, given.processes)), 0
+
+    def tell(name: str, layout: str, worst: tuple[float, str]) -> None:
+        nonlocal failed
+        equal = worst[0] < 1
+        failed += not equal
+        said = f"{worst[0]:.2f} of the tolerance at {worst[1]}"
+        print(f"{'equal' if equal else 'DIFFERENT'} ({said}): {name}, {layout}", flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in given.runs:
+            here = train if name in RUNS else evaluate
+            wanted = here(name, Path(temporary) / name / "one")
+            before = None
+            for number, (mesh, processes) in enumerate(layouts):
+                layout, folder = f"{mesh} on {processes} processes", Path(temporary) / name / str(number)
+                tell(name, layout, difference(here(name, folder, mesh, processes), wanted))
+                if before and name in RUNS:
+                    back_to_the_middle(before[1])
+                    worst = difference(here(name, before[1], mesh, processes), wanted)
+                    tell(name, f"begun by {before[0]}, ended by {layout}", worst)
+                before = layout, folder
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
