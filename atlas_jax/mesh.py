@@ -9,6 +9,7 @@ import contextvars
 import logging
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from atlas_jax.checkpoints.arrays import Lazy, within
 from atlas_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -166,9 +168,37 @@ def replicate(mesh: Mesh, array: Like) -> Any:
     return _put(mesh, array, ())
 
 
-def put_parameter(mesh: Mesh, path: str, array: Like) -> Any:
-    """A parameter, or what AdamW remembers of it, where the table says."""
-    return _put(mesh, array, parameter_spec(path, len(array.shape)))
+def put_parameter(mesh: Mesh, path: str, array: Like | Lazy, dtype: Any = None) -> Any:
+    """A parameter, or what AdamW remembers of it, where the table says; of a host's array, as `dtype`.
+
+    Of one that is not in memory, each process reads what its devices hold; `checkpoints.orbax_arrays.verify` has to
+    follow.
+    """
+    spec = parameter_spec(path, len(array.shape))
+    if isinstance(array, Lazy):
+        return _read(mesh, array, spec, dtype)
+    return _put(mesh, array.astype(dtype) if isinstance(array, np.ndarray) and dtype else array, spec)
+
+
+def _read(mesh: Mesh, array: Lazy, spec: Spec, dtype: Any) -> Any:
+    sharding = _sharding(mesh, array.shape, spec)
+    owners: dict[tuple[tuple[int, int], ...], set[int]] = defaultdict(set)  # of each place, the processes that hold it
+    places: Mapping[Any, Any] = sharding.devices_indices_map(array.shape)
+    for device, index in places.items():
+        bounds = tuple(axis.indices(n)[:2] for axis, n in zip(index, array.shape, strict=True))
+        owners[bounds].add(device.process_index)
+    here = jax.process_index()
+    mine = [place for place, processes in owners.items() if here in processes]
+    box = tuple(slice(min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*mine, strict=True))
+    owned = [tuple(slice(*axis) for axis in place) for place in mine if min(owners[place]) == here]
+    part = array.share(box, [box] if len(owned) == len(owners) else owned)
+    part = part.astype(dtype or part.dtype, copy=False)
+
+    def piece(index: Any) -> np.ndarray:
+        bounds = (slice(*axis.indices(n)[:2]) for axis, n in zip(index, array.shape, strict=True))
+        return part[within(tuple(bounds), box)]
+
+    return jax.make_array_from_callback(array.shape, sharding, piece)
 
 
 def _put(mesh: Mesh, array: Like, spec: Spec, rows: int | None = None) -> Any:

@@ -94,7 +94,7 @@ def tiny_weights(tiny_config):
     """The weights of that checkpoint, with their tokenizers."""
     from atlas_jax.checkpoints.restore import restore
 
-    return restore(tiny_config)
+    return restore(tiny_config).load()
 
 
 @pytest.fixture(scope="session")

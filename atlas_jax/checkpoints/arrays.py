@@ -4,7 +4,7 @@ import abc
 import itertools
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,10 @@ class Lazy(abc.ABC):
     @abc.abstractmethod
     def read(self, index: Index = ()) -> np.ndarray:
         """What numpy gives for the same index, in C order and not shared with anyone."""
+
+    def share(self, index: Index, owned: Sequence[Index]) -> np.ndarray:
+        """The same for one of several processes that read it; each element is in what one of them has `owned`."""
+        return self.read(index)
 
     @property
     def size(self) -> int:
@@ -177,6 +181,11 @@ def parts(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
     for corner in itertools.product(*ranges):
         stops = (min(start + step, n) for start, step, n in zip(corner, chunk, shape, strict=True))
         yield tuple(map(slice, corner, stops))
+
+
+def within(index: Index, box: Index) -> Index:
+    """The index, counted from where the box begins that contains it."""
+    return tuple(slice(i.start - b.start, i.stop - b.start) for i, b in zip(index, box, strict=True))
 
 
 def corner(index: Index) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.export import write_huggingface, write_reference
 from atlas_jax.checkpoints.inspection import inspect, lines
 from atlas_jax.checkpoints.restore import PUBLISHED, open_weights
-from atlas_jax.checkpoints.store import Opened
+from atlas_jax.checkpoints.store import Weights
 from atlas_jax.command_line import Parser, comments
 from atlas_jax.config import READERS, Config, ModelConfig, RetrievalConfig, TaskConfig
 from atlas_jax.errors import UserError
@@ -86,7 +86,7 @@ def _check(given: argparse.Namespace, output: Path) -> None:
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
 
 
-def _what_now(form: str, output: Path, weights: Opened) -> str:
+def _what_now(form: str, output: Path, weights: Weights) -> str:
     if form == "reference":
         return "; the reference's --model_path takes it, torch.load opens it with weights_only=True"
     if form == "orbax":

@@ -11,7 +11,7 @@ from atlas_jax.checkpoints.arrays import Either
 from atlas_jax.checkpoints.pretrained import read_json
 from atlas_jax.checkpoints.restore import PUBLISHED
 from atlas_jax.checkpoints.safetensors_file import write_safetensors
-from atlas_jax.checkpoints.store import REMEDY, Opened, check_room, writing
+from atlas_jax.checkpoints.store import REMEDY, Weights, check_room, writing
 from atlas_jax.checkpoints.torch_writer import Attributes, write_torch
 from atlas_jax.checkpoints.weights import Exported, entries, retriever_names
 from atlas_jax.data.tokens import Tokenizer
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Tell = Callable[[int], object]
 
 
-def write_huggingface(folder: Path, weights: Opened, tell: Tell) -> None:
+def write_huggingface(folder: Path, weights: Weights, tell: Tell) -> None:
     """`reader/` (T5) and `retriever/` (BERT), or `query_encoder/` and `passage_encoder/`, which transformers loads.
 
     UserError if it cannot be written. There is no such folder yet.
@@ -50,7 +50,7 @@ def write_huggingface(folder: Path, weights: Opened, tell: Tell) -> None:
         )
 
 
-def write_reference(folder: Path, weights: Opened, tell: Tell) -> None:
+def write_reference(folder: Path, weights: Weights, tell: Tell) -> None:
     """`model.pth.tar` as the reference saves it without optimizers; UserError if it cannot be written.
 
     `opt` has the one attribute that loading asks for. It is an OrderedDict, because `torch.load(weights_only=True)`

@@ -30,9 +30,11 @@ from atlas_jax.checkpoints.arrays import (
     parts,
     piece_chunk,
     read,
+    within,
 )
 from atlas_jax.checkpoints.checksum import Checksum
 from atlas_jax.errors import UserError
+from atlas_jax.exchange import ours
 from atlas_jax.prefetch import prefetch
 
 IN_FLIGHT = 6  # parts that are being written while the next one is prepared
@@ -141,26 +143,53 @@ def open_arrays(folder: Path, checksums: Mapping[str, str]) -> dict[str, "Stored
 
 
 class Stored(Lazy):
-    """An array in such a folder. Parts read in turn are verified when the last has come: UserError if one differs."""
+    """An array in such a folder. Parts read in turn are verified when the last has come: UserError if one differs.
+
+    What several processes read as shares, `verify` does.
+    """
 
     def __init__(self, name: str, place: Any, expected: str):
         self.name, self.expected = name, expected
         self.shape, self.dtype = tuple(place.shape), place.dtype.numpy_dtype
         self._place = place
         self._checksum = Checksum(self.dtype, self.shape)
+        self.of_shares: Checksum | None = None  # of what this process has to verify
 
     def read(self, index: Index = ()) -> np.ndarray:
-        try:
-            part: np.ndarray = self._place[index].read().result()
-        except Exception as error:  # TensorStore raises every kind
-            folder = self.name.split(": ")[0]
-            raise UserError(f"{folder}: damaged or incomplete ({line(error)}); write it again") from None
+        part = self._read(index)
         self._checksum.add(corner(index), part)
         if self._checksum.seen >= self.size:
             found, self._checksum = self._checksum.digits(), Checksum(self.dtype, self.shape)
             if found != self.expected:
                 raise damaged(self.name)
         return part
+
+    def share(self, index: Index, owned: Sequence[Index]) -> np.ndarray:
+        part = self._read(index)
+        self.of_shares = Checksum(self.dtype, self.shape)
+        for piece in owned:
+            self.of_shares.add(corner(piece), part[within(piece, index)])
+        return part
+
+    def _read(self, index: Index) -> np.ndarray:
+        try:
+            part: np.ndarray = self._place[index].read().result()
+        except Exception as error:  # TensorStore raises every kind
+            folder = self.name.split(": ")[0]
+            raise UserError(f"{folder}: damaged or incomplete ({line(error)}); write it again") from None
+        return part
+
+
+def verify(arrays: Mapping[str, Either]) -> None:
+    """Compares what all processes have read as shares with what was saved; they come here together.
+
+    UserError on all of them if it differs.
+    """
+    shared = {name: array for name, array in arrays.items() if isinstance(array, Stored) and array.of_shares}
+    mine = {name: array.of_shares.sums.tolist() for name, array in shared.items() if array.of_shares}
+    for name, found in digits(shared, ours().everyone(lambda: mine)).items():
+        if found != shared[name].expected:
+            raise damaged(shared[name].name)
 
 
 def damaged(what: object) -> UserError:

@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.arrays import Either
+from atlas_jax.checkpoints.arrays import Either, read
 from atlas_jax.checkpoints.pretrained import folder_weights, reader_config, retriever_config, weights_file
-from atlas_jax.checkpoints.store import Opened, Weights
+from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.torch_file import load_torch
-from atlas_jax.checkpoints.weights import Params, is_untied, link_weights, plain_names
+from atlas_jax.checkpoints.weights import is_untied, link_weights, plain_names
 from atlas_jax.config import Config
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
@@ -28,14 +28,17 @@ PUBLISHED = "model.pth.tar"
 
 
 def restore(config: Config) -> Weights:
-    """The weights that `--model_path` names, or else those of `--reader_model_type` and `--retriever_model_path`."""
+    """The weights that `--model_path` names, or else those of `--reader_model_type` and `--retriever_model_path`.
+
+    Only the retriever's are in memory: of a large reader a process needs its devices' share.
+    """
     path = config.weights_folder
     weights = _used(open_weights(config), config)
     if not (weights.cfg.retriever or config.retrieval.use_file_passages):
         raise UserError(f"{path}: has no retriever; pass --use_file_passages or --closed_book, or take another")
     if not (weights.cfg.reader or config.retrieval.retrieve_only):
         raise UserError(f"{path}: has no reader; pass --retrieve_only, or take another")
-    loaded = weights.load()
+    loaded = weights.load("retriever/")
     if config.retrieval.query_side_retriever_training:
         loaded = _untied(loaded)
     count = sum(array.size for array in loaded.params.values())
@@ -43,7 +46,7 @@ def restore(config: Config) -> Weights:
     return loaded
 
 
-def open_weights(config: Config) -> Opened:
+def open_weights(config: Config) -> Weights:
     """All that is there of what `restore` loads, unread: names and shapes are known to be right, and nothing else."""
     path = config.weights_folder
     if path is None:
@@ -55,13 +58,13 @@ def open_weights(config: Config) -> Opened:
     raise UserError(f"{path}: neither {PUBLISHED} nor a checkpoint of ours (atlas.json) in this folder")
 
 
-def retriever_fingerprint(params: Params) -> str:
+def retriever_fingerprint(params: Mapping[str, Either]) -> str:
     """What tells one passage encoder from another: a digest of its parameters, whatever file they came from."""
     digest = hashlib.sha256()
     encoders = sorted(path for path in params if re.match(r"retriever/(passage_)?encoder/", path))
     for path in encoders:
         digest.update(path.split("encoder/", 1)[1].encode())
-        digest.update(np.ascontiguousarray(params[path], np.float32).tobytes())
+        digest.update(np.ascontiguousarray(read(params[path]), np.float32).tobytes())
     return digest.hexdigest()
 
 
@@ -95,16 +98,16 @@ def open_published(file: Path) -> tuple[dict[str, np.ndarray], int]:
     return plain_names({str(name): array for name, array in model.items()}), step
 
 
-def _published(file: Path, config: Config) -> Opened:
+def _published(file: Path, config: Config) -> Weights:
     source, step = open_published(file)
     if config.retrieval.use_file_passages:
         source = {name: array for name, array in source.items() if not name.startswith("retriever.")}
     cfg = _shapes(config, untied=is_untied(source))
     tokenizers = _tokenizers(config)  # before the minutes that weights take
-    return Opened(link_weights(source, cfg, where=str(file)), cfg, *tokenizers, step=step)
+    return Weights(link_weights(source, cfg, where=str(file)), cfg, *tokenizers, step=step)
 
 
-def _ours(folder: Path, config: Config) -> Opened:
+def _ours(folder: Path, config: Config) -> Weights:
     """Our checkpoint; a shape that `--reader_model_type` contradicts is an error."""
     found = store.load_config(folder)[0].reader
     if config.model.reader_model_type:
@@ -122,7 +125,7 @@ def _ours(folder: Path, config: Config) -> Opened:
     return store.open_checkpoint(folder)
 
 
-def _fresh(config: Config) -> Opened:
+def _fresh(config: Config) -> Weights:
     """A T5 and an encoder that never met; a part without weights is random."""
     cfg = _shapes(config, untied=False)
     tokenizers = _tokenizers(config)
@@ -133,7 +136,7 @@ def _fresh(config: Config) -> Opened:
     if cfg.retriever:
         part = AtlasConfig(None, cfg.retriever)
         params |= _part(config.model.retriever_model_path, "retriever.contriever.", part, config.run.seed)
-    return Opened(params, cfg, *tokenizers)
+    return Weights(params, cfg, *tokenizers)
 
 
 def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Mapping[str, Either]:
@@ -146,7 +149,7 @@ def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Mapping[str, E
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
 
 
-def _used(weights: Opened, config: Config) -> Opened:
+def _used(weights: Weights, config: Config) -> Weights:
     """Without the part that this run does not use."""
     cfg = weights.cfg
     if config.retrieval.retrieve_only:

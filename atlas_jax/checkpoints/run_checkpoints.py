@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.store import Memory, Opened, Weights
+from atlas_jax.checkpoints.store import Memory, Weights
 from atlas_jax.errors import UserError
 from atlas_jax.exchange import ours
 from atlas_jax.files import new_file
@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STEP = r"step-(0|[1-9][0-9]*)"  # the name of a checkpoint
+
+
+class AnotherRun(UserError):
+    """A checkpoint is whole, but the run cannot go on from it, and not from an older one either."""
 
 
 class RunCheckpoints:
@@ -41,10 +45,13 @@ class RunCheckpoints:
         self._saving: Future[None] | None = None
         ours().lead(lambda: _sweep(folder))
 
-    def restore(self, read: Callable[[Path], T]) -> tuple[T, Path] | None:
+    def restore(
+        self, read: Callable[[Path], T], verify: Callable[[T], None] = lambda found: None
+    ) -> tuple[T, Path] | None:
         """What `read` makes of the newest checkpoint that it does not refuse with a UserError; None if there is none.
 
-        UserError if there are some but it refuses all.
+        Nor may `verify` refuse it, in which the processes take part together. UserError if there are some but all are
+        refused, or one of them with `AnotherRun`.
         """
         found: list[T] = []
 
@@ -57,8 +64,12 @@ class RunCheckpoints:
             folder = self.folder / name
             try:
                 ours().everyone(functools.partial(keep, folder))
+                verify(found[-1])
                 return found[-1], folder
+            except AnotherRun:
+                raise
             except (OSError, UserError) as error:
+                found.clear()  # it may be large
                 refusals.append(error)
                 self._damaged.add(folder)
                 if older:
@@ -67,7 +78,7 @@ class RunCheckpoints:
             raise UserError(f"{self.folder}: none of its checkpoints can be read; the newest: {refusals[0]}")
         return None
 
-    def save(self, step: int, weights: Weights | Opened, memory: Memory | None = None) -> None:
+    def save(self, step: int, weights: Weights, memory: Memory | None = None) -> None:
         """Starts to write `step-{step}`, once the save before is done; the arrays must not change until `wait`.
 
         Not being able to write is logged, and the older checkpoints stay.
@@ -101,7 +112,7 @@ class RunCheckpoints:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _save(self, weights: Weights | Opened, memory: Memory | None) -> None:
+    def _save(self, weights: Weights, memory: Memory | None) -> None:
         folder = self.folder / f"step-{weights.step}"
         try:
             store.save(folder, weights, memory)

@@ -28,7 +28,7 @@ from atlas_jax.checkpoints.orbax_arrays import (
     write_arrays,
 )
 from atlas_jax.checkpoints.pretrained import read_json
-from atlas_jax.checkpoints.weights import Params, flat_shapes
+from atlas_jax.checkpoints.weights import flat_shapes
 from atlas_jax.config import OUR_CHECKPOINT
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
@@ -51,29 +51,20 @@ OF_THE_RUN = ("dropout", "dtype", "for_cpu")  # fields of a shape that the run c
 class Weights:
     """Everything that a run needs of a model: parameters, shapes, and the tokenizers that it was trained with."""
 
-    params: Params  # float32, by our paths
+    params: Mapping[str, Either]  # float32, by our paths, in memory or still in files
     cfg: AtlasConfig
     tokenizer: Tokenizer  # the reader's
     retriever_tokenizer: Tokenizer | None
     step: int = 0
     index: str | None = None  # fingerprint of the passage encoder of the index that the retriever was trained with
 
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """`Weights` that are still where they come from, as in files."""
-
-    params: Mapping[str, Either]
-    cfg: AtlasConfig
-    tokenizer: Tokenizer
-    retriever_tokenizer: Tokenizer | None
-    step: int = 0
-    index: str | None = None
-
-    def load(self) -> Weights:
-        """Reads them into memory, where each is there once."""
-        params = {path: np.asarray(read(array), np.float32) for path, array in self.params.items()}
-        return Weights(params, self.cfg, self.tokenizer, self.retriever_tokenizer, self.step, self.index)
+    def load(self, prefix: str = "") -> "Weights":
+        """Those whose path begins so are read into memory, where each is there once."""
+        params = {
+            path: np.asarray(read(array), np.float32) if path.startswith(prefix) else array
+            for path, array in self.params.items()
+        }
+        return dataclasses.replace(self, params=params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +91,7 @@ def is_whole(folder: Path) -> bool:
 
 def save(
     folder: Path,
-    weights: Weights | Opened,
+    weights: Weights,
     memory: Memory | None = None,
     tell: Callable[[int], object] = lambda count: None,
 ) -> None:
@@ -139,9 +130,7 @@ def _write(
         return {name: write_arrays(draft / name, tree, tell) for name, tree in arrays.items()}
 
 
-def _describe(
-    draft: Path, folder: Path, weights: Weights | Opened, memory: Memory | None, checksums: dict[str, Any]
-) -> None:
+def _describe(draft: Path, folder: Path, weights: Weights, memory: Memory | None, checksums: dict[str, Any]) -> None:
     """Writes everything but arrays, and sees to it that all of it is on the disk."""
     with writing(folder):
         for name, tokenizer in (("reader", weights.tokenizer), ("retriever", weights.retriever_tokenizer)):
@@ -200,7 +189,7 @@ def load(folder: Path) -> Weights:
     return open_checkpoint(folder).load()
 
 
-def open_checkpoint(folder: Path) -> Opened:
+def open_checkpoint(folder: Path) -> Weights:
     """The same without its arrays, which are read and verified when they are asked for."""
     cfg, step = load_config(folder)
     _check_whole(folder)
@@ -211,11 +200,11 @@ def open_checkpoint(folder: Path) -> Opened:
     index = _field(folder, "index", str | None)
     params = _open(folder, "params", wanted)
     retriever_tokenizer = Tokenizer.load(folder / "retriever") if cfg.retriever else None
-    return Opened(params, cfg, Tokenizer.load(folder / "reader"), retriever_tokenizer, step, index)
+    return Weights(params, cfg, Tokenizer.load(folder / "reader"), retriever_tokenizer, step, index)
 
 
 def load_memory(folder: Path) -> Memory | None:
-    """What a training run left beside the weights, if it did; UserError if that is damaged."""
+    """What a training run left beside the weights, its arrays unread, if it did; UserError if that is damaged."""
     _check_whole(folder)
     checksums = _field(folder, "checksums", dict)
     if "training" not in checksums:
@@ -223,7 +212,7 @@ def load_memory(folder: Path) -> Memory | None:
     if checksums.get(ABOUT_TRAINING) != _of_file(folder / ABOUT_TRAINING):
         raise damaged(folder / ABOUT_TRAINING)
     arrays = _open(folder, "training") if checksums["training"] else {}  # Orbax keeps no empty folder
-    return Memory({name: array.read() for name, array in arrays.items()}, read_json(folder / ABOUT_TRAINING))
+    return Memory(arrays, read_json(folder / ABOUT_TRAINING))
 
 
 def _open(folder: Path, tree: str, wanted: Mapping[str, Any] | None = None) -> dict[str, Stored]:

@@ -272,7 +272,7 @@ def _abstract(cfg: AtlasConfig) -> tuple[Any, Any]:
 
 
 def build_model(
-    params: Mapping[str, np.ndarray | jax.Array | jax.ShapeDtypeStruct],
+    params: Mapping[str, Either | jax.Array | jax.ShapeDtypeStruct],
     cfg: AtlasConfig,
     place: Callable[[str, Any], jax.Array] | None = None,
 ) -> Atlas:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from atlas_jax.checkpoints.arrays import Either
+from atlas_jax.checkpoints.orbax_arrays import verify
 from atlas_jax.checkpoints.restore import restore, retriever_fingerprint
 from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.weights import build_model
@@ -101,10 +103,13 @@ def place(weights: Weights, config: Config, mesh: Mesh) -> Atlas:
     """The model on the mesh in --precision: matrices in the compute type, norms and biases in float32."""
     dtype = compute_type(config)
 
-    def put(path: str, array: np.ndarray) -> jax.Array:
-        return put_parameter(mesh, path, array.astype(dtype) if is_matrix(path) else array)
+    def put(path: str, array: Either) -> jax.Array:
+        placed: jax.Array = put_parameter(mesh, path, array, dtype if is_matrix(path) else None)
+        return placed
 
-    return build_model(weights.params, weights.cfg.computing(dtype=dtype, for_cpu=is_one_cpu(mesh)), put)
+    model = build_model(weights.params, weights.cfg.computing(dtype=dtype, for_cpu=is_one_cpu(mesh)), put)
+    verify(weights.params)
+    return model
 
 
 def passage_source(config: Config, weights: Weights, model: Atlas, mesh: Mesh, scratch: Path) -> Source:

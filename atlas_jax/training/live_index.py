@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from atlas_jax.checkpoints.arrays import Either, read
 from atlas_jax.checkpoints.restore import retriever_fingerprint
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import Config
@@ -77,7 +78,7 @@ class LiveIndex:
         self._built = start.index_params
         encoder = self._built or passage_encoder(weights.params)
         cfg = dataclasses.replace(weights.cfg, reader=None)
-        model = build_model(weights.params | encoder, cfg, functools.partial(put_parameter, mesh))
+        model = build_model({**weights.params, **encoder}, cfg, functools.partial(put_parameter, mesh))
         kept = before.index is not None and ours().lead(
             lambda: is_index_of(config.index.save_index_path, before.index or "")
         )
@@ -127,7 +128,7 @@ def is_due(config: Config, step: int) -> bool:
     return False
 
 
-def passage_encoder(params: Mapping[str, np.ndarray | Array]) -> dict[str, np.ndarray]:
+def passage_encoder(params: Mapping[str, Either | Array]) -> dict[str, np.ndarray]:
     """Copies of what embeds passages, on the host."""
     encoder = {path: array for path, array in params.items() if path.startswith(PASSAGE_ENCODER)}
-    return {path: on_host(x) if isinstance(x, Array) else np.array(x) for path, x in encoder.items()}
+    return {path: on_host(x) if isinstance(x, Array) else np.array(read(x)) for path, x in encoder.items()}

@@ -13,7 +13,6 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from atlas_jax.checkpoints.restore import restore
 from atlas_jax.checkpoints.run_checkpoints import RunCheckpoints
 from atlas_jax.checkpoints.store import Memory
 from atlas_jax.checkpoints.weights import build_model
@@ -24,7 +23,7 @@ from atlas_jax.evaluation.evaluator import Evaluator
 from atlas_jax.evaluation.loop import checked_files, checked_rows, compute_type, evaluate_file
 from atlas_jax.exchange import ours
 from atlas_jax.interrupts import Interrupted, Interrupts, requeue
-from atlas_jax.mesh import batch_rows, is_one_cpu, make_mesh, replicate
+from atlas_jax.mesh import is_one_cpu, make_mesh, replicate
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.prefetch import prefetch
 from atlas_jax.programs import Program, keep_programs
@@ -35,8 +34,8 @@ from atlas_jax.training.batches import Batches, TrainingExamples
 from atlas_jax.training.live_index import LiveIndex
 from atlas_jax.training.optimizer import rate
 from atlas_jax.training.report import Report
-from atlas_jax.training.resume import Start, check_same_run, make_state, read, snapshot
-from atlas_jax.training.step import StepConfig, train_step
+from atlas_jax.training.resume import Start, begin_or_go_on, snapshot
+from atlas_jax.training.step import StepConfig, TrainState, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +59,8 @@ def train(config: Config, run: Path) -> None:
         scratch = stack.enter_context(shared_scratch(config.run_folder, SCRATCH))
         checkpoints = stack.enter_context(RunCheckpoints(config.run_folder / "checkpoint", config.run.keep))
         mesh = make_mesh(config.run.mesh, learns=True)
-        start = _start(config, checkpoints, batch_rows(mesh, config.run.per_gpu_batch_size))
-        trainer = Trainer(config, run, start, files, evaluated, mesh, scratch)
+        start, state = begin_or_go_on(config, checkpoints, mesh)
+        trainer = Trainer(config, run, start, state, files, evaluated, mesh, scratch)
         done = trainer.progress
         report = Report(run, config.optim.total_steps, config.run.log_freq, done.step, done.pending)
         trainer.run(stack.enter_context(report), checkpoints, interrupts)
@@ -69,17 +68,6 @@ def train(config: Config, run: Path) -> None:
             checkpoints.remove()
     if checkpoints.failed:
         raise UserError(checkpoints.failed)
-
-
-def _start(config: Config, checkpoints: RunCheckpoints, queries: int) -> Start:
-    """The newest whole checkpoint of this run, or else what the flags name."""
-    found = checkpoints.restore(read)
-    if found is None:
-        return Start(restore(config), None)
-    start, folder = found
-    check_same_run(start, config, folder, queries)
-    logger.info("going on from %s", folder)
-    return start
 
 
 def _requeue(_: object, error: BaseException | None, __: object) -> None:
@@ -107,17 +95,18 @@ class Trainer:
         config: Config,
         run: Path,
         start: Start,
+        state: TrainState,
         files: Sequence[Rows],
         evaluated: Mapping[str, Rows],
         mesh: Mesh,
         scratch: Path,
     ):
         self.config, self.run_folder, self.mesh, self.progress = config, run, mesh, start.progress
+        self.state = state
         self.weights = dataclasses.replace(start.weights, params={})  # they are in the state, once
         tokenizer, retriever_tokenizer = start.weights.tokenizer, start.weights.retriever_tokenizer
         self.cfg = step_config(config, start.weights.cfg, mesh, tokenizer.pad_id, tokenizer.suffix[0])
         self.index = LiveIndex(config, start, mesh, scratch)
-        self.state = make_state(config, start, mesh)
         self.examples = TrainingExamples(config, make_task(config, train=True), files, tokenizer)
         self.batches = Batches(config, tokenizer, retriever_tokenizer, mesh)
         self.evaluator = Evaluator(config, make_task(config), self.index.source, tokenizer, mesh)

@@ -14,12 +14,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.arrays import Either, Share
+from atlas_jax.checkpoints.arrays import Either, Lazy, Share
 from atlas_jax.checkpoints.arrays import read as read_array
-from atlas_jax.checkpoints.store import Memory, Opened, Weights
+from atlas_jax.checkpoints.orbax_arrays import verify
+from atlas_jax.checkpoints.restore import restore
+from atlas_jax.checkpoints.run_checkpoints import AnotherRun, RunCheckpoints
+from atlas_jax.checkpoints.store import Memory, Weights
 from atlas_jax.config import Config, to_dict
-from atlas_jax.errors import UserError
-from atlas_jax.mesh import Like, put_parameter, replicate
+from atlas_jax.mesh import Like, batch_rows, put_parameter, replicate
 from atlas_jax.training.optimizer import start
 from atlas_jax.training.step import TrainState
 
@@ -76,9 +78,27 @@ class Start:
         return {path.removeprefix(INDEX): read_array(x) for path, x in arrays.items() if path.startswith(INDEX)}
 
 
-def read(folder: Path) -> Start:
-    """A checkpoint of a run; UserError if it is damaged."""
-    return Start(store.load(folder), store.load_memory(folder))
+def begin_or_go_on(config: Config, checkpoints: RunCheckpoints, mesh: Mesh) -> tuple[Start, TrainState]:
+    """The newest whole checkpoint of this run, or else what the flags name; and the state on the devices."""
+
+    def read(folder: Path) -> tuple[Start, TrainState]:
+        start = Start(store.open_checkpoint(folder).load("retriever/"), store.load_memory(folder))
+        check_same_run(start, config, folder, batch_rows(mesh, config.run.per_gpu_batch_size))
+        return start, make_state(config, start, mesh)
+
+    if found := checkpoints.restore(read, _verify):
+        logger.info("going on from %s", found[1])
+        return found[0]
+    start = Start(restore(config), None)
+    fresh = start, make_state(config, start, mesh)
+    _verify(fresh)
+    return fresh
+
+
+def _verify(found: tuple[Start, TrainState]) -> None:
+    start, _ = found
+    verify(start.weights.params)
+    verify(start.memory.arrays if start.memory else {})
 
 
 def check_same_run(found: Start, config: Config, folder: Path, queries: int) -> None:
@@ -92,13 +112,13 @@ def check_same_run(found: Start, config: Config, folder: Path, queries: int) -> 
         )
     before_queries = found.memory.about.get("queries", queries) if found.memory else queries  # older runs do not say
     if before_queries != queries:
-        raise UserError(
+        raise AnotherRun(
             f"{folder}: a run of {before_queries} queries a step, not {queries}; choose "
             "--per_gpu_batch_size so that it times the devices on data and fsdp is the same, or another --name"
         )
     if differing:
         said = ", ".join(f"--{flag} {now[flag]} (was {value})" for flag, value in differing.items())
-        raise UserError(f"{folder}: a run with other flags: {said}; choose another --name, or remove this folder")
+        raise AnotherRun(f"{folder}: a run with other flags: {said}; choose another --name, or remove this folder")
 
 
 def _plain(value: Any) -> Any:
@@ -117,7 +137,8 @@ def learns(config: Config, path: str) -> bool:
 def make_state(config: Config, found: Start, mesh: Mesh) -> TrainState:
     """The state on the devices: as it was, or at the start."""
     params = found.weights.params
-    shapes = jax.eval_shape(functools.partial(begin, config), params)
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, np.float32) for path, x in params.items()}
+    shapes = jax.eval_shape(functools.partial(begin, config), shapes)
     state: TrainState = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)  # no memory: nobody writes to them
     if found.memory is not None and found.progress.step < config.optim.total_steps:
         state = _remember(state, found.memory.arrays, found.weights.step)
@@ -157,33 +178,33 @@ def put_state(mesh: Mesh, state: TrainState) -> TrainState:
     return jax.tree_util.tree_map_with_path(functools.partial(_put, mesh), state)
 
 
-def _put(mesh: Mesh, keys: tuple[Any, ...], x: Like) -> Any:
+def _put(mesh: Mesh, keys: tuple[Any, ...], x: Like | Lazy) -> Any:
     """A leaf of the state: below a parameter's path what is as large as it, else a number."""
     if isinstance(keys[-1], jax.tree_util.DictKey):
         return put_parameter(mesh, keys[-1].key, x)
-    return replicate(mesh, x)
+    return replicate(mesh, read_array(x) if isinstance(x, Lazy) else x)
 
 
-def snapshot(state: TrainState, weights: Weights, *, weights_only: bool) -> tuple[Opened, dict[str, Either]]:
+def snapshot(state: TrainState, weights: Weights, *, weights_only: bool) -> tuple[Weights, dict[str, Either]]:
     """Copies on the host of what this process has to save: the weights, and what else the state holds, by name."""
     params = {path: Share(x) for path, x in state.params.items()}
     arrays = {} if weights_only else {name: Share(x) for name, x in _named(_besides(state))[0].items()}
     parts = weights.cfg, weights.tokenizer, weights.retriever_tokenizer, weights.step, weights.index
-    return Opened(params, *parts), dict(arrays)
+    return Weights(params, *parts), dict(arrays)
 
 
 def _remember(state: TrainState, arrays: Mapping[str, Either], step: int) -> TrainState:
     """The state with these arrays besides its parameters."""
     names, structure = _named(_besides(state))
     if not any(name in arrays for name in names):
-        raise UserError(
+        raise AnotherRun(
             f"step {step}: this run was finished and kept its weights only; go on from them with --model_path and "
             "another --name, or next time train with --save_optimizer"
         )
     for name, x in names.items():
         if name not in arrays or arrays[name].shape != x.shape:
-            raise UserError(f"step {step}: its checkpoint has no {name} of this shape; is it one of this run?")
-    found = jax.tree.unflatten(structure, [read_array(arrays[name]) for name in names])
+            raise AnotherRun(f"step {step}: its checkpoint has no {name} of this shape; is it one of this run?")
+    found = jax.tree.unflatten(structure, [arrays[name] for name in names])
     return state._replace(
         reader=state.reader._replace(moments=found["reader"]),
         retriever=state.retriever and state.retriever._replace(moments=found["retriever"]),

@@ -19,7 +19,7 @@ from atlas_jax.checkpoints.checksum import checksum
 from atlas_jax.checkpoints.export import exported
 from atlas_jax.checkpoints.pretrained import folder_weights
 from atlas_jax.checkpoints.safetensors_file import open_safetensors, write_safetensors
-from atlas_jax.checkpoints.store import Opened, Weights
+from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.torch_file import load_torch
 from atlas_jax.checkpoints.weights import entries, flat_shapes, link_weights
 from atlas_jax.config import READERS
@@ -215,7 +215,7 @@ def test_no_more_than_parts_are_read(ours, golden, tmp_path, monkeypatch):
     assert asked == []
     told: list[int] = []
     store.save(
-        tmp_path / "small", Opened(linked, whole.cfg, whole.tokenizer, whole.retriever_tokenizer), tell=told.append
+        tmp_path / "small", Weights(linked, whole.cfg, whole.tokenizer, whole.retriever_tokenizer), tell=told.append
     )
     assert max(asked) < 2 * 2048
     assert sum(told) == sum(asked) == sum(array.nbytes for array in whole.params.values())

@@ -18,7 +18,7 @@ from atlas_jax.checkpoints.export import reader_json, retriever_json, write_hugg
 from atlas_jax.checkpoints.plain_pickle import Names, unpickle
 from atlas_jax.checkpoints.pretrained import reader_config, retriever_config
 from atlas_jax.checkpoints.safetensors_file import open_safetensors, write_safetensors
-from atlas_jax.checkpoints.store import Opened
+from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.torch_file import load_torch
 from atlas_jax.checkpoints.torch_writer import ALIGNMENT, Attributes, dump, write_torch
 from atlas_jax.errors import UserError
@@ -37,10 +37,10 @@ def ignore(count: int) -> None:
 
 
 @pytest.fixture
-def opened(tiny_weights) -> Opened:
+def opened(tiny_weights) -> Weights:
     """The golden checkpoint."""
     w = tiny_weights
-    return Opened(w.params, w.cfg, w.tokenizer, w.retriever_tokenizer, 12)
+    return Weights(w.params, w.cfg, w.tokenizer, w.retriever_tokenizer, 12)
 
 
 def members(file: Path) -> dict[str, tuple[int, zipfile.ZipInfo]]:

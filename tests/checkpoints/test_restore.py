@@ -31,7 +31,8 @@ def start(golden):
         names = {"reader_model_type": f"{golden}/assets/reader", "retriever_model_path": f"{golden}/assets/retriever"}
         names |= {name: str(flags.pop(name)) for name in list(flags) if name in names}
         model = ModelConfig(**names, model_path=str(model_path))
-        return restore(Config(model, TaskConfig("qa"), run=RunConfig(seed=seed), retrieval=RetrievalConfig(**flags)))
+        config = Config(model, TaskConfig("qa"), run=RunConfig(seed=seed), retrieval=RetrievalConfig(**flags))
+        return restore(config).load()
 
     return run
 

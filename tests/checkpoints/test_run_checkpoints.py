@@ -36,7 +36,7 @@ def read(folder: Path) -> int:
     assert folder.name == f"step-{weights.step}"
     assert memory.about == {"position": weights.step * 64}
     assert all((array == weights.step).all() for array in weights.params.values())
-    assert all((array == -weights.step).all() for array in memory.arrays.values())
+    assert all((array.read() == -weights.step).all() for array in memory.arrays.values())
     return weights.step
 
 

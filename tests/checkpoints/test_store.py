@@ -15,8 +15,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.arrays import Share
-from atlas_jax.checkpoints.store import Memory, Opened, Weights
+from atlas_jax.checkpoints.arrays import Share, read
+from atlas_jax.checkpoints.orbax_arrays import verify
+from atlas_jax.checkpoints.store import Memory, Weights
 from atlas_jax.errors import UserError
 from atlas_jax.mesh import make_mesh, put_parameter
 from atlas_jax.models.atlas import AtlasConfig
@@ -67,14 +68,35 @@ def refusal(call: Callable[[], object], *parts: object) -> str:
     return message
 
 
+@pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=2,model=2", "passages=5"])
+def test_devices_get_their_share_from_the_files(saved, tmp_path, tiny_weights, spec):
+    """Where an array in memory would lie, bit for bit, or as another type; verified, so a changed number is named."""
+    mesh = make_mesh(spec)
+    stored = store.open_checkpoint(saved).params
+    for path, array in tiny_weights.params.items():
+        found, wanted = put_parameter(mesh, path, stored[path]), put_parameter(mesh, path, array)
+        assert found.sharding == wanted.sharding
+        np.testing.assert_array_equal(np.asarray(found).view(np.uint32), array.view(np.uint32))
+        assert put_parameter(mesh, path, stored[path], jnp.bfloat16).dtype == jnp.bfloat16
+    verify(stored)
+    name = "reader/encoder/layers/mlp/up/kernel"
+    changed = tiny_weights.params[name].copy()
+    changed.flat[-1] += 1
+    store.save(tmp_path / "other", dataclasses.replace(tiny_weights, params={**tiny_weights.params, name: changed}))
+    other = store.open_checkpoint(tmp_path / "other").params
+    other[name].expected = stored[name].expected
+    for path, array in other.items():
+        put_parameter(mesh, path, array)
+    refusal(lambda: verify(other), f"{tmp_path}/other/params: {name} is not what was saved")
+
+
 @pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=2,model=2"])
 def test_what_lies_spread_over_devices_is_saved_the_same(saved, tmp_path, tiny_weights, spec):
     """Bit for bit and with the same checksums, from pieces whose chunks no two of them share."""
     mesh = make_mesh(spec)
     shares = {path: Share(put_parameter(mesh, path, array)) for path, array in tiny_weights.params.items()}
     assert any(len(share.pieces) > 1 for share in shares.values())
-    weights = tiny_weights
-    store.save(tmp_path / "spread", Opened(shares, weights.cfg, weights.tokenizer, weights.retriever_tokenizer, step=7))
+    store.save(tmp_path / "spread", dataclasses.replace(tiny_weights, params=shares, step=7))
     for path, array in store.load(tmp_path / "spread").params.items():
         np.testing.assert_array_equal(array.view(np.uint32), tiny_weights.params[path].view(np.uint32))
     checksums = [
@@ -250,11 +272,16 @@ def same(found: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> bool:
     )
 
 
+def loaded(memory: Memory | None) -> Memory:
+    assert memory
+    return dataclasses.replace(memory, arrays={name: read(array) for name, array in memory.arrays.items()})
+
+
 def test_the_memory_of_a_training_comes_back(trained, saved, memory, tiny_weights, tmp_path):
     """Arrays bit for bit with their shapes and types, the JSON beside them, the index; a model alone has no memory."""
     found = store.load_memory(trained)
     assert found
-    assert same(found.arrays, memory.arrays)
+    assert same(loaded(found).arrays, memory.arrays)
     assert found.about == memory.about
     assert store.load(trained).index == "5eed"
     assert store.load_memory(saved) is None
@@ -290,7 +317,7 @@ def test_a_flipped_bit_in_any_file_is_found(trained, memory, tmp_path):
         copy = Path(shutil.copytree(trained, tmp_path / "checkpoint"))
         flip(copy / file.relative_to(trained))
         try:
-            found = store.load(copy).params, store.load_memory(copy)
+            found = store.load(copy).params, loaded(store.load_memory(copy))
         except UserError as error:
             refusals.append(str(error))
         else:

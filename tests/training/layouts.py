@@ -47,6 +47,7 @@ TRAINING = {
     "--log_freq": "1",
 }
 EVALUATION = {"--generation_max_length": "6"}
+LEARNT = "learnt/"  # before the path of a parameter: by how much its last three steps changed it
 
 
 def listed(flags: dict[str, str]) -> list[str]:
@@ -74,7 +75,8 @@ def train(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dict[s
     run(command, folder, mesh, processes)
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     trace = {column: np.asarray([row[column] for row in rows if column in row]) for column in COLUMNS}
-    return trace | dict(load(folder / "run/checkpoint/step-6").params)
+    middle, end = (load(folder / f"run/checkpoint/step-{step}").params for step in (3, 6))
+    return trace | dict(end) | {LEARNT + path: array - middle[path] for path, array in end.items()}
 
 
 def back_to_the_middle(folder: Path) -> None:
@@ -105,16 +107,29 @@ def evaluate(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dic
 
 
 def difference(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> tuple[float, str]:
-    """The largest relative one, of which 1 is too much, and where: 3e-4 of traces, 1e-4 of others beside 2e-5."""
+    """The largest in units of what is allowed, and where.
+
+    That is 3e-4 of each number, and of a parameter 5e-3 of what it has learnt, as norms: AdamW makes whole steps of
+    gradients that are nothing but rounding, and one device with other options of its compiler comes to 2.3e-3. What
+    learns nothing has to be the same.
+    """
     assert found.keys() == wanted.keys()
     worst = 0.0, ""
     for name, array in wanted.items():
+        if name.startswith(LEARNT):
+            continue
         if array.dtype.kind in "US":
             assert (found[name] == array).all(), name
             continue
         assert found[name].shape == array.shape, name
-        allowed = 3e-4 * np.abs(array) if name in COLUMNS else 2e-5 + 1e-4 * np.abs(array)
-        worst = max(worst, (float(np.max(np.abs(found[name] - array) / allowed, initial=0)), name))
+        apart = found[name] - array
+        if LEARNT + name in wanted:
+            apart, allowed = np.linalg.norm(apart), 5e-3 * np.linalg.norm(wanted[LEARNT + name])
+        else:
+            allowed = 3e-4 * np.abs(array)
+        if np.any(apart):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                worst = max(worst, (float(np.nanmax(np.abs(apart) / allowed)), name))
     return worst
 
 
