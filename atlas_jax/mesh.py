@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,19 +57,26 @@ TABLE: tuple[tuple[str, Spec], ...] = (  # which axis of a parameter is split ov
 
 
 def make_mesh(
-    spec: str = "auto", *, learns: bool = False, nbytes: int = 0, described: Sequence[Any] | None = None
+    spec: str = "auto", *, widths: Collection[int] = (), nbytes: int = 0, described: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh of all devices: `auto`, see `auto_sizes`, or sizes such as `data=4,model=2`.
 
     With smaller sizes the first devices of a single process do the work. `described` are devices of another machine,
-    for which programs are only compiled.
+    for which programs are only compiled. Where `fsdp` does not divide a model's `widths`, that is said.
     """
     devices = jax.devices() if described is None else described
     memory = 0 if described else (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     if spec == "auto":
-        sizes = auto_sizes(len(devices), memory, learns=learns, nbytes=nbytes)
+        sizes = auto_sizes(len(devices), memory, widths=widths, nbytes=nbytes)
     else:
         sizes = check_mesh(spec, described=described)
+    whole = [n for n in sorted(widths) if n % sizes.get("fsdp", 1)]
+    if whole:
+        logger.warning(
+            "--mesh %s: fsdp=%d does not divide %s, so parameters of this width stay whole on every device; "
+            "fsdp=%d would, with the other devices on data",
+            *(spec, sizes["fsdp"], ", ".join(map(str, whole)), math.gcd(sizes["fsdp"], *widths)),
+        )
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     used = math.prod(shape)
     if used < len(devices):
@@ -86,13 +93,15 @@ def check_mesh(spec: str, *, described: Sequence[Any] | None = None) -> dict[str
     return sizes
 
 
-def auto_sizes(count: int, memory: int, *, learns: bool, nbytes: int) -> dict[str, int]:
-    """Everything on `fsdp` for a model that learns; else the batch is split, and the model where it is large.
+def auto_sizes(count: int, memory: int, *, widths: Collection[int], nbytes: int) -> dict[str, int]:
+    """A model that learns, of these `split_widths`, on `fsdp` as far as it divides them, and the rest on `data`.
 
-    That is, while its parameters, `nbytes` in all, would take over a third of a device's memory (0: unknown).
+    Else the batch is split, and the model where it is large: while its parameters, `nbytes` in all, would take over a
+    third of a device's memory (0: unknown).
     """
-    if learns:
-        return {"fsdp": count}
+    if widths:
+        fsdp = math.gcd(count, *widths)
+        return {"data": count // fsdp, "fsdp": fsdp}
     model = 1
     while memory and nbytes / model > memory / 3 and count % (2 * model) == 0:
         model *= 2
@@ -269,6 +278,12 @@ def parameter_spec(path: str, ndim: int) -> Spec:
     if len(found) != 1:
         raise KeyError(f"{path}: {len(found)} rows of the table fit it, not one")
     return (None,) * (ndim - len(found[0])) + found[0]
+
+
+def split_widths(shapes: Mapping[str, Any]) -> set[int]:
+    """The sizes of all axes that `fsdp` splits, of parameters by path."""
+    specs = {path: parameter_spec(path, len(x.shape)) for path, x in shapes.items()}
+    return {shapes[path].shape[spec.index(SHARD)] for path, spec in specs.items() if SHARD in spec}
 
 
 # Within a program that runs on a mesh

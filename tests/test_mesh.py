@@ -23,6 +23,7 @@ from atlas_jax.mesh import (
     put_passages,
     put_rows,
     replicate,
+    split_widths,
 )
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
@@ -75,19 +76,37 @@ GB = 10**9
 
 
 @pytest.mark.parametrize(
-    ("count", "memory", "learns", "nbytes", "sizes"),
+    ("count", "memory", "widths", "nbytes", "sizes"),
     [
-        (64, 40 * GB, True, 46 * GB, {"fsdp": 64}),  # XXL in float32
-        (8, 80 * GB, False, 23 * GB, {"data": 8, "model": 1}),  # XXL in bfloat16
-        (8, 40 * GB, False, 23 * GB, {"data": 4, "model": 2}),
-        (8, 16 * GB, False, 23 * GB, {"data": 1, "model": 8}),
-        (6, 16 * GB, False, 23 * GB, {"data": 3, "model": 2}),  # six devices: no further
-        (8, 0, False, 23 * GB, {"data": 8, "model": 1}),  # a CPU does not say what it has
+        (64, 40 * GB, {4096, 768}, 46 * GB, {"data": 1, "fsdp": 64}),  # XXL in float32
+        (512, 40 * GB, {4096, 768}, 46 * GB, {"data": 2, "fsdp": 256}),
+        (24, 40 * GB, {4096, 768}, 46 * GB, {"data": 3, "fsdp": 8}),  # three nodes
+        (6, 40 * GB, {768}, 1 * GB, {"data": 1, "fsdp": 6}),
+        (8, 80 * GB, (), 23 * GB, {"data": 8, "model": 1}),  # XXL in bfloat16
+        (8, 40 * GB, (), 23 * GB, {"data": 4, "model": 2}),
+        (8, 16 * GB, (), 23 * GB, {"data": 1, "model": 8}),
+        (6, 16 * GB, (), 23 * GB, {"data": 3, "model": 2}),  # six devices: no further
+        (8, 0, (), 23 * GB, {"data": 8, "model": 1}),  # a CPU does not say what it has
     ],
 )
-def test_auto_is_a_good_split(count, memory, learns, nbytes, sizes):
+def test_auto_is_a_good_split(count, memory, widths, nbytes, sizes):
     """Training stores shares; inference keeps the model whole, or splits it as little as its size demands."""
-    assert auto_sizes(count, memory, learns=learns, nbytes=nbytes) == sizes
+    assert auto_sizes(count, memory, widths=widths, nbytes=nbytes) == sizes
+
+
+def test_a_mesh_that_leaves_parameters_whole_says_so(caplog):
+    """T5-XXL is 4096 wide and Contriever 768: eight devices divide both, six do not; a mesh without `fsdp` means it."""
+    shapes = flat_shapes(AtlasConfig(T5_CONFIGS["google/t5-xxl-lm-adapt"], ContrieverConfig(), untied=True))
+    widths = split_widths(shapes)
+    assert widths == {768, 4096}
+    for spec in ("auto", "fsdp=8", "data=8", "model=2,data=4"):
+        assert make_mesh(spec, widths=widths).size == 8
+    assert not caplog.messages
+    make_mesh("fsdp=6,passages=1", widths=widths)
+    assert caplog.messages[0] == (
+        "--mesh fsdp=6,passages=1: fsdp=6 does not divide 4096, so parameters of this width stay whole on every "
+        "device; fsdp=2 would, with the other devices on data"
+    )
 
 
 def test_a_smaller_mesh_leaves_devices_idle_and_says_so(caplog):

@@ -58,6 +58,14 @@ def open_weights(config: Config) -> Weights:
     raise UserError(f"{path}: neither {PUBLISHED} nor a checkpoint of ours (atlas.json) in this folder")
 
 
+def shapes(config: Config) -> AtlasConfig:
+    """Those of the weights, before anything else of them is read; whether they are `untied` is not known yet."""
+    path = config.weights_folder
+    if path and store.is_checkpoint(path):
+        return store.load_config(path)[0]
+    return _shapes(config, untied=False)
+
+
 def retriever_fingerprint(params: Mapping[str, Either]) -> str:
     """What tells one passage encoder from another: a digest of its parameters, whatever file they came from."""
     digest = hashlib.sha256()

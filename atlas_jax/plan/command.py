@@ -31,11 +31,11 @@ def plan(config: Config, asked: PlanConfig, argv: Sequence[str]) -> int:
     if not machines.has_compiler(topology.device.platform):
         _elsewhere(topology, argv)
     machines.prepare(topology)
-    from atlas_jax.mesh import make_mesh
+    from atlas_jax.plan.programs import planned_mesh
     from atlas_jax.plan.report import text
 
     devices = machines.devices(topology)
-    mesh = make_mesh(config.run.mesh, learns=True, described=devices)
+    mesh = planned_mesh(config, devices)
     reports = list(_examined(config, asked, topology, devices))
     failed = [report.name for report in reports if not report.fits]
     tried = list(_tried(config, asked, topology, devices, failed)) if failed else []
@@ -68,11 +68,10 @@ def _examined(
     config: Config, asked: PlanConfig, topology: Topology, devices: Sequence[Any], only: Sequence[str] = ()
 ) -> Iterator["StepReport"]:
     """The programs of a run, or only those of these names, compiled one after the other."""
-    from atlas_jax.mesh import make_mesh
-    from atlas_jax.plan.programs import make_plan
+    from atlas_jax.plan.programs import make_plan, planned_mesh
     from atlas_jax.plan.report import examine
 
-    made = make_plan(config, make_mesh(config.run.mesh, learns=True, described=devices), asked.passages_count)
+    made = make_plan(config, planned_mesh(config, devices), asked.passages_count)
     steps = [step for step in made.steps if not only or step.name in only]
     for number, step in enumerate(steps, 1):
         logger.info("compiling %s for %s (%d of %d)", step.name, topology.text, number, len(steps))
@@ -102,7 +101,7 @@ def alternatives(config: Config, count: int) -> Iterator[tuple[str, Config]]:
         ("--use_gradient_checkpoint_reader", "model", {"use_gradient_checkpoint_reader": True}),
         ("--precision bf16", "model", {"precision": "bf16"}),
         ("--per_gpu_batch_size 1", "run", smaller),
-        (f"--mesh fsdp={count}", "run", {"mesh": f"fsdp={count}"}),
+        ("--mesh auto", "run", {"mesh": "auto"}),
         (f"--mesh fsdp={count // passages},passages={passages}", "run",
          {"mesh": f"fsdp={count // passages},passages={passages}"}),
     ]  # fmt: skip
@@ -112,8 +111,7 @@ def alternatives(config: Config, count: int) -> Iterator[tuple[str, Config]]:
     for flags, group, values in measures:
         before = getattr(config, group)
         after = dataclasses.replace(before, **values)
-        same_mesh = before == dataclasses.replace(after, mesh="auto") if "mesh" in values else False
-        if after == before or (same_mesh and "passages" not in flags) or ("passages" in flags and passages == 1):
+        if after == before or ("passages" in flags and passages == 1):
             continue
         config = dataclasses.replace(config, **{group: after})
         said = [one for one in said if not (flags.startswith("--mesh") and one.startswith("--mesh"))] + [flags]

@@ -17,13 +17,16 @@ BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}  # of types whose name d
 MOVES_NOTHING = {
     *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "iota"),
     *("after-all", "partition-id", "replica-id", "opt-barrier", "async-done", "async-update", "copy-done"),
+    "fusion-done",
     *(f"{name}-done" for name in COLLECTIVES),
 }
 CALLS = re.compile(
     r"\b(?:calls|body|condition|to_apply|called_computations|branch_computations|(?:true|false)_computation)="
     r"(\{[^}]*\}|%[\w.-]+)"
 )
-CALLING = ("while", "conditional", "call", "fusion", "async-start", "custom-call")
+FUSIONS = ("fusion", "fusion-start")
+CALLING = ("while", "conditional", "call", *FUSIONS, "async-start", "custom-call")
+SAME_NUMBERS = ("bitcast", "copy", "convert", "reshape", "transpose")  # for a slice, only of the slice
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
 LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
@@ -181,7 +184,7 @@ def _runs(module: Module, name: str, times: int, turns: int, *, inside: bool) ->
         if instruction.opcode == "while":
             known = trips(instruction)
             more *= turns if known is None else known
-        within = inside or instruction.opcode in ("fusion", "async-start")
+        within = inside or instruction.opcode in (*FUSIONS, "async-start")
         for called in instruction.calls:
             yield from _runs(module, called, more, turns, inside=within)
 
@@ -297,31 +300,44 @@ def _traffic(module: Module, computation: Mapping[str, Instruction], instruction
     if instruction.opcode == "dynamic-update-slice":
         return 2 * computation[instruction.operands[1]].nbytes
     operands = [computation[name] for name in instruction.operands if name in computation]
-    if instruction.opcode != "fusion":
+    if instruction.opcode not in FUSIONS:
         return instruction.nbytes + sum(operand.nbytes for operand in operands)
     body = module.computations[instruction.calls[0]]
     parameters = [one for one in body.values() if one.opcode == "parameter"]
-    return sum(_read(body, one) for one in parameters) + _written(body, instruction)
+    root = next(one for one in body.values() if one.is_root)
+    results = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    return sum(_read(body, one) for one in parameters) + sum(_written(body, one) for one in results)
 
 
 def _read(body: Mapping[str, Instruction], parameter: Instruction) -> float:
     """Bytes of a fusion's parameter that it looks at."""
-    users = [one for one in body.values() if parameter.name in one.operands]
-    if users and all(one.opcode in ("dynamic-slice", "slice", "gather") for one in users):
-        return min(parameter.nbytes, sum(one.nbytes for one in users))
-    if users and all(one.opcode == "dynamic-update-slice" and one.operands[0] == parameter.name for one in users):
+    users = list(_users(body, parameter.name))
+    if users and all(one.opcode in ("dynamic-slice", "slice", "gather") for one, _ in users):
+        share = sum(one.shapes[0].elements for one, _ in users) / max(1, parameter.shapes[0].elements)
+        return parameter.nbytes * min(1.0, share)
+    if users and all(one.opcode == "dynamic-update-slice" and one.operands[0] == name for one, name in users):
         return 0.0
     return parameter.nbytes
 
 
-def _written(body: Mapping[str, Instruction], fusion: Instruction) -> float:
+def _users(body: Mapping[str, Instruction], name: str) -> Iterator[tuple[Instruction, str]]:
+    """What makes something else of it, and what it is called there."""
+    for one in body.values():
+        if name in one.operands:
+            if one.opcode in SAME_NUMBERS and not one.is_root:
+                yield from _users(body, one.name)
+            else:
+                yield one, name
+
+
+def _written(body: Mapping[str, Instruction], result: Instruction) -> float:
     """Bytes of a fusion's result; of one that changes a slice in place, the slice."""
-    root = next(one for one in body.values() if one.is_root)
-    while root.opcode in ("bitcast", "copy", "convert") and root.operands[0] in body:
-        root = body[root.operands[0]]
-    if root.opcode == "dynamic-update-slice":
-        return body[root.operands[1]].nbytes
-    return fusion.nbytes
+    made = result
+    while made.opcode in SAME_NUMBERS and made.operands[0] in body:
+        made = body[made.operands[0]]
+    if made.opcode == "dynamic-update-slice":
+        return body[made.operands[1]].nbytes
+    return result.nbytes
 
 
 def arrays(module: Module) -> Iterator[tuple[Shape, Instruction]]:

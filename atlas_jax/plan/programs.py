@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from atlas_jax.config import Config
 from atlas_jax.data.tokens import bucket
 from atlas_jax.evaluation.batches import put_reader_batch
 from atlas_jax.evaluation.evaluator import generation, reader_program
-from atlas_jax.mesh import batch_rows, put_parameter, put_rows, replicate
+from atlas_jax.mesh import batch_rows, make_mesh, put_parameter, put_rows, replicate, split_widths
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.programs import Program
 from atlas_jax.retrieval.embed import Side, encoder_program, encoder_rows
@@ -69,6 +69,11 @@ def make_plan(config: Config, mesh: Mesh, passages: int) -> Plan:
         sum(math.prod(shape.shape) for shape in params.values()),
         max(math.prod(shape.shape) for shape in params.values()),
     )
+
+
+def planned_mesh(config: Config, devices: Sequence[Any]) -> Mesh:
+    """What `atlas train` would make of these devices."""
+    return make_mesh(config.run.mesh, widths=split_widths(flat_shapes(_shapes(config))), described=devices)
 
 
 def _shapes(config: Config) -> AtlasConfig:

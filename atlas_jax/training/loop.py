@@ -13,9 +13,10 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from atlas_jax.checkpoints.restore import shapes
 from atlas_jax.checkpoints.run_checkpoints import RunCheckpoints
 from atlas_jax.checkpoints.store import Memory
-from atlas_jax.checkpoints.weights import build_model
+from atlas_jax.checkpoints.weights import build_model, flat_shapes
 from atlas_jax.config import Config, to_dict
 from atlas_jax.data.jsonl import Rows
 from atlas_jax.errors import UserError
@@ -23,7 +24,7 @@ from atlas_jax.evaluation.evaluator import Evaluator
 from atlas_jax.evaluation.loop import checked_files, checked_rows, compute_type, evaluate_file
 from atlas_jax.exchange import ours
 from atlas_jax.interrupts import Interrupted, Interrupts, requeue
-from atlas_jax.mesh import is_one_cpu, make_mesh, replicate
+from atlas_jax.mesh import is_one_cpu, make_mesh, replicate, split_widths
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.prefetch import prefetch
 from atlas_jax.programs import Program, keep_programs
@@ -58,7 +59,7 @@ def train(config: Config, run: Path) -> None:
         stack.enter_context(_alone(run))
         scratch = stack.enter_context(shared_scratch(config.run_folder, SCRATCH))
         checkpoints = stack.enter_context(RunCheckpoints(config.run_folder / "checkpoint", config.run.keep))
-        mesh = make_mesh(config.run.mesh, learns=True)
+        mesh = make_mesh(config.run.mesh, widths=split_widths(flat_shapes(shapes(config))))
         start, state = begin_or_go_on(config, checkpoints, mesh)
         trainer = Trainer(config, run, start, state, files, evaluated, mesh, scratch)
         done = trainer.progress

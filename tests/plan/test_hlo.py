@@ -158,6 +158,40 @@ def test_traffic_of_a_slice_is_the_slice():
     assert 8 * 3 * row <= traffic < 8 * 12 * row  # read, add, write; never 8 x 1 MiB
 
 
+@pytest.mark.parametrize("start", ["", "-start"])
+def test_traffic_of_a_slice_that_a_gpu_takes_within_a_fusion(start):
+    """Behind a bitcast and a conversion, and put into another table: a row of 256 bf16 read, one of 256 f32 written.
+
+    The counter-case is a fusion that adds up its table: 12 rows, and a number.
+    """
+    done = "  ROOT %e = f32[12,256]{1,0} fusion-done(%d)\n" if start else ""
+    kind = "((bf16[12,256]{1,0}, f32[12,256]{1,0}, s32[]), f32[12,256]{1,0}, u32[])" if start else "f32[12,256]{1,0}"
+    text = f"""HloModule m
+
+%row (p: bf16[12,256], q: f32[12,256], i: s32[]) -> f32[12,256] {{
+  %p = bf16[12,256]{{1,0}} parameter(0)
+  %q = f32[12,256]{{1,0}} parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %turned = bf16[256,12]{{0,1}} bitcast(%p)
+  %wide = f32[256,12]{{0,1}} convert(%turned)
+  %slice = f32[256,1]{{0,1}} dynamic-slice(%wide, %z, %i), dynamic_slice_sizes={{256,1}}
+  %one = f32[1,256]{{1,0}} bitcast(%slice)
+  ROOT %put = f32[12,256]{{1,0}} dynamic-update-slice(%q, %one, %i, %z)
+}}
+
+ENTRY %main (a: bf16[12,256], b: f32[12,256], c: s32[]) -> f32[12,256] {{
+  %a = bf16[12,256]{{1,0}} parameter(0)
+  %b = f32[12,256]{{1,0}} parameter(1)
+  %c = s32[] parameter(2)
+  {"" if start else "ROOT "}%d = {kind} fusion{start}(%a, %b, %c), kind=kLoop, calls=%row
+{done}}}
+"""
+    assert hlo.count(hlo.parse(text)).traffic == 256 * 2 + 256 * 4 + 4
+    summed = text.replace("dynamic-slice(%wide, %z, %i)", "reduce(%wide, %z)").replace("f32[256,1]", "f32[256]")
+    assert hlo.count(hlo.parse(summed)).traffic == 12 * 256 * 2 + 256 * 4 + 4
+
+
 def test_a_loop_without_a_known_end():
     """It counts as often as one says, and is told of."""
     module = hlo.parse(
