@@ -158,12 +158,14 @@ def count(module: Module, *, turns: int = 1) -> Counts:
     flops: collections.Counter[str] = collections.Counter()
     collectives: list[Collective] = []
     traffic, unknown = 0.0, 0
+    chains: set[str] = set()
     for computation, instruction, times, inside in _runs(module, module.entry, 1, turns, inside=False):
-        if instruction.opcode == "while" and trips(instruction) is None:
+        if instruction.opcode == "while" and trips(module, instruction) is None:
             unknown += 1
         if operations := _operations(computation, instruction):
             flops[computation[instruction.operands[0]].shapes[0].dtype] += times * operations
-        if found := _collective(computation, instruction, times):
+        found = _collective(computation, instruction, times, inside=inside)
+        if found and not (inside and _counted(instruction, chains)):
             collectives.append(found)
         if not inside and instruction.opcode not in MOVES_NOTHING:
             traffic += times * _traffic(module, computation, instruction)
@@ -182,17 +184,30 @@ def _runs(module: Module, name: str, times: int, turns: int, *, inside: bool) ->
             continue  # what a reduction applies is of single numbers
         more = times
         if instruction.opcode == "while":
-            known = trips(instruction)
+            known = trips(module, instruction)
             more *= turns if known is None else known
         within = inside or instruction.opcode in (*FUSIONS, "async-start")
         for called in instruction.calls:
             yield from _runs(module, called, more, turns, inside=within)
 
 
-def trips(instruction: Instruction) -> int | None:
-    """How often a loop turns, if the compiler knows."""
-    found = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
-    return int(found[1]) if found else None
+def trips(module: Module, loop: Instruction) -> int | None:
+    """How often a loop turns, if the compiler says so, or else its condition, as that of a scan, is `i < n` alone.
+
+    TPU's compiler does not say; JAX counts from 0, by 1.
+    """
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(found[1])
+    name = re.search(r"condition=%?([\w.-]+)", loop.rest)
+    condition = module.computations[name[1]] if name else {}
+    root = next((one for one in condition.values() if one.is_root), None)
+    if root is None or root.opcode != "compare" or "direction=LT" not in root.rest:
+        return None
+    counter, bound = (condition[operand] for operand in root.operands)
+    value = re.search(r"#(\d+)$", bound.rest)
+    if counter.opcode == "get-tuple-element" and bound.opcode == "constant" and value:
+        return int(value[1])
+    return None
 
 
 # Arithmetic
@@ -241,10 +256,22 @@ def _meetings(source: int, kernel: int, result: int, window: Mapping[str, str]) 
 # Collectives
 
 
-def _collective(computation: Mapping[str, Instruction], instruction: Instruction, times: int) -> Collective | None:
+def _counted(instruction: Instruction, chains: set[str]) -> bool:
+    """Whether it is one of `chains`: a TPU's fusions name a collective in each product that it goes on beside."""
+    found = re.search(r'chain_id="(\d+)"', instruction.rest)
+    known = found is not None and found[1] in chains
+    chains |= {found[1]} if found else set()
+    return known
+
+
+def _collective(
+    computation: Mapping[str, Instruction], instruction: Instruction, times: int, *, inside: bool
+) -> Collective | None:
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
+    if inside and kind == "all-reduce" and any(one.opcode == "dynamic-slice" for one in computation.values()):
+        kind = "reduce-scatter"  # as a TPU writes it
     sources = tuple(itertools.chain.from_iterable(computation[name].shapes for name in instruction.operands))
     results = instruction.shapes
     if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):

@@ -146,6 +146,44 @@ def test_what_starts_and_ends_apart_counts_once():
     assert (found.kind, found.times, found.nbytes) == ("all-gather", 1, 2 * 16 * 8)
 
 
+def test_collectives_as_a_tpu_writes_them():
+    """One all-gather begun, gone on with beside a product and ended is one; one in another chain is another.
+
+    An all-reduce of which a fusion keeps the slice is a reduce-scatter; of which it keeps all, an all-reduce.
+    """
+
+    def gather(chain: int) -> str:
+        attributes = f'replica_groups={{{{0,1}}}}, dimensions={{0}}, frontend_attributes={{chain_id="{chain}"}}'
+        return f"  ROOT %g = bf16[16,8]{{1,0}} all-gather(%p), {attributes}"
+
+    def computation(name: str, *lines: str) -> str:
+        head = f"%{name} (p: bf16[8,8]) -> bf16[16,8] {{"
+        return "\n".join([head, "  %p = bf16[8,8]{1,0} parameter(0)", *lines, "}", ""])
+
+    reduced = "%r = bf16[8,8]{1,0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add"
+    sliced = "  ROOT %s = bf16[4,8]{1,0} dynamic-slice(%r, %p, %p), dynamic_slice_sizes={4,8}"
+    names = ["start", "beside", "done", "other", "scattered", "reduced"]
+    text = "HloModule m\n\n" + "\n".join(
+        [
+            *(computation(name, gather(7)) for name in names[:3]),
+            computation("other", gather(8)),
+            computation("scattered", "  " + reduced, sliced),
+            computation("reduced", "  ROOT " + reduced),
+            "ENTRY %main (a: bf16[8,8]) -> bf16[8,8] {",
+            "  %a = bf16[8,8]{1,0} parameter(0)",
+            *(f"  %{name} = bf16[16,8]{{1,0}} fusion(%a), kind=kCustom, calls=%{name}" for name in names),
+            "  ROOT %b = bf16[8,8]{1,0} bitcast(%a)\n}\n",
+        ]
+    )
+    found = [(one.kind, one.nbytes) for one in hlo.count(hlo.parse(text)).collectives]
+    assert found == [
+        ("all-gather", 16 * 8 * 2),
+        ("all-gather", 16 * 8 * 2),
+        ("reduce-scatter", 8 * 8 * 2),
+        ("all-reduce", 8 * 8 * 2),
+    ]
+
+
 def test_traffic_of_a_slice_is_the_slice():
     """A loop that reads one row of a table each turn moves that row, not the table."""
     table = shape(1024, 256)
@@ -202,6 +240,43 @@ def test_a_loop_without_a_known_end():
     once, thrice = (hlo.count(module, turns=turns) for turns in (1, 3))
     assert (once.unknown_loops, once.flops) == (1, {"f32": 2 * 4**3})
     assert thrice.flops == {"f32": 3 * 2 * 4**3}
+
+
+@pytest.mark.parametrize(
+    ("root", "turns"),
+    [
+        ("compare(%i, %n), direction=LT", 6),
+        ("compare(%i, %n), direction=NE", None),
+        ("compare(%i, %m), direction=LT", None),
+        ("and(%more, %more)", None),
+    ],
+)
+def test_a_loop_whose_condition_alone_says_how_often_it_turns(root, turns):
+    """As the TPU's compiler leaves a scan: i < 6. With another end than that alone, nobody knows."""
+    state = "(s32[]{:T(128)}, f32[4]{0}, s32[]{:T(128)})"
+    text = f"""HloModule m
+
+%body (p: {state}) -> {state} {{
+  ROOT %p = {state} parameter(0)
+}}
+
+%condition (p: {state}) -> pred[] {{
+  %p = {state} parameter(0)
+  %n = s32[]{{:T(128)}} constant(6)
+  %i = s32[]{{:T(128)}} get-tuple-element(%p), index=0
+  %m = s32[]{{:T(128)}} get-tuple-element(%p), index=2
+  %more = pred[]{{:T(512)}} compare(%i, %n), direction=LT
+  ROOT %root = pred[]{{:T(512)}} {root}, metadata={{op_name="lt"}}
+}}
+
+ENTRY %main (a: {state}) -> {state} {{
+  %a = {state} parameter(0)
+  ROOT %loop = {state} while(%a), condition=%condition, body=%body
+}}
+"""
+    module = hlo.parse(text)
+    assert hlo.trips(module, module.computations["main"]["loop"]) == turns
+    assert hlo.count(module).unknown_loops == (turns is None)
 
 
 def test_products_as_a_tpu_writes_them():
