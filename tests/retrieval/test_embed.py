@@ -138,7 +138,7 @@ def test_the_present_parameters_count(tiny_weights, mesh):
 def test_sides_have_their_own_encoders(tiny_config, golden, mesh, passages):
     """Trained on the query side alone, the reference's passages keep their vectors and its queries do not."""
     model = dataclasses.replace(tiny_config.model, model_path=str(golden / "checkpoint_fixed_queryside"))
-    weights = restore(dataclasses.replace(tiny_config, model=model))
+    weights = restore(dataclasses.replace(tiny_config, model=model)).load()
     retriever = build_model(weights.params, weights.cfg, lambda _, array: jax.numpy.asarray(array)).retriever
     texts = ["A tribe", "Polymers"]
     vectors = {
