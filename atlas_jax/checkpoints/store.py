@@ -74,6 +74,11 @@ class Memory:
     arrays: Mapping[str, Either]  # the optimizers' moments and the like, by name
     about: dict[str, Any]  # the position in the data, counters: what JSON holds
 
+    def load(self, prefix: str = "") -> "Memory":
+        """The arrays whose name begins so are read into memory."""
+        arrays = {name: read(array) if name.startswith(prefix) else array for name, array in self.arrays.items()}
+        return Memory(arrays, self.about)
+
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `save` wrote this folder."""

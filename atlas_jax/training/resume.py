@@ -82,7 +82,8 @@ def begin_or_go_on(config: Config, checkpoints: RunCheckpoints, mesh: Mesh) -> t
     """The newest whole checkpoint of this run, or else what the flags name; and the state on the devices."""
 
     def read(folder: Path) -> tuple[Start, TrainState]:
-        start = Start(store.open_checkpoint(folder).load("retriever/"), store.load_memory(folder))
+        memory = store.load_memory(folder)
+        start = Start(store.open_checkpoint(folder).load("retriever/"), memory and memory.load(INDEX))
         check_same_run(start, config, folder, batch_rows(mesh, config.run.per_gpu_batch_size))
         return start, make_state(config, start, mesh)
 

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.arrays import Share, read
+from atlas_jax.checkpoints.arrays import Share
 from atlas_jax.checkpoints.orbax_arrays import verify
 from atlas_jax.checkpoints.store import Memory, Weights
 from atlas_jax.errors import UserError
@@ -274,7 +274,7 @@ def same(found: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> bool:
 
 def loaded(memory: Memory | None) -> Memory:
     assert memory
-    return dataclasses.replace(memory, arrays={name: read(array) for name, array in memory.arrays.items()})
+    return memory.load()
 
 
 def test_the_memory_of_a_training_comes_back(trained, saved, memory, tiny_weights, tmp_path):

@@ -1,6 +1,7 @@
 """A run that was stopped ends like one that was not: parameters bit for bit, and the metrics."""
 
 import random
+import shutil
 import signal
 
 import pytest
@@ -25,6 +26,18 @@ def test_a_stopped_run_ends_like_one_that_was_not(folder, signals):
     name = "-".join(one.name for one in signals)
     assert killing.killed(name, folder, 2, 0.8 * seconds, random.Random(len(signals)), signals)
     assert killing.same(folder / "whole", folder / name)
+
+
+def test_a_bit_of_the_index_s_encoder_is_flipped(folder):
+    """The newest checkpoint is passed over for the one before, from which the run ends as it did."""
+    folder, _ = folder
+    run = shutil.copytree(folder / "whole", folder / "flipped", symlinks=True)
+    newest = (run / "checkpoint/latest").resolve()
+    chunk = max((newest / "training/index/retriever/encoder/words/embedding").glob("0*"))
+    chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    killing.finish("flipped", folder)
+    assert f"{newest.name} is damaged" in (folder / "flipped.log").read_text()
+    assert killing.same(folder / "whole", folder / "flipped")
 
 
 def test_another_seed_ends_elsewhere(folder):
