@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from atlas_jax.checkpoints.arrays import Lazy, within
+from atlas_jax.arrays import Lazy, within
 from atlas_jax.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import numpy as np
 from shapes import contriever_folder, t5_folder
 
 from atlas_jax import cli
-from atlas_jax.checkpoints.arrays import Index, Lazy
+from atlas_jax.arrays import Index, Lazy
 from atlas_jax.checkpoints.torch_writer import write_torch
 from atlas_jax.checkpoints.weights import Exported, Linked, entries, flat_shapes
 from atlas_jax.models.atlas import AtlasConfig

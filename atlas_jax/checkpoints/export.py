@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas_jax.checkpoints.arrays import Either
+from atlas_jax.arrays import Either
 from atlas_jax.checkpoints.pretrained import read_json
 from atlas_jax.checkpoints.restore import PUBLISHED
 from atlas_jax.checkpoints.safetensors_file import write_safetensors

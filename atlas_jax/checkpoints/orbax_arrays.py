@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from atlas_jax.checkpoints.arrays import (
+from atlas_jax.arrays import (
     Either,
     Index,
     Lazy,

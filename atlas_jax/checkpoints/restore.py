@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from atlas_jax.arrays import Either, read
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.arrays import Either, read
 from atlas_jax.checkpoints.pretrained import folder_weights, reader_config, retriever_config, weights_file
 from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.torch_file import load_torch
@@ -58,7 +58,7 @@ def open_weights(config: Config) -> Weights:
     raise UserError(f"{path}: neither {PUBLISHED} nor a checkpoint of ours (atlas.json) in this folder")
 
 
-def shapes(config: Config) -> AtlasConfig:
+def model_shapes(config: Config) -> AtlasConfig:
     """Those of the weights, before anything else of them is read; whether they are `untied` is not known yet."""
     path = config.weights_folder
     if path and store.is_checkpoint(path):

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from atlas_jax.checkpoints.arrays import Either, read
+from atlas_jax.arrays import Either, read
 from atlas_jax.errors import UserError
 from atlas_jax.prefetch import prefetch
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas_jax.checkpoints.arrays import Either, Share, read
+from atlas_jax.arrays import Either, Share, read
 from atlas_jax.checkpoints.checksum import checksum
 from atlas_jax.checkpoints.orbax_arrays import (
     Stored,

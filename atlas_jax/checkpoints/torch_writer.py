@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from atlas_jax.checkpoints.arrays import Either, read
+from atlas_jax.arrays import Either, read
 from atlas_jax.prefetch import prefetch
 
 ALIGNMENT = 64  # bytes

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from atlas_jax.checkpoints.arrays import Either, Index, Lazy, Linked, contiguous, read, same
+from atlas_jax.arrays import Either, Index, Lazy, Linked, contiguous, read, same
 from atlas_jax.errors import UserError
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.models.t5 import T5Config

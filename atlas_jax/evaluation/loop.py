@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from atlas_jax.checkpoints.arrays import Either
+from atlas_jax.arrays import Either
 from atlas_jax.checkpoints.orbax_arrays import verify
 from atlas_jax.checkpoints.restore import restore, retriever_fingerprint
 from atlas_jax.checkpoints.store import Weights

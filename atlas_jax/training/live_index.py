@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from atlas_jax.checkpoints.arrays import Either, read
+from atlas_jax.arrays import Either, read
 from atlas_jax.checkpoints.restore import retriever_fingerprint
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import Config

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from atlas_jax.checkpoints.restore import shapes
+from atlas_jax.checkpoints.restore import model_shapes
 from atlas_jax.checkpoints.run_checkpoints import RunCheckpoints
 from atlas_jax.checkpoints.store import Memory
 from atlas_jax.checkpoints.weights import build_model, flat_shapes
@@ -59,7 +59,7 @@ def train(config: Config, run: Path) -> None:
         stack.enter_context(_alone(run))
         scratch = stack.enter_context(shared_scratch(config.run_folder, SCRATCH))
         checkpoints = stack.enter_context(RunCheckpoints(config.run_folder / "checkpoint", config.run.keep))
-        mesh = make_mesh(config.run.mesh, widths=split_widths(flat_shapes(shapes(config))))
+        mesh = make_mesh(config.run.mesh, widths=split_widths(flat_shapes(model_shapes(config))))
         start, state = begin_or_go_on(config, checkpoints, mesh)
         trainer = Trainer(config, run, start, state, files, evaluated, mesh, scratch)
         done = trainer.progress

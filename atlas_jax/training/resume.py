@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from atlas_jax.arrays import Either, Lazy, Share
+from atlas_jax.arrays import read as read_array
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.arrays import Either, Lazy, Share
-from atlas_jax.checkpoints.arrays import read as read_array
 from atlas_jax.checkpoints.orbax_arrays import verify
 from atlas_jax.checkpoints.restore import restore
 from atlas_jax.checkpoints.run_checkpoints import AnotherRun, RunCheckpoints
@@ -138,8 +138,8 @@ def learns(config: Config, path: str) -> bool:
 def make_state(config: Config, found: Start, mesh: Mesh) -> TrainState:
     """The state on the devices: as it was, or at the start."""
     params = found.weights.params
-    shapes = {path: jax.ShapeDtypeStruct(x.shape, np.float32) for path, x in params.items()}
-    shapes = jax.eval_shape(functools.partial(begin, config), shapes)
+    float32 = {path: jax.ShapeDtypeStruct(x.shape, np.float32) for path, x in params.items()}
+    shapes = jax.eval_shape(functools.partial(begin, config), float32)
     state: TrainState = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)  # no memory: nobody writes to them
     if found.memory is not None and found.progress.step < config.optim.total_steps:
         state = _remember(state, found.memory.arrays, found.weights.step)

@@ -13,8 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from atlas_jax.checkpoints import arrays, convert, orbax_arrays, store
-from atlas_jax.checkpoints.arrays import Linked
+from atlas_jax import arrays
+from atlas_jax.arrays import Linked
+from atlas_jax.checkpoints import convert, orbax_arrays, store
 from atlas_jax.checkpoints.checksum import checksum
 from atlas_jax.checkpoints.export import exported
 from atlas_jax.checkpoints.pretrained import folder_weights

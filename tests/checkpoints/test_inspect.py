@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atlas_jax.checkpoints import arrays, convert, orbax_arrays, store
+from atlas_jax import arrays
+from atlas_jax.checkpoints import convert, orbax_arrays, store
 from atlas_jax.checkpoints.inspection import inspect, lines
 from atlas_jax.checkpoints.torch_file import load_torch
 from atlas_jax.checkpoints.weights import entries

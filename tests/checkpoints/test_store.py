@@ -14,8 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from atlas_jax.arrays import Share
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.arrays import Share
 from atlas_jax.checkpoints.orbax_arrays import verify
 from atlas_jax.checkpoints.store import Memory, Weights
 from atlas_jax.errors import UserError

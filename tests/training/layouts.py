@@ -127,9 +127,9 @@ def difference(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> t
             apart, allowed = np.linalg.norm(apart), 5e-3 * np.linalg.norm(wanted[LEARNT + name])
         else:
             allowed = 3e-4 * np.abs(array)
-        if np.any(apart):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                worst = max(worst, (float(np.nanmax(np.abs(apart) / allowed)), name))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = np.where(apart == 0, 0.0, np.abs(apart) / allowed)
+        worst = max(worst, (float(np.max(np.where(np.isnan(shares), np.inf, shares), initial=0.0)), name))
     return worst
 
 

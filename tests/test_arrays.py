@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlas_jax.checkpoints import arrays
-from atlas_jax.checkpoints.arrays import Linked, advise, chunk_shape, contiguous, copy_into, corner, parts, same
+from atlas_jax import arrays
+from atlas_jax.arrays import Linked, advise, chunk_shape, contiguous, copy_into, corner, parts, same
 from atlas_jax.checkpoints.checksum import first
 
 
