@@ -3,11 +3,12 @@
 import abc
 import itertools
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from atlas_jax.mapped import fetch
 
 PART = 24 << 20  # bytes that are read and written at a time; malloc keeps what is smaller than 32 MB for the next
 SPREAD_PART = 4 << 20  # the same of what is split over devices: who reads a layer of it reads chunks of many layers
@@ -26,6 +27,10 @@ class Lazy(abc.ABC):
     def read(self, index: Index = ()) -> np.ndarray:
         """What numpy gives for the same index, in C order and not shared with anyone."""
 
+    def take(self, index: Index = ()) -> np.ndarray:
+        """`read` for the last time: the file's pages need not stay in the kernel's memory."""
+        return self.read(index)
+
     def share(self, index: Index, owned: Sequence[Index]) -> np.ndarray:
         """The same for one of several processes that read it; each element is in what one of them has `owned`."""
         return self.read(index)
@@ -40,6 +45,11 @@ class Lazy(abc.ABC):
         """Bytes, once it is read."""
         return self.size * self.dtype.itemsize
 
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """The shape of parts that are good to read."""
+        return chunk_shape(self.shape, self.dtype.itemsize)
+
 
 class Linked(Lazy):
     """Views, mostly of mapped files, as one array of `dtype`: a single one, or, `stacked`, along a new first axis."""
@@ -48,25 +58,28 @@ class Linked(Lazy):
         self.views, self.dtype, self.stacked = views, dtype, stacked
         self.shape = (len(views), *views[0].shape) if stacked else views[0].shape
 
-    def expect(self, index: Index) -> None:
-        """This part will be read soon: the disk may bring it nearer meanwhile."""
-        if self.stacked and index:
-            parts = [view[index[1:]] for view in self.views[index[0]]]
-        else:
-            parts = [view[index] for view in self.views]
-        for part in parts:
-            advise(part, mmap.MADV_WILLNEED)
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Parts that lie in the file without gaps: the axis that goes first there is the one to divide."""
+        inner = sorted(range(self.views[0].ndim), key=lambda axis: -self.views[0].strides[axis])
+        axes = [0, *(axis + 1 for axis in inner)] if self.stacked else inner
+        steps = chunk_shape(tuple(self.shape[axis] for axis in axes), self.dtype.itemsize)
+        return tuple(steps[axes.index(axis)] for axis in range(len(axes)))
 
     def read(self, index: Index = ()) -> np.ndarray:
+        return self._copy(index, keep=True)
+
+    def take(self, index: Index = ()) -> np.ndarray:
+        return self._copy(index, keep=False)
+
+    def _copy(self, index: Index, *, keep: bool) -> np.ndarray:
         if not self.stacked:
-            return contiguous(self.views[0], index, self.dtype)
+            return contiguous(self.views[0], index, self.dtype, keep=keep)
         views = self.views[index[0]] if index else self.views
         parts = [view[index[1:]] for view in views]
         whole = np.empty((len(parts), *parts[0].shape), self.dtype)
-        for target, view, part in zip(whole, views, parts, strict=True):
-            advise(view, mmap.MADV_WILLNEED)
-            copy_into(target, part)
-            advise(view, mmap.MADV_DONTNEED)
+        for target, part in zip(whole, parts, strict=True):
+            copy_into(target, fetch(part, keep=keep))
         return whole
 
 
@@ -105,13 +118,18 @@ def read(array: Either, index: Index = ()) -> np.ndarray:
     return array[index] if index else array  # a number stays an array
 
 
-def contiguous(view: np.ndarray, index: Index = (), dtype: np.dtype[Any] | None = None) -> np.ndarray:
-    """A part of a view as an array of its own, in C order."""
+def take(array: Either, index: Index = ()) -> np.ndarray:
+    """The same for the last time, see `Lazy.take`."""
+    return array.take(index) if isinstance(array, Lazy) else read(array, index)
+
+
+def contiguous(
+    view: np.ndarray, index: Index = (), dtype: np.dtype[Any] | None = None, *, keep: bool = True
+) -> np.ndarray:
+    """A part of a view as an array of its own, in C order; `keep` as for `fetch`."""
     part = view[index]
     whole = np.empty(part.shape, dtype or view.dtype)
-    advise(view, mmap.MADV_WILLNEED)
-    copy_into(whole, part)
-    advise(view, mmap.MADV_DONTNEED)
+    copy_into(whole, fetch(part, keep=keep))
     return whole
 
 
@@ -141,10 +159,7 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
     if one.__array_interface__ == other.__array_interface__:  # the same bytes of the same file
         return True
     for index in parts(one.shape, chunk_shape(one.shape, one.itemsize)):
-        equal = np.array_equal(one[index], other[index])
-        advise(one[index], mmap.MADV_DONTNEED)
-        advise(other[index], mmap.MADV_DONTNEED)
-        if not equal:
+        if not np.array_equal(fetch(one[index]), fetch(other[index])):
             return False
     return True
 
@@ -191,18 +206,3 @@ def within(index: Index, box: Index) -> Index:
 def corner(index: Index) -> tuple[int, ...]:
     """Where a part begins."""
     return tuple(axis.start or 0 for axis in index)
-
-
-def advise(array: np.ndarray, advice: int) -> None:
-    """Tells the kernel what comes of the pages of an array that lies in a mapped file; any other is left alone."""
-    owner: Any = array
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    if isinstance(owner, memoryview):
-        owner = owner.obj
-    if not isinstance(owner, mmap.mmap) or not array.size:
-        return
-    start = np.frombuffer(owner, np.uint8).ctypes.data
-    low, high = np.lib.array_utils.byte_bounds(array)
-    page = (low - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    owner.madvise(advice, page, high - start - page)

@@ -8,8 +8,9 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from atlas_jax import mapped
 from atlas_jax.errors import UserError
 
 
@@ -70,6 +71,30 @@ def sync(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def drop(*paths: Path) -> None:
+    """What is on the disk leaves the kernel's memory, as far as the kernel can do so."""
+    for path in paths:
+        with open(path, "rb") as file:
+            mapped.drop(file.fileno())
+
+
+class Drain:
+    """Of a long file that is being written, sees to it that the kernel's memory never holds more than `room` bytes."""
+
+    def __init__(self, file: IO[bytes], room: int = 64 << 20):
+        self.file, self.room = file, room
+        self.since = 0  # bytes written since it last was on the disk
+
+    def wrote(self, count: int) -> None:
+        """Is told of bytes, and now and then waits until they are on the disk."""
+        self.since += count
+        if self.since >= self.room:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            mapped.drop(self.file.fileno())
+            self.since = 0
 
 
 def _is_about(error: OSError, draft: Path) -> bool:

@@ -1,7 +1,6 @@
 """Arrays in files: whatever part is read, it is what numpy gives, and the parts make the whole."""
 
 import math
-import mmap
 
 import numpy as np
 import pytest
@@ -9,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atlas_jax import arrays
-from atlas_jax.arrays import Linked, advise, chunk_shape, contiguous, copy_into, corner, parts, same
+from atlas_jax.arrays import Linked, chunk_shape, contiguous, copy_into, corner, parts, same
 from atlas_jax.checkpoints.checksum import first
+from atlas_jax.mapped import MappedFile
 
 
 @given(st.lists(st.integers(0, 7), max_size=4), st.integers(1, 400))
@@ -45,8 +45,7 @@ def test_transposed_copies(axes, monkeypatch):
 def mapped(tmp_path):
     """A matrix in a mapped file, larger than a page."""
     (tmp_path / "file").write_bytes(np.arange(6 * 5000, dtype=np.float16).tobytes())
-    with open(tmp_path / "file", "rb") as file:
-        return np.ndarray((6, 5000), np.float16, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return np.ndarray((6, 5000), np.float16, MappedFile(tmp_path / "file"))
 
 
 def test_linked_views_are_one_array(mapped):
@@ -63,12 +62,19 @@ def test_linked_views_are_one_array(mapped):
     np.testing.assert_array_equal(single.read((slice(2, 4),)), mapped[2:4])
 
 
-def test_pages_that_are_given_back_come_again(mapped):
-    """After MADV_DONTNEED the file is read once more; arrays elsewhere, and empty ones, are left alone."""
-    before = mapped.copy()
-    for view in (mapped, mapped[2:, 100:].T, mapped[:0], np.arange(3), np.empty(0)):
-        advise(view, mmap.MADV_DONTNEED)
-    np.testing.assert_array_equal(mapped, before)
+def test_chunks_lie_in_the_file_without_gaps(mapped, monkeypatch):
+    """A matrix that is transposed is divided along what are its rows in the file; taken, the parts make the whole."""
+    monkeypatch.setattr(arrays, "PART", 4000)
+    for views, stacked in (([mapped[:3].T, mapped[3:].T], True), ([mapped], False), ([mapped.T], False)):
+        linked = Linked(views, np.dtype(np.float32), stacked=stacked)
+        whole = np.stack(views) if stacked else views[0]
+        found = np.full(linked.shape, np.nan, np.float32)
+        for index in parts(linked.shape, linked.chunk):
+            part = whole[index][0] if stacked else whole[index]
+            low, high = np.lib.array_utils.byte_bounds(part)
+            assert high - low == part.nbytes <= 2 * arrays.PART
+            found[index] = linked.take(index)
+        np.testing.assert_array_equal(found, whole)
 
 
 def test_same(mapped, monkeypatch):

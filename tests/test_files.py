@@ -1,13 +1,16 @@
 """Files and folders appear complete or not at all."""
 
+import ctypes
 import errno
+import mmap
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from atlas_jax.errors import UserError
-from atlas_jax.files import new_file, new_folder, write_json
+from atlas_jax.files import Drain, drop, new_file, new_folder, sync, write_json
 
 
 def make(folder: Path, text: str, *, replace: bool = False) -> None:
@@ -71,3 +74,33 @@ def test_what_cannot_be_written_is_said(tmp_path):
     with pytest.raises(UserError, match=r"below/a: cannot be written \(Not a directory\)"):
         write_json(tmp_path / "below" / "a", {})
     assert list(tmp_path.iterdir()) == [tmp_path / "below"]
+
+
+def cached(path):
+    """How many of the file's pages are in the kernel's memory."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        pages = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
+        start = np.frombuffer(mapped, np.uint8).ctypes.data
+        assert not ctypes.CDLL(None).mincore(*map(ctypes.c_void_p, (start, len(mapped), pages.ctypes.data)))
+    return int((pages & 1).sum())
+
+
+def test_a_long_file_does_not_stay_in_memory(tmp_path):
+    """Of 8 MB at most what `room` allows stays there, and with much room all of it does; both files are whole."""
+    block, pages = os.urandom(1 << 18), (8 << 20) // mmap.PAGESIZE
+    for name, room in (("drained", 1 << 20), ("plain", 1 << 40)):
+        with open(tmp_path / name, "wb") as file:
+            drain = Drain(file, room)
+            for _ in range(32):
+                file.write(block)
+                drain.wrote(len(block))
+    assert (tmp_path / "plain").stat().st_size == (tmp_path / "drained").stat().st_size == 8 << 20
+    kept = [cached(tmp_path / name) for name in ("plain", "drained")]
+    sync(tmp_path / "plain")
+    drop(tmp_path / "plain")
+    if cached(tmp_path / "plain") == pages:
+        pytest.skip("the file system is memory")
+    assert kept[0] == pages
+    assert kept[1] < pages // 4
+    for name in ("drained", "plain"):
+        assert (tmp_path / name).read_bytes() == block * 32

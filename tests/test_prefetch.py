@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlas_jax.prefetch import prefetch
+from atlas_jax.prefetch import in_order, prefetch
 
 
 def workers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("prefetch", "in-order"))]
 
 
 @given(st.lists(st.none() | st.integers()), st.integers(1, 5))
@@ -111,3 +111,41 @@ def test_an_abandoned_iterator_stops_the_thread(how):
     del ahead
     assert not workers()
     assert made == [0, 1]
+
+
+@given(st.lists(st.integers()), st.integers(1, 5))
+def test_work_of_several_comes_in_order(items, several):
+    """As `map` has it, and the threads end with it."""
+    assert list(in_order(lambda item: item + 1, items, several)) == [item + 1 for item in items]
+    assert not workers()
+
+
+def test_several_work_at_a_time_and_not_far_ahead():
+    """Two items meet, which one thread alone could not do; only the next two have been asked for when one comes."""
+    meeting, asked = threading.Barrier(2), []
+
+    def items():
+        for i in range(8):
+            asked.append(i)
+            yield i
+
+    for i in in_order(lambda item: (meeting.wait(timeout=10), item)[1], items(), 2):
+        assert len(asked) <= i + 3
+    assert asked == list(range(8))
+
+
+def test_an_error_ends_all_work():
+    """It is raised here; what was not begun never is, what was has ended."""
+    done = []
+
+    def work(item):
+        if item == 1:
+            raise OSError("the disk")
+        done.append(item)
+        return item
+
+    ahead = in_order(work, range(100), 2)
+    with pytest.raises(OSError, match="the disk"):
+        list(ahead)
+    assert len(done) < 6
+    assert not workers()

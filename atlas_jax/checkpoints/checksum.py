@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
-PIECE = 2**20  # words of a host's array that go to the device at a time: 4 MB, which a cache holds
+from atlas_jax.arrays import chunk_shape, parts
+
+PIECE = 4 << 20  # bytes of a host's array that go to the device at a time, which a cache holds
 
 
 def checksum(array: np.ndarray | jax.Array) -> str:
@@ -36,16 +37,23 @@ class Checksum:
     def add(self, corner: tuple[int, ...], part: np.ndarray) -> None:
         """A part whose first element has this index; axes that `corner` leaves out are at 0."""
         words = max(part.itemsize // 4, 1)
-        at = first(corner, self.shape) * words
-        if _is_run(part.shape, self.shape):
-            for start, piece in _pieces(part):
-                self.sums += np.asarray(_sums(piece, np.uint32((at + start) % 2**32)))
-        else:
-            strides = [math.prod(self.shape[axis + 1 :]) * words for axis in range(part.ndim)]
-            bits = np.ascontiguousarray(part).view(f"u{min(part.itemsize, 4)}").reshape(*part.shape, words)
-            steps = np.array([stride % 2**32 for stride in (*strides, 1)], np.uint32)
-            self.sums += np.asarray(_spread_sums(bits, np.uint32(at % 2**32), steps))
+        strides = [math.prod(self.shape[axis + 1 :]) * words for axis in range(part.ndim)]
+        steps = np.array([stride % 2**32 for stride in (*strides, 1)], np.uint32)
+        start = first(corner, self.shape) * words
+        for index in parts(part.shape, chunk_shape(part.shape, part.itemsize, PIECE)):
+            piece, at = part[index], start + sum(i.start * n for i, n in zip(index, strides, strict=True))
+            bits = np.ascontiguousarray(piece).view(f"u{min(part.itemsize, 4)}")
+            if _is_run(piece.shape, self.shape):
+                added = _sums(bits.reshape(-1), np.uint32(at % 2**32))
+            else:
+                added = _spread_sums(bits.reshape(*piece.shape, words), np.uint32(at % 2**32), steps)
+            self.sums += np.asarray(added)
         self.seen += part.size
+
+    def join(self, other: "Checksum") -> None:
+        """Counts what has been added to another checksum of this array."""
+        self.sums += other.sums
+        self.seen += other.seen
 
     def digits(self) -> str:
         """That of the whole, once all parts have been added."""
@@ -69,12 +77,6 @@ def _is_run(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
 def _digits(dtype: np.dtype[Any], shape: tuple[int, ...], sums: np.ndarray) -> str:
     kind = hashlib.blake2b(f"{dtype}{shape}".encode(), digest_size=8).digest()
     return (sums ^ np.frombuffer(kind, np.uint32)).tobytes().hex()
-
-
-def _pieces(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The bits of an array as unsigned integers of at most 32 bits, each piece with the index of its first."""
-    words = array.reshape(-1).view(f"u{min(array.itemsize, 4)}")
-    return ((start, words[start : start + PIECE]) for start in range(0, len(words), PIECE))
 
 
 @jax.jit

@@ -5,14 +5,15 @@ its file format, puts the arrays there: uncompressed, in chunks that a reader ta
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import re
 import sys
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,22 +24,21 @@ from atlas_jax.arrays import (
     Either,
     Index,
     Lazy,
-    Linked,
     Share,
     chunk_shape,
     corner,
     parts,
     piece_chunk,
-    read,
+    take,
     within,
 )
 from atlas_jax.checkpoints.checksum import Checksum
 from atlas_jax.errors import UserError
 from atlas_jax.exchange import ours
-from atlas_jax.prefetch import prefetch
+from atlas_jax.files import drop
+from atlas_jax.prefetch import in_order
 
-IN_FLIGHT = 6  # parts that are being written while the next one is prepared
-AHEAD = 2  # parts that the disk may read meanwhile
+WORKERS = 4  # each reads, adds up and writes a part
 CONTEXT = {
     "file_io_concurrency": {"limit": 8},  # each may hold a chunk
     "file_io_sync": True,  # at once, while others are prepared
@@ -72,20 +72,19 @@ def write_arrays(folder: Path, arrays: Mapping[str, Either], tell: Callable[[int
     context = tensorstore.Context(CONTEXT)
     places = {name: tensorstore.open(_spec(folder, name), context=context, open=True).result() for name in arrays}
     checksums = {name: Checksum(array.dtype, array.shape) for name, array in arrays.items()}
-    pending: deque[Any] = deque()
-    try:
-        with contextlib.closing(prefetch(_parts(arrays), 2)) as made:
-            for name, index, part in made:
-                while len(pending) >= IN_FLIGHT:
-                    pending.popleft().result()
-                pending.append(places[name][index].write(part, can_reference_source_data_indefinitely=True))
-                checksums[name].add(corner(index), part)
-                tell(part.nbytes)
-        while pending:
-            pending.popleft().result()
-    finally:
-        for future in pending:  # nothing is written any more when this returns
-            future.exception()
+
+    def put(part: Part) -> tuple[str, Checksum]:
+        values = take(part.source, part.piece)
+        places[part.name][part.place].write(values, can_reference_source_data_indefinitely=True).result()
+        added = Checksum(values.dtype, arrays[part.name].shape)
+        added.add(corner(part.place), values)
+        drop(*_files(folder / part.name, places[part.name], part.place))
+        return part.name, added
+
+    with contextlib.closing(in_order(put, _parts(arrays), WORKERS)) as written:
+        for name, added in written:
+            checksums[name].join(added)
+            tell(added.seen * added.dtype.itemsize)
     return {name: checksum.sums.tolist() for name, checksum in checksums.items()}
 
 
@@ -101,27 +100,37 @@ def digits(arrays: Mapping[str, Either], sums: Sequence[Sums]) -> dict[str, str]
 
 
 def _chunk(array: Either) -> tuple[int, ...]:
-    piece = array.piece if isinstance(array, Share) else array.shape
-    return piece_chunk(piece, array.shape, array.dtype.itemsize)
+    if isinstance(array, Share):
+        return piece_chunk(array.piece, array.shape, array.dtype.itemsize)
+    return array.chunk if isinstance(array, Lazy) else chunk_shape(array.shape, array.itemsize)
 
 
-def _parts(arrays: Mapping[str, Either]) -> Iterator[tuple[str, Index, np.ndarray]]:
-    spread = {name: array for name, array in arrays.items() if isinstance(array, Share)}
-    for name, array in spread.items():
-        for place, piece in array.pieces:
-            for index in parts(piece.shape, _chunk(array)):
-                yield name, tuple(map(_shifted, place, index)), piece[index]
-    whole = {name: array for name, array in arrays.items() if not isinstance(array, Share)}
-    todo = [
-        (name, index)
-        for name, array in whole.items()
-        for index in parts(array.shape, chunk_shape(array.shape, array.dtype.itemsize))
-    ]
-    for number, (name, index) in enumerate(todo):
-        for following, its_index in todo[number + 1 : number + 1 + AHEAD]:
-            if isinstance(coming := whole[following], Linked):
-                coming.expect(its_index)
-        yield name, index, read(whole[name], index)
+class Part(NamedTuple):
+    """A chunk to write: where it belongs in the array of this name, and what it is a part of."""
+
+    name: str
+    place: Index
+    source: Either
+    piece: Index
+
+
+def _parts(arrays: Mapping[str, Either]) -> Iterator[Part]:
+    for name, array in arrays.items():
+        if isinstance(array, Share):
+            for place, piece in array.pieces:
+                for index in parts(piece.shape, _chunk(array)):
+                    yield Part(name, tuple(map(_shifted, place, index)), piece, index)
+        else:
+            for index in parts(array.shape, _chunk(array)):
+                yield Part(name, index, array, index)
+
+
+def _files(folder: Path, place: Any, index: Index) -> Iterator[Path]:
+    """Those of an array that hold this part of it."""
+    chunk = place.chunk_layout.read_chunk.shape or ()  # None of a number
+    whole = (*index, *(slice(0, n) for n in place.shape[len(index) :]))
+    ranges = [range(i.start // n, -(-i.stop // n)) for i, n in zip(whole, chunk, strict=True)]
+    return (folder / (".".join(map(str, numbers)) or "0") for numbers in itertools.product(*ranges))
 
 
 def _shifted(place: slice, index: slice) -> slice:
@@ -139,7 +148,7 @@ def open_arrays(folder: Path, checksums: Mapping[str, str]) -> dict[str, "Stored
         raise UserError(f"{folder}: damaged or incomplete ({line(error)}); write it again") from None
     for name in sorted(found.keys() ^ checksums.keys()):
         raise damaged(f"{folder}: {name}")
-    return {name: Stored(f"{folder}: {name}", place, checksums[name]) for name, place in found.items()}
+    return {name: Stored(folder, name, place, checksums[name]) for name, place in found.items()}
 
 
 class Stored(Lazy):
@@ -148,20 +157,30 @@ class Stored(Lazy):
     What several processes read as shares, `verify` does.
     """
 
-    def __init__(self, name: str, place: Any, expected: str):
-        self.name, self.expected = name, expected
+    def __init__(self, folder: Path, name: str, place: Any, expected: str):
+        self.name, self.expected = f"{folder}: {name}", expected
         self.shape, self.dtype = tuple(place.shape), place.dtype.numpy_dtype
-        self._place = place
+        self._place, self._folder = place, folder / name
         self._checksum = Checksum(self.dtype, self.shape)
+        self._lock = threading.Lock()  # several threads may read parts
         self.of_shares: Checksum | None = None  # of what this process has to verify
 
     def read(self, index: Index = ()) -> np.ndarray:
         part = self._read(index)
-        self._checksum.add(corner(index), part)
-        if self._checksum.seen >= self.size:
-            found, self._checksum = self._checksum.digits(), Checksum(self.dtype, self.shape)
-            if found != self.expected:
-                raise damaged(self.name)
+        added = Checksum(self.dtype, self.shape)
+        added.add(corner(index), part)
+        with self._lock:
+            self._checksum.join(added)
+            if self._checksum.seen >= self.size:
+                found, self._checksum = self._checksum.digits(), Checksum(self.dtype, self.shape)
+                if found != self.expected:
+                    raise damaged(self.name)
+        return part
+
+    def take(self, index: Index = ()) -> np.ndarray:
+        part = self.read(index)
+        with contextlib.suppress(FileNotFoundError):  # Orbax's own form has other files
+            drop(*_files(self._folder, self._place, index))
         return part
 
     def share(self, index: Index, owned: Sequence[Index]) -> np.ndarray:

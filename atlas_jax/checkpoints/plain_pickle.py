@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from atlas_jax.errors import UserError
+from atlas_jax.mapped import MappedFile
 
 Path = str | os.PathLike[str]
 
@@ -61,12 +62,11 @@ def refusals(path: Path) -> Iterator[None]:
         raise UserError(f"{os.fspath(path)}: {error.strerror or error}; give a file that can be read") from None
 
 
-def map_file(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> MappedFile:
     """The bytes of a file, read where they are needed."""
-    with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            raise Refused(f"is empty; {AGAIN}")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if not os.stat(path).st_size:
+        raise Refused(f"is empty; {AGAIN}")
+    return MappedFile(path)
 
 
 def shortened(value: str | tuple[int, ...]) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import mmap
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,9 +10,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from atlas_jax.arrays import Either, read
+from atlas_jax.arrays import Either, take
 from atlas_jax.errors import UserError
-from atlas_jax.prefetch import prefetch
+from atlas_jax.files import Drain
+from atlas_jax.mapped import MappedFile
+from atlas_jax.prefetch import in_order
 
 DTYPES = {
     **{"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16")},
@@ -21,6 +22,7 @@ DTYPES = {
     **{"I64": np.dtype("int64"), "I32": np.dtype("int32"), "I16": np.dtype("int16"), "I8": np.dtype("int8")},
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+AHEAD = 2  # arrays that are read while one is written
 LENGTH = struct.Struct("<Q")  # of the header
 
 
@@ -31,8 +33,7 @@ def open_safetensors(path: Path) -> dict[str, np.ndarray]:
             pass
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped = MappedFile(path)
     behind = LENGTH.size + LENGTH.unpack_from(mapped)[0]
     header = json.loads(mapped[LENGTH.size : behind])
     header.pop("__metadata__", None)
@@ -56,7 +57,9 @@ def write_safetensors(path: Path, arrays: Mapping[str, Either], tell: Callable[[
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:
         file.write(LENGTH.pack(len(text)) + text)
-        with contextlib.closing(prefetch(map(read, arrays.values()), 1)) as made:
+        drain = Drain(file)
+        with contextlib.closing(in_order(take, arrays.values(), AHEAD)) as made:
             for array in made:
-                np.ascontiguousarray(array).tofile(file)
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                drain.wrote(array.nbytes)
                 tell(array.nbytes)

@@ -16,10 +16,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from atlas_jax.arrays import Either, read
-from atlas_jax.prefetch import prefetch
+from atlas_jax.arrays import Either, take
+from atlas_jax.files import Drain
+from atlas_jax.prefetch import in_order
 
 ALIGNMENT = 64  # bytes
+AHEAD = 2  # arrays that are read while one is written
 FOLDER = "archive"
 STORAGES = {
     **{np.dtype("float64"): "Double", np.dtype("float32"): "Float", np.dtype("float16"): "Half"},
@@ -53,13 +55,15 @@ def write_torch(
     once = {id(array): array for array in model.values()}
     keys = {number: str(place) for place, number in enumerate(once)}
     tensors = {name: Tensor(keys[id(a)], tuple(a.shape), np.dtype(a.dtype)) for name, a in model.items()}
-    with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
+    with open(path, "xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _member(archive, "data.pkl", dump({"model": tensors, **about}))
         _member(archive, "byteorder", b"little")
-        with contextlib.closing(prefetch(map(read, once.values()), 1)) as made:
+        drain = Drain(file)
+        with contextlib.closing(in_order(take, once.values(), AHEAD)) as made:
             for key, array in zip(keys.values(), made, strict=True):
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                 _member(archive, f"data/{key}", data.data)
+                drain.wrote(array.nbytes)
                 tell(array.nbytes)
         _member(archive, "version", b"3\n")
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from atlas_jax.arrays import Either, Index, Lazy, Linked, contiguous, read, same
+from atlas_jax.arrays import Either, Index, Lazy, Linked, contiguous, read, same, take
 from atlas_jax.errors import UserError
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.models.t5 import T5Config
@@ -246,8 +246,14 @@ class Exported(Lazy):
         self.shape = self._rearranged(np.broadcast_to(np.zeros((), self.dtype), ours)).shape
 
     def read(self, index: Index = ()) -> np.ndarray:
+        return self._made(read, index)
+
+    def take(self, index: Index = ()) -> np.ndarray:
+        return self._made(take, index)
+
+    def _made(self, read: Callable[[Either, Index], np.ndarray], index: Index) -> np.ndarray:
         layer = self.entry.layer
-        ours = read(self.parameter) if layer is None else read(self.parameter, (slice(layer, layer + 1),))[0]
+        ours = read(self.parameter, ()) if layer is None else read(self.parameter, (slice(layer, layer + 1),))[0]
         return contiguous(self._rearranged(ours), index)
 
     def _rearranged(self, ours: np.ndarray) -> np.ndarray:

@@ -203,15 +203,15 @@ def test_no_more_than_parts_are_read(ours, golden, tmp_path, monkeypatch):
     source = load_torch(golden / "checkpoint_initial" / "model.pth.tar")["model"]
     whole = store.load(ours["initial"])
     asked: list[int] = []
-    read = Linked.read
+    take = Linked.take
 
     def counted(self, index=()):
-        part = read(self, index)
+        part = take(self, index)
         asked.append(part.nbytes)
         return part
 
     monkeypatch.setattr(arrays, "PART", 2048)
-    monkeypatch.setattr(Linked, "read", counted)
+    monkeypatch.setattr(Linked, "take", counted)
     linked = link_weights(source, whole.cfg, where="FILE")
     assert asked == []
     told: list[int] = []
