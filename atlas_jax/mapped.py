@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from atlas_jax.errors import UserError
+
 ALIGNMENT = 64  # bytes; the kernel copies three times as slowly to where malloc puts arrays
 
 
 class MappedFile(mmap.mmap):
     """A file's bytes, read-only. Raises what opening raises, and `ValueError` if it is empty."""
 
+    path: str | os.PathLike[str]
     descriptor = -1
 
     def __new__(cls, path: str | os.PathLike[str]) -> "MappedFile":
@@ -21,7 +24,7 @@ class MappedFile(mmap.mmap):
         except BaseException:
             os.close(descriptor)
             raise
-        file.descriptor = descriptor
+        file.path, file.descriptor = path, descriptor
         return file
 
     def __del__(self) -> None:
@@ -33,7 +36,7 @@ def fetch(view: np.ndarray, *, keep: bool = True) -> np.ndarray:
     """The same numbers in memory, with the axes in memory as they are in the file.
 
     A view that is not of a MappedFile, or has gaps there, is returned as it is. Unless `keep`, the pages need not stay
-    in the kernel's memory. OSError if the file cannot be read, or was cut short since.
+    in the kernel's memory. UserError if the file cannot be read, or was cut short since.
     """
     file = _file(view)
     low, high = np.lib.array_utils.byte_bounds(view)
@@ -44,9 +47,12 @@ def fetch(view: np.ndarray, *, keep: bool = True) -> np.ndarray:
     buffer = buffer[-buffer.ctypes.data % ALIGNMENT :][: view.nbytes]
     done = 0
     while done < len(buffer):
-        count = os.preadv(file.descriptor, [buffer.data[done:]], start + done)
+        try:
+            count = os.preadv(file.descriptor, [buffer.data[done:]], start + done)
+        except OSError as error:
+            raise UserError(f"{os.fspath(file.path)}: cannot be read ({error.strerror})") from None
         if not count:
-            raise OSError("the file was cut short while it was read")
+            raise UserError(f"{os.fspath(file.path)}: was cut short while it was read; copy or download it again")
         done += count
     if not keep:
         drop(file.descriptor, start, len(buffer))

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from atlas_jax.errors import UserError
 from atlas_jax.mapped import ALIGNMENT, MappedFile, fetch
 
 
@@ -44,7 +45,7 @@ def test_a_file_that_is_cut_short_meanwhile_is_told(path):
     whole = matrix(path)
     os.truncate(path, 5000)
     np.testing.assert_array_equal(fetch(whole[0]), np.arange(1000))
-    with pytest.raises(OSError, match="cut short"):
+    with pytest.raises(UserError, match=r"file: was cut short .*; copy or download it again"):
         fetch(whole[1:3])
 
 

@@ -246,14 +246,14 @@ class Exported(Lazy):
         self.shape = self._rearranged(np.broadcast_to(np.zeros((), self.dtype), ours)).shape
 
     def read(self, index: Index = ()) -> np.ndarray:
-        return self._made(read, index)
+        return self._made_of(read, index)
 
     def take(self, index: Index = ()) -> np.ndarray:
-        return self._made(take, index)
+        return self._made_of(take, index)
 
-    def _made(self, read: Callable[[Either, Index], np.ndarray], index: Index) -> np.ndarray:
+    def _made_of(self, bring: Callable[[Either, Index], np.ndarray], index: Index) -> np.ndarray:
         layer = self.entry.layer
-        ours = read(self.parameter, ()) if layer is None else read(self.parameter, (slice(layer, layer + 1),))[0]
+        ours = bring(self.parameter, ()) if layer is None else bring(self.parameter, (slice(layer, layer + 1),))[0]
         return contiguous(self._rearranged(ours), index)
 
     def _rearranged(self, ours: np.ndarray) -> np.ndarray:
