@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas_jax.mapped import fetch
+from atlas_jax.mapped import fetch, release
 
 PART = 24 << 20  # bytes that are read and written at a time; malloc keeps what is smaller than 32 MB for the next
 SPREAD_PART = 4 << 20  # the same of what is split over devices: who reads a layer of it reads chunks of many layers
@@ -79,7 +79,7 @@ class Linked(Lazy):
         parts = [view[index[1:]] for view in views]
         whole = np.empty((len(parts), *parts[0].shape), self.dtype)
         for target, part in zip(whole, parts, strict=True):
-            copy_into(target, fetch(part, keep=keep))
+            _bring(target, part, keep=keep)
         return whole
 
 
@@ -129,8 +129,15 @@ def contiguous(
     """A part of a view as an array of its own, in C order; `keep` as for `fetch`."""
     part = view[index]
     whole = np.empty(part.shape, dtype or view.dtype)
-    copy_into(whole, fetch(part, keep=keep))
+    _bring(whole, part, keep=keep)
     return whole
+
+
+def _bring(target: np.ndarray, view: np.ndarray, *, keep: bool) -> None:
+    fetched = fetch(view, keep=keep)
+    copy_into(target, fetched)
+    if fetched is view:
+        release(view)
 
 
 def copy_into(target: np.ndarray, view: np.ndarray) -> None:

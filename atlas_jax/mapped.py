@@ -38,9 +38,10 @@ def fetch(view: np.ndarray, *, keep: bool = True) -> np.ndarray:
     A view that is not of a MappedFile, or has gaps there, is returned as it is. Unless `keep`, the pages need not stay
     in the kernel's memory. UserError if the file cannot be read, or was cut short since.
     """
-    file = _file(view)
+    file = _owner(view)
     low, high = np.lib.array_utils.byte_bounds(view)
-    if file is None or not view.size or high - low != view.nbytes or min(view.strides, default=0) < 0:
+    whole = view.size and high - low == view.nbytes and min(view.strides, default=0) >= 0
+    if not (isinstance(file, MappedFile) and whole):
         return view
     start = low - np.frombuffer(file, np.uint8).ctypes.data
     buffer = np.empty(view.nbytes + ALIGNMENT, np.uint8)
@@ -59,16 +60,21 @@ def fetch(view: np.ndarray, *, keep: bool = True) -> np.ndarray:
     return np.ndarray(view.shape, view.dtype, buffer.data, 0, view.strides)
 
 
+def release(array: np.ndarray) -> None:
+    """Pages of a mapped file that were read no longer count as this process's memory; to read them again is no harm."""
+    owner = _owner(array)
+    if isinstance(owner, mmap.mmap):
+        owner.madvise(mmap.MADV_DONTNEED)
+
+
 def drop(descriptor: int, start: int = 0, size: int = 0) -> None:
     """These bytes (all, if no size is given) leave the kernel's memory, as far as they are on the disk and unused."""
     if hasattr(os, "posix_fadvise"):  # not on macOS
         os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
-def _file(view: np.ndarray) -> MappedFile | None:
-    owner: Any = view
+def _owner(array: np.ndarray) -> Any:
+    owner: Any = array
     while isinstance(owner, np.ndarray):
         owner = owner.base
-    if isinstance(owner, memoryview):
-        owner = owner.obj
-    return owner if isinstance(owner, MappedFile) else None
+    return owner.obj if isinstance(owner, memoryview) else owner

@@ -1,12 +1,14 @@
 """Views of files, brought into memory: the same numbers, from the file and not by chance."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from atlas_jax.arrays import contiguous
 from atlas_jax.errors import UserError
-from atlas_jax.mapped import ALIGNMENT, MappedFile, fetch
+from atlas_jax.mapped import ALIGNMENT, MappedFile, fetch, release
 
 
 @pytest.fixture
@@ -38,6 +40,26 @@ def test_what_cannot_be_fetched_is_left_alone(path):
     whole = matrix(path)
     for view in (whole[:, 2:5], whole[::2], whole[::-1], whole[:0], np.arange(3), np.empty(0)):
         assert fetch(view) is view
+
+
+def resident(path):
+    """kB of the mapped file that count as this process's memory."""
+    lines = Path("/proc/self/smaps").read_text().split(str(path))[1].splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+
+def test_what_is_read_with_gaps_does_not_stay_mapped(path):
+    """Pages that numpy had to touch are given back, and come again when they are asked for."""
+    whole = matrix(path)
+    part = whole[:, 2:900]
+    assert int(part.sum()) == int(np.arange(24000).reshape(24, 1000)[:, 2:900].sum())
+    assert resident(path) > 0
+    np.testing.assert_array_equal(contiguous(whole, (slice(0, 24), slice(2, 900))), part.copy())
+    assert contiguous(whole.T[2:900]).shape == (898, 24)
+    assert resident(path) == 0
+    for view in (whole, np.arange(3), np.empty(0)):
+        release(view)
+    assert whole[23, 999] == 23999
 
 
 def test_a_file_that_is_cut_short_meanwhile_is_told(path):

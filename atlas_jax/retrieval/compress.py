@@ -12,11 +12,11 @@ from jaxtyping import Float16, Float32, Int64
 
 from atlas_jax.config import Config
 from atlas_jax.files import new_folder
+from atlas_jax.mapped import release
 from atlas_jax.mesh import batch_rows
 from atlas_jax.progress import progress
 from atlas_jax.retrieval.embed import Embedder
 from atlas_jax.retrieval.index_folder import PASSAGES, describe, origin_of, read_about, read_vectors, share
-from atlas_jax.retrieval.interface import release
 from atlas_jax.retrieval.library import faiss_of
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float16
 
 from atlas_jax.files import new_folder
+from atlas_jax.mapped import release
 from atlas_jax.progress import progress
 from atlas_jax.retrieval.index_folder import PASSAGES, VECTORS, Origin, describe, origin_of, read_about, read_vectors
-from atlas_jax.retrieval.interface import VectorFile, release
+from atlas_jax.retrieval.interface import VectorFile
 from atlas_jax.retrieval.passages import PassageStore
 
 CHUNK_ROWS = 4096  # vectors that a thread reads and writes at a time: 6 MB of Contriever's, which a cache holds

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, Int32, Int64, UInt8
 
 from atlas_jax.errors import UserError
+from atlas_jax.mapped import release
 from atlas_jax.retrieval.interface import (
     REBUILD,
     SearchResult,
@@ -19,7 +20,6 @@ from atlas_jax.retrieval.interface import (
     checked_result,
     create_array,
     read_array,
-    release,
 )
 
 logger = logging.getLogger(__name__)

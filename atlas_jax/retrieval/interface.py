@@ -1,9 +1,8 @@
 """What both kinds of index share: the question, the answer, and what is refused."""
 
-import mmap
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int64
@@ -127,12 +126,3 @@ def allocate(file: int, size: int) -> None:
         os.posix_fallocate(file, 0, size)
     else:  # macOS
         os.ftruncate(file, size)
-
-
-def release(array: np.ndarray) -> None:
-    """Pages of a mapped file that were read no longer count as this process's memory; to read them again is no harm."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_DONTNEED)

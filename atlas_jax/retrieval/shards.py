@@ -13,8 +13,8 @@ from jaxtyping import Float16, Num
 from atlas_jax.checkpoints.plain_pickle import load_pickle
 from atlas_jax.checkpoints.torch_file import load_torch
 from atlas_jax.errors import UserError
+from atlas_jax.mapped import release
 from atlas_jax.retrieval.index_folder import ABOUT, Origin
-from atlas_jax.retrieval.interface import release
 from atlas_jax.retrieval.passages import serialized
 
 KEPT_ROWS = 2**17  # vectors whose pages stay mapped: 200 MB of Contriever's

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from atlas_jax.errors import UserError
+from atlas_jax.mapped import release
 from atlas_jax.retrieval import convert as module
 from atlas_jax.retrieval.convert import Ours, convert, write_vectors
 from atlas_jax.retrieval.index_folder import Origin, read_about, read_vectors
-from atlas_jax.retrieval.interface import create_array, release
+from atlas_jax.retrieval.interface import create_array
 from atlas_jax.retrieval.merge import Parts
 from atlas_jax.retrieval.shards import Shards, pieces, transpose
 from tests.checkpoints import pickles
