@@ -1,17 +1,21 @@
 """Arrays that stay in their files until they are read, a part at a time: a model need not fit into memory."""
 
 import abc
+import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any
 
 import numpy as np
 
+from atlas_jax.files import Drain
 from atlas_jax.mapped import fetch, release
+from atlas_jax.prefetch import in_order
 
 PART = 24 << 20  # bytes that are read and written at a time; malloc keeps what is smaller than 32 MB for the next
 SPREAD_PART = 4 << 20  # the same of what is split over devices: who reads a layer of it reads chunks of many layers
+AHEAD = 2  # arrays that are read while one is written
 TILE = (256, 64)  # elements of a matrix that are transposed together
 
 Index = tuple[slice, ...]  # of the leading axes, each with start and stop
@@ -121,6 +125,16 @@ def read(array: Either, index: Index = ()) -> np.ndarray:
 def take(array: Either, index: Index = ()) -> np.ndarray:
     """The same for the last time, see `Lazy.take`."""
     return array.take(index) if isinstance(array, Lazy) else read(array, index)
+
+
+def stream(arrays: Iterable[Either], file: IO[bytes], tell: Callable[[int], object]) -> Iterator[memoryview]:
+    """The bytes of each array, taken while the one before is written into this file; `tell` hears when one was."""
+    drain = Drain(file)
+    with contextlib.closing(in_order(take, arrays, AHEAD)) as made:
+        for array in made:
+            yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            drain.wrote(array.nbytes)
+            tell(array.nbytes)
 
 
 def contiguous(

@@ -73,11 +73,11 @@ def sync(*paths: Path) -> None:
             os.close(descriptor)
 
 
-def drop(*paths: Path) -> None:
+def uncache(*paths: Path) -> None:
     """What is on the disk leaves the kernel's memory, as far as the kernel can do so."""
     for path in paths:
         with open(path, "rb") as file:
-            mapped.drop(file.fileno())
+            mapped.uncache(file.fileno())
 
 
 class Drain:
@@ -93,7 +93,7 @@ class Drain:
         if self.since >= self.room:
             self.file.flush()
             os.fsync(self.file.fileno())
-            mapped.drop(self.file.fileno())
+            mapped.uncache(self.file.fileno())
             self.since = 0
 
 

@@ -56,7 +56,7 @@ def fetch(view: np.ndarray, *, keep: bool = True) -> np.ndarray:
             raise UserError(f"{os.fspath(file.path)}: was cut short while it was read; copy or download it again")
         done += count
     if not keep:
-        drop(file.descriptor, start, len(buffer))
+        uncache(file.descriptor, start, len(buffer))
     return np.ndarray(view.shape, view.dtype, buffer.data, 0, view.strides)
 
 
@@ -67,7 +67,7 @@ def release(array: np.ndarray) -> None:
         owner.madvise(mmap.MADV_DONTNEED)
 
 
-def drop(descriptor: int, start: int = 0, size: int = 0) -> None:
+def uncache(descriptor: int, start: int = 0, size: int = 0) -> None:
     """These bytes (all, if no size is given) leave the kernel's memory, as far as they are on the disk and unused."""
     if hasattr(os, "posix_fadvise"):  # not on macOS
         os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)

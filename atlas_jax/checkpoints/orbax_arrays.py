@@ -35,7 +35,7 @@ from atlas_jax.arrays import (
 from atlas_jax.checkpoints.checksum import Checksum
 from atlas_jax.errors import UserError
 from atlas_jax.exchange import ours
-from atlas_jax.files import drop
+from atlas_jax.files import uncache
 from atlas_jax.prefetch import in_order
 
 WORKERS = 4  # each reads, adds up and writes a part
@@ -78,7 +78,7 @@ def write_arrays(folder: Path, arrays: Mapping[str, Either], tell: Callable[[int
         places[part.name][part.place].write(values, can_reference_source_data_indefinitely=True).result()
         added = Checksum(values.dtype, arrays[part.name].shape)
         added.add(corner(part.place), values)
-        drop(*_files(folder / part.name, places[part.name], part.place))
+        uncache(*_files(folder / part.name, places[part.name], part.place))
         return part.name, added
 
     with contextlib.closing(in_order(put, _parts(arrays), WORKERS)) as written:
@@ -180,7 +180,7 @@ class Stored(Lazy):
     def take(self, index: Index = ()) -> np.ndarray:
         part = self.read(index)
         with contextlib.suppress(FileNotFoundError):  # Orbax's own form has other files
-            drop(*_files(self._folder, self._place, index))
+            uncache(*_files(self._folder, self._place, index))
         return part
 
     def share(self, index: Index, owned: Sequence[Index]) -> np.ndarray:

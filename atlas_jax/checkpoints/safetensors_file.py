@@ -1,6 +1,5 @@
 """Safetensors: a header in JSON, then the arrays, one behind the other. Neither reading nor writing needs memory."""
 
-import contextlib
 import json
 import struct
 from collections.abc import Callable, Mapping
@@ -10,11 +9,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from atlas_jax.arrays import Either, take
+from atlas_jax.arrays import Either, stream
 from atlas_jax.errors import UserError
-from atlas_jax.files import Drain
 from atlas_jax.mapped import MappedFile
-from atlas_jax.prefetch import in_order
 
 DTYPES = {
     **{"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16")},
@@ -22,7 +19,6 @@ DTYPES = {
     **{"I64": np.dtype("int64"), "I32": np.dtype("int32"), "I16": np.dtype("int16"), "I8": np.dtype("int8")},
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-AHEAD = 2  # arrays that are read while one is written
 LENGTH = struct.Struct("<Q")  # of the header
 
 
@@ -57,9 +53,5 @@ def write_safetensors(path: Path, arrays: Mapping[str, Either], tell: Callable[[
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:
         file.write(LENGTH.pack(len(text)) + text)
-        drain = Drain(file)
-        with contextlib.closing(in_order(take, arrays.values(), AHEAD)) as made:
-            for array in made:
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                drain.wrote(array.nbytes)
-                tell(array.nbytes)
+        for data in stream(arrays.values(), file, tell):
+            file.write(data)

@@ -4,7 +4,6 @@ A file is a zip of uncompressed members, as `torch_file` reads it: a pickle that
 each tensor, aligned so that PyTorch can map them. `torch.load(..., weights_only=True)` opens it.
 """
 
-import contextlib
 import dataclasses
 import math
 import struct
@@ -16,12 +15,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from atlas_jax.arrays import Either, take
-from atlas_jax.files import Drain
-from atlas_jax.prefetch import in_order
+from atlas_jax.arrays import Either, stream
 
 ALIGNMENT = 64  # bytes
-AHEAD = 2  # arrays that are read while one is written
 FOLDER = "archive"
 STORAGES = {
     **{np.dtype("float64"): "Double", np.dtype("float32"): "Float", np.dtype("float16"): "Half"},
@@ -58,13 +54,8 @@ def write_torch(
     with open(path, "xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _member(archive, "data.pkl", dump({"model": tensors, **about}))
         _member(archive, "byteorder", b"little")
-        drain = Drain(file)
-        with contextlib.closing(in_order(take, once.values(), AHEAD)) as made:
-            for key, array in zip(keys.values(), made, strict=True):
-                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-                _member(archive, f"data/{key}", data.data)
-                drain.wrote(array.nbytes)
-                tell(array.nbytes)
+        for key, data in zip(keys.values(), stream(once.values(), file, tell), strict=True):
+            _member(archive, f"data/{key}", data)
         _member(archive, "version", b"3\n")
 
 
