@@ -82,6 +82,8 @@ def _check(given: argparse.Namespace, output: Path) -> None:
     if output.exists() and not (given.to == "orbax" and store.is_checkpoint(output)):
         what = "is there and no checkpoint of ours" if given.to == "orbax" else "is there"
         raise UserError(f"--output {output}: {what}; choose a new folder")
+    if given.model_path != "none" and not Path(given.model_path).is_dir():
+        raise UserError(f"--model_path {given.model_path}: no such folder; name one with {PUBLISHED}, or one of ours")
     if not given.reader_model_type and not store.is_checkpoint(Path(given.model_path)):
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
 

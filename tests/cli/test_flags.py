@@ -55,7 +55,8 @@ def test_a_run_folder_that_cannot_be_made(refused, tmp_path, no_weights):
         (["--output", "x", "--model_path", str(SAMPLE / "model")], ["--reader_model_type is missing", "t5-base"]),
         (["--output", str(SAMPLE), "--reader_model_type", str(SAMPLE / "reader")], [SAMPLE, "choose a new folder"]),
         (["--output", "x", "--reader_model_type", "t5-bse"], ["t5-bse", "; "]),
-        (["--output", "x", "--model_path", "nowhere", "--reader_model_type", "t5-base"], ["nowhere", "model.pth.tar"]),
+        (["--output", "x", "--model_path", "nowhere"], ["--model_path nowhere: no such folder", "model.pth.tar"]),
+        (["--output", "x", "--model_path", ".", "--reader_model_type", "t5-base"], ["neither model.pth.tar nor"]),
     ],
 )
 def test_convert_refuses_too(refused, tmp_path, monkeypatch, argv, parts):
