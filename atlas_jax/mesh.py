@@ -313,11 +313,15 @@ def gathered(path: str, x: Array, dtype: Any) -> Array:
     def gather(x: Array) -> Array:
         # The barrier keeps XLA from sending what it would convert back again
         x = jax.lax.optimization_barrier(x.astype(dtype) if is_matrix(path) else x)
-        return split(split(x, *stored), *used)
+        return split(split(x, *stored), *used)  # in two steps: XLA would rather gather earlier
 
-    # Both ways said in two steps: XLA would rather gather earlier, and split activations like parameters
+    def scatter(g: Array) -> Array:
+        # XLA sums each part of a product where it is stored; what is looked up it would split activations for
+        g = split(g, *used) if path.endswith("embedding") else g
+        return split(g, *stored).astype(x.dtype)
+
     and_back = jax.custom_vjp(gather)
-    and_back.defvjp(lambda x: (gather(x), None), lambda _, g: (split(split(g, *used), *stored).astype(x.dtype),))
+    and_back.defvjp(lambda x: (gather(x), None), lambda _, g: (scatter(g),))
     return and_back(x)
 
 

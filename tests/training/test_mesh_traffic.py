@@ -11,7 +11,7 @@ from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.evaluation.batches import put_reader_batch
 from atlas_jax.evaluation.evaluator import reader_program
 from atlas_jax.evaluation.generation import Generation
-from atlas_jax.mesh import make_mesh, parameter_spec, put_parameter, replicate
+from atlas_jax.mesh import SHARD, make_mesh, parameter_spec, put_parameter, replicate
 from atlas_jax.plan import hlo
 from tests.training.test_mesh_step import placed, program
 from tests.training.test_step import batch, config
@@ -73,6 +73,26 @@ def test_under_fsdp_parameters_travel_and_gradients_come_back(tiny_weights, batc
         layers, sizes = layer(path, shape)
         used = (length, width) if path.endswith("positions/embedding") else sizes  # of 512 positions the first
         assert back[tuple(sorted(used))] >= layers, path
+
+
+def test_beside_data_gradients_are_scattered_before_they_are_added(tiny_weights, batch):
+    """Of each product among the devices of `fsdp`, and only the shares over `data`; never whole among all of them."""
+    found, split = collectives("data=2,fsdp=4", tiny_weights, batch)
+    summed = collections.defaultdict(collections.Counter)
+    for one in found:
+        if one.kind != "all-gather":  # a CPU's compiler makes no reduce-scatter
+            summed[one.group].update({tuple(sorted(sizes)): times for sizes, times in by_shape([one]).items()})
+    scattered, added, whole = summed[0, 1, 2, 3], summed[0, 4], summed[tuple(range(8))]
+    for path, shape in split.items():
+        layers, sizes = layer(path, shape)
+        share = list(sizes)
+        share[parameter_spec(path, len(sizes)).index(SHARD)] //= 4
+        if path.endswith("kernel"):
+            assert scattered[tuple(sorted(sizes))] >= layers, path
+            assert added[tuple(sorted(share))] >= layers, path
+            assert path == "reader/lm_head/kernel" or tuple(sorted(sizes)) not in whole, (
+                path
+            )  # of the embedding's shape
 
 
 def test_under_model_only_the_residual_stream_travels(tiny_weights, batch):
