@@ -127,6 +127,15 @@ def is_one_cpu(mesh: Mesh) -> bool:
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
+@contextlib.contextmanager
+def in_host_memory() -> Iterator[None]:
+    """New arrays are the CPU's, which has room for a whole model; where JAX_PLATFORMS leaves it out, a device's."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):
+            stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
+        yield
+
+
 def batch_rows(mesh: Mesh, per_device: int) -> int:
     """Rows of a batch that gives each device of the batch axes so many."""
     return per_device * math.prod(mesh.shape[axis] for axis in BATCH)

@@ -1,7 +1,8 @@
 """Who is there, and who is gone: a TCP connection of each process to process 0, before and beside JAX's own.
 
 JAX aborts the whole process, with a stack trace, when another one is missing or dies. Here such a run ends with one
-line that names the process: at the start within a time limit, later as soon as a connection closes or falls silent.
+line that names the process: at the start within a time limit, later as soon as a connection closes or falls silent, or
+a process finds itself stuck.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from atlas_jax.errors import UserError
+from atlas_jax.pulse import Pulse
 
 LOST = 75  # the exit status when another process is gone: try again
 GRACE = 1.0  # seconds for an error of this process to go before that of another
@@ -88,7 +90,8 @@ class RollCall:
             self._wait_for_the_others(ENDING + (0.0 if isinstance(error, Exception) else self._silence))
 
     def _watch(self) -> None:
-        """Beats, and ends this process when another one is gone."""
+        """Beats, and ends this process when another one is gone, or this one is stuck."""
+        pulse = Pulse()
         with selectors.DefaultSelector() as selector:
             for index, line in self._lines.items():
                 selector.register(line.socket, selectors.EVENT_READ, index)
@@ -113,6 +116,8 @@ class RollCall:
                     if messages is None:
                         self._end(f"{self.name(index)} is gone: it was killed or its host failed", but=index)
                 self._check_silence()
+                if (still := pulse.still()) > self._silence:
+                    self._end(f"{self.name(self.index)} is stuck: nothing done for {still:.0f} s in {pulse.place()}")
 
     def _check_silence(self) -> None:
         now = time.monotonic()
@@ -131,7 +136,7 @@ class RollCall:
             return
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        print(f"atlas: {text}; this process {self.index} ends too", file=sys.stderr, flush=True)
+        print(f"atlas: {text}; this process {self.index} ends", file=sys.stderr, flush=True)
         if not self.index:
             self._wait_for_the_others(ENDING, but)
         os._exit(LOST)

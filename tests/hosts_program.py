@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,13 +32,13 @@ def fork_as_asked() -> dict:
             with open(asked["output"], "wb") as output, open(os.devnull) as nothing:
                 for own, standard in ((nothing, 0), (output, 1), (output, 2)):
                     os.dup2(own.fileno(), standard)
+            threading.main_thread()._set_native_id()  # Python 3.11 keeps the parent's
             return asked
     os._exit(0)
 
 
 def talk(exchange, mark: Path) -> None:
     """What the tests of `exchange` claim, on several channels at once."""
-    import threading
 
     def repeat(channel: str) -> None:
         for call in range(20):
@@ -72,6 +73,13 @@ def talk(exchange, mark: Path) -> None:
     print("keys", sum(key.count("/") for key, _ in left) and len(left))
 
 
+def busy(seconds: float) -> None:
+    """A process that works, if not much."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.1)
+
+
 def main(mode: str, run: RunConfig, seconds: float, who: int) -> None:
     """What a process does within the run; `seconds` and `who` are the mode's."""
     with hosts.connect(run) as exchange:
@@ -84,8 +92,14 @@ def main(mode: str, run: RunConfig, seconds: float, who: int) -> None:
                 exchange.gather(b"x", timeout=seconds)
             if mode == "error" and index == who:
                 raise UserError("bad.jsonl, line 3: no question")
-            if mode in ("late", "sleep", "error"):
+            if mode == "stuck" and index == who:
                 time.sleep(30)
+            if mode == "slow" and index == who:
+                busy(seconds)
+            if mode in ("stuck", "slow"):
+                exchange.barrier()
+            if mode in ("late", "sleep", "error"):
+                busy(30)
         except Interrupted:
             time.sleep(seconds * (index == who))
             print("saved", flush=True)

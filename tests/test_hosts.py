@@ -86,6 +86,21 @@ def test_a_process_that_is_lost_is_named(processes, signum, victim):
     assert all(status == 75 and f"process {victim} " in line and what in line for status, line in ended.values()), ended
 
 
+@pytest.mark.parametrize("who", [0, 2])
+def test_a_process_that_is_stuck_is_named(processes, who):
+    """It beats, but is in a call that does not return; those that wait for it are not stuck themselves."""
+    ended = ends(processes.start("stuck", range(3), 3, who=who))
+    told = f"atlas: process {who} "
+    assert all(status == 75 and line.startswith(told) and "is stuck" in line for status, line in ended.values()), ended
+    assert all("hosts_program.py, line " in line for _, line in ended.values())
+
+
+def test_a_process_that_is_slow_is_not_stuck(processes):
+    """The counter-case: it sleeps as long in all, but wakes up now and then."""
+    ended = ends(processes.start("slow", range(2), 2, seconds=4))
+    assert [status for status, _ in ended.values()] == [0, 0], ended
+
+
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_error_of_one_ends_all(processes, who):
     """It says what is wrong, with its own status; the others repeat it."""

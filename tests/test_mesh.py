@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -16,6 +18,7 @@ from atlas_jax.mesh import (
     TABLE,
     auto_sizes,
     batch_rows,
+    in_host_memory,
     make_mesh,
     parameter_spec,
     put_batch,
@@ -200,3 +203,13 @@ jax.config.update("jax_num_cpu_devices", 4)
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert ended.stdout == "none yet\n", ended.stderr
     assert "before backends are initialized" in ended.stderr
+
+
+def test_what_is_made_in_host_memory_is_the_cpus():
+    """Whatever device is the default; the counter-case is the same array outside."""
+    with jax.default_device(jax.devices()[3]):
+        with in_host_memory():
+            inside = jnp.zeros(2)
+        outside = jnp.zeros(2)
+    assert inside.devices() == {jax.local_devices(backend="cpu")[0]}
+    assert outside.devices() == {jax.devices()[3]}

@@ -20,6 +20,7 @@ from atlas_jax.checkpoints.weights import is_untied, link_weights, plain_names
 from atlas_jax.config import Config
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
+from atlas_jax.mesh import in_host_memory
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,8 @@ def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Mapping[str, E
     if source is not None:
         named = {prefix + key: array for key, array in source.items()}
         return link_weights(named, cfg, where=str(weights_file(name)))
-    flat = nnx.to_flat_state(nnx.state(Atlas(cfg, rngs=nnx.Rngs(seed)), nnx.Param))
+    with in_host_memory():
+        flat = nnx.to_flat_state(nnx.state(Atlas(cfg, rngs=nnx.Rngs(seed)), nnx.Param))
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
 
 

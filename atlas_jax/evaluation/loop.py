@@ -20,6 +20,7 @@ from atlas_jax.config import Config
 from atlas_jax.data.jsonl import Rows
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator, Result
+from atlas_jax.exchange import ours
 from atlas_jax.files import new_file, write_json
 from atlas_jax.mesh import check_mesh, is_matrix, is_one_cpu, make_mesh, put_parameter
 from atlas_jax.models.atlas import Atlas
@@ -61,8 +62,12 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
 
 
 def evaluate_file(evaluator: Evaluator, rows: Rows, reader: FiD | None, run: Path, stem: str) -> Result:
-    """Evaluates one file; writes its scores, and with --write_results its predictions, as `stem` into `run`."""
-    with _predictions(run / f"{stem}.jsonl", write=evaluator.config.run.write_results) as write:
+    """Evaluates one file; writes its scores, and with --write_results its predictions, as `stem` into `run`.
+
+    All processes know them, process 0 writes.
+    """
+    writes = evaluator.config.run.write_results and ours().index == 0
+    with _predictions(run / f"{stem}.jsonl", write=writes) as write:
         result = evaluator(rows, reader, write)
     report(run / f"{stem}.metrics.json", Path(rows.path).name, result)
     return result

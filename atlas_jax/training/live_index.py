@@ -60,14 +60,23 @@ class LiveIndex:
         if self._finder and model.retriever:
             self._finder.update(model.retriever)
 
-    def refresh(self, model: Atlas, params: dict[str, Array], step: int) -> None:
-        """Embeds all passages again if it is time to, before the step after `step`."""
-        if self._finder and is_due(self.config, step):
-            encoder = passage_encoder(params)
-            self.update(model)
-            fingerprint = retriever_fingerprint(encoder)
-            self._finder.rebuild(fingerprint)
-            self.fingerprint, self._built = fingerprint, encoder
+    @property
+    def searches(self) -> bool:
+        """Whether finding passages takes the devices."""
+        return self._finder is not None
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time to `refresh`, before the step after `step`."""
+        return self._finder is not None and is_due(self.config, step)
+
+    def refresh(self, model: Atlas, params: dict[str, Array]) -> None:
+        """Embeds all passages again."""
+        assert self._finder is not None
+        encoder = passage_encoder(params)
+        self.update(model)
+        fingerprint = retriever_fingerprint(encoder)
+        self._finder.rebuild(fingerprint)
+        self.fingerprint, self._built = fingerprint, encoder
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a checkpoint must hold so that the same index can be built from it."""

@@ -117,6 +117,7 @@ class Trainer:
         self.saved = self.progress.step if start.memory else -1
         self.bad_in_a_row = 0
         self._untold: list[tuple[int, dict[str, Array], dict[str, float]]] = []  # steps that the report lacks
+        self._between: dict[str, float] = {}  # seconds of what came since the last step, which the next one reports
 
     def run(self, report: Report, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
         """Until the last step."""
@@ -131,15 +132,19 @@ class Trainer:
             ):
                 if self.progress.step >= total:
                     break
-                self.index.refresh(self.model(), self.state.params, self.progress.step)
+                if self.index.is_due(self.progress.step):
+                    with self._timed("refresh_index"):
+                        self.index.refresh(self.model(), self.state.params)
                 self.step(examples, report, interrupts)
                 if self.bad_in_a_row >= freq.max_bad_steps:
                     self._give_up(report, checkpoints, interrupts)
                 last = self.progress.step == total
                 if self.progress.step % freq.save_freq == 0 or last:
-                    self.save(report, checkpoints, interrupts)
+                    with self._timed("save"):
+                        self.save(report, checkpoints, interrupts)
                 if self.progress.step % freq.eval_freq == 0 or last:
-                    self.evaluate(report, interrupts)
+                    with self._timed("evaluate"):
+                        self.evaluate(report, interrupts)
                 interrupts.check()
         except Interrupted:
             self.save(report, checkpoints, interrupts)
@@ -151,6 +156,7 @@ class Trainer:
 
     def step(self, examples: Sequence[Example], report: Report, interrupts: Interrupts) -> None:
         """One training step."""
+        self._wait()
         began, compiled, step = time.perf_counter(), self._compile_seconds(), self.progress.step + 1
         found = self.index.find(self.model(), examples)
         retrieved = time.perf_counter()
@@ -166,9 +172,28 @@ class Trainer:
             compiling = self._compile_seconds() - compiled
             seconds = {"runtime/retrieve": retrieved - began, "runtime/batch": made - retrieved}
             seconds |= {"runtime/compile": compiling} if compiling else {}
+            seconds, self._between = seconds | self._between, {}
             self._untold.append((step, metrics, seconds))
             self._tell(report, but=1)  # the device is busy with this step meanwhile
             seconds["runtime/train_step"] = time.perf_counter() - began - compiling
+
+    def _wait(self) -> None:
+        """For the devices to end the last step, if they have to search next: that is time of the step's own."""
+        if self._untold and self.index.searches:
+            _, metrics, seconds = self._untold[-1]
+            began = time.perf_counter()
+            jax.block_until_ready(metrics)
+            waited = time.perf_counter() - began
+            for name in ("runtime/device", "runtime/train_step"):
+                seconds[name] = seconds.get(name, 0.0) + waited
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """What the block takes is reported with the next step, as `runtime/what`."""
+        self._wait()
+        began = time.perf_counter()
+        yield
+        self._between[f"runtime/{what}"] = time.perf_counter() - began
 
     def _compile_seconds(self) -> float:
         return sum(program.compile_seconds for program in (*self.programs.values(), *self.index.source.programs))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,19 @@ def check_same_run(found: Start, config: Config, folder: Path, queries: int) -> 
     before_queries = found.memory.about.get("queries", queries) if found.memory else queries  # older runs do not say
     if before_queries != queries:
         raise AnotherRun(
-            f"{folder}: a run of {before_queries} queries a step, not {queries}; choose "
-            "--per_gpu_batch_size so that it times the devices on data and fsdp is the same, or another --name"
+            f"{folder}: a run of {before_queries} queries a step, not {queries}; go on with "
+            f"{layout(before_queries, jax.device_count())}, or choose another --name"
         )
     if differing:
         said = ", ".join(f"--{flag} {now[flag]} (was {value})" for flag, value in differing.items())
         raise AnotherRun(f"{folder}: a run with other flags: {said}; choose another --name, or remove this folder")
+
+
+def layout(queries: int, devices: int) -> str:
+    """Flags with which so many devices have so many queries a step."""
+    fsdp = math.gcd(queries, devices)
+    others = f",passages={devices // fsdp}" if fsdp < devices else ""
+    return f"--per_gpu_batch_size {queries // fsdp} --mesh fsdp={fsdp}{others}"
 
 
 def _plain(value: Any) -> Any:

@@ -48,6 +48,11 @@ def compare(golden: Path, folder: Path, name: str) -> None:
     wanted = np.load(golden / f"train_{name}.npz")
     rows = metrics(folder / name)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    refreshed = [row["step"] for row in rows if "runtime/refresh_index" in row]
+    assert refreshed == ([3, 5] if name == "cosine_refresh" else [])
+    for row in (row for row in rows if "runtime/compile" not in row):
+        parts = sum(row[f"runtime/{part}"] for part in ("retrieve", "batch", "device"))
+        assert 0 < parts <= row["runtime/train_step"]
     found = np.asarray([[row.get(column, np.nan) for column in COLUMNS] for row in rows])
     np.testing.assert_allclose(found, wanted["trace"], rtol=3e-4)
     assert found[:, 2].tolist() == wanted["trace"][:, 2].tolist()

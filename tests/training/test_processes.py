@@ -9,6 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from atlas_jax.training.resume import layout
 from tests.training import killing
 from tests.training.test_loop import RUNS, compare
 
@@ -61,7 +65,7 @@ def test_a_trajectory_does_not_depend_on_processes_and_devices(golden, tmp_path,
     other = killing.start_processes([*command, "--per_gpu_batch_size", "8"], tmp_path / "other.txt", 1)
     statuses, said = ended(other, tmp_path / "other.txt")
     assert statuses == [2]
-    assert "a run of 4 queries a step, not 8; choose --per_gpu_batch_size" in said
+    assert "a run of 4 queries a step, not 8; go on with --per_gpu_batch_size" in said
     statuses, said = ended(killing.start_processes(command, log, 1), log)
     assert statuses == [0]
     assert said.count("going on from") == 2
@@ -101,3 +105,18 @@ def test_an_evaluation_does_not_depend_on_processes(golden, tmp_path):
     assert alike == others
     assert abs(loss - other_loss) < 1e-4 * loss
     assert len({str(one) for one in alike[2]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("queries", "devices", "flags"),
+    [
+        (8, 64, "--per_gpu_batch_size 1 --mesh fsdp=8,passages=8"),
+        (8, 2, "--per_gpu_batch_size 4 --mesh fsdp=2"),
+        (6, 4, "--per_gpu_batch_size 3 --mesh fsdp=2,passages=2"),
+    ],
+)
+def test_other_devices_are_told_how_they_can_go_on(queries, devices, flags):
+    """As many queries a step on all devices, also where there are more of these."""
+    assert layout(queries, devices) == flags
+    sizes = [int(size) for size in re.findall(r"=(\d+)", flags)]
+    assert (int(flags.split()[1]) * sizes[0], np.prod(sizes)) == (queries, devices)
