@@ -35,7 +35,8 @@ class Site:
     def __init__(self, home: Path):
         self.home = home
         inside = f"{FAKES / 'inside'}:{Path(sys.executable).parent}:/usr/bin:/bin"
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        ours = ("SLURM", "CUDA", "JAX_PLATFORMS")
+        plain = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         self.environment = plain | {"LOG": str(home), "DATA_DIR": str(home), "SIZE": "base", "HOME": str(home)}
         self.environment |= {"INSIDE": inside, "PATH": f"{FAKES / 'outside'}:{inside}", "PYTHONPATH": str(REPOSITORY)}
 
@@ -266,6 +267,37 @@ def test_local_prints_its_commands(site):
     configs = [check("full", *after("atlas", line)) for line in lines]
     assert [config.run.process_id for config in configs] == [0, 1]
     assert len({config.run.coordinator for config in configs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "environment", "shares"),
+    [
+        (2, {"GPUS": "8"}, ["0,1,2,3", "4,5,6,7"]),
+        (2, {"GPUS": "8", "CUDA_VISIBLE_DEVICES": "2,5"}, ["2", "5"]),
+        (2, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c,GPU-d"}, ["GPU-a,GPU-b", "GPU-c,GPU-d"]),
+        (1, {"GPUS": "3"}, ["0,1,2"]),
+        (2, {}, ["unset", "unset"]),
+        (2, {"GPUS": "8", "CUDA_VISIBLE_DEVICES": ""}, ["", ""]),
+        (2, {"GPUS": "8", "CUDA_VISIBLE_DEVICES": "-1"}, ["-1", "-1"]),
+        (2, {"GPUS": "1", "JAX_PLATFORMS": "cpu"}, ["unset", "unset"]),
+    ],
+)
+def test_local_divides_the_gpus(site, count, environment, shares):
+    """Those of CUDA_VISIBLE_DEVICES, else of the machine; where there are none or JAX takes none, nothing changes."""
+    script = ["launch/local.sh", "-n", str(count), "--", "bash", "-c", 'echo "${CUDA_VISIBLE_DEVICES-unset}"']
+    lines = site.run(*script, **environment).splitlines()
+    assert sorted(lines) == [f"[{index}] {share}" for index, share in enumerate(shares)]
+    printed = site.run(*script, **environment, DRY_RUN="1")
+    assert site.run("bash", "-c", printed, **environment).splitlines() == shares
+
+
+@pytest.mark.parametrize(("count", "gpus"), [(2, 3), (2, 1), (3, 8)])
+def test_local_refuses_what_does_not_divide(site, count, gpus):
+    """In one line that says what would; nothing is started."""
+    process = site.start("launch/local.sh", "-n", str(count), "--", "echo", GPUS=str(gpus))
+    (line,) = process.communicate(timeout=30)[0].splitlines()
+    assert process.returncode == 2
+    assert line.startswith(f"launch/local.sh -n {count}: does not divide the number of GPUs, {gpus}; ")
 
 
 @pytest.mark.parametrize("who", [0, 1])
