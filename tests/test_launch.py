@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,29 @@ def test_5_shot_takes_one_domain(site):
     assert not site.log("python")  # anatomy is not there yet
     assert names() == ["anatomy"]
     assert site.log("python")
+
+
+@pytest.mark.parametrize("script", ["mmlu", "slurm"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_5_shot_names_what_makes_its_domains(site, script, empty):
+    """Where their folder is not there or has none: in one line, and nothing runs."""
+    folder = site.home / "data/mmlu_data/5-shot/individual_train"
+    shutil.rmtree(folder)
+    if empty:
+        folder.mkdir()
+    process = site.start(f"launch/{script}/5-shot.sh", DRY_RUN="1")
+    remedy = f"python preprocessing/prepare_mmlu.py --output_directory {site.home} makes them"
+    assert process.communicate(timeout=30)[0] == f"{folder}: no domains there; {remedy}\n"
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize("script", ["mmlu", "slurm"])
+def test_5_shot_refuses_a_task_without_a_domain(site, script):
+    """In one line with the array that fits; nothing runs."""
+    folder = site.home / "data/mmlu_data/5-shot/individual_train"
+    process = site.start(f"launch/{script}/5-shot.sh", DRY_RUN="1", SLURM_ARRAY_TASK_ID="2")
+    line = f"SLURM_ARRAY_TASK_ID 2: {folder} has 2 domains; submit with --array=0-1\n"
+    assert (process.communicate(timeout=30)[0], process.returncode) == (line, 2)
 
 
 def test_a_missing_setting_is_named(site):
