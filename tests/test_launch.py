@@ -198,6 +198,17 @@ def test_slurm_prints_its_command(site, experiment, image):
     check(experiment, *after("atlas", line))
 
 
+@pytest.mark.parametrize("start", [[], ["sbatch"]], ids=["by hand", "sbatch"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_slurm_is_submitted_from_the_repository(site, experiment, start):
+    """From elsewhere one line says so, and nothing runs."""
+    script = REPOSITORY / f"launch/slurm/{experiment}.sh"
+    job = site.start(*start, script, cwd=site.home, NODES="a b", NODE_LIST="a,b", ARRAY="0")
+    line = f"{site.home}: no launch/slurm; submit from the repository's folder\n"
+    assert (job.communicate(timeout=30)[0], job.returncode) == (line, 2)
+    assert not site.calls()
+
+
 @pytest.mark.parametrize(
     ("experiment", "image", "nodes"),
     [
