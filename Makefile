@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 SAMPLE := atlas_jax/sample
 MINUTES ?= 10
 WORKERS ?= 2
+PROCESSES ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -55,8 +56,8 @@ types: setup ## mypy
 test: setup lint types ## lint, types and the tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-soak: setup ## kill training runs a hundred times at random moments and compare what they end with (an hour)
-	$(BIN)/python tests/training/killing.py --kills 100
+soak: setup ## kill training runs, of PROCESSES=1 each, a hundred times at random moments and compare what they end with (an hour)
+	$(BIN)/python tests/training/killing.py --kills 100 --processes $(PROCESSES)
 
 layouts: setup ## train and evaluate on every mesh with 1, 2 and 4 processes, and compare with one device (two hours)
 	$(BIN)/python -m tests.training.layouts

@@ -303,7 +303,7 @@ class OptimConfig:
 class NoEffectConfig:
     """No effect here (accepted, so that a published command line runs as it is)"""
 
-    local_rank: int = -1  # JAX finds the devices of each process itself
+    local_rank: int = -1  # a process takes the GPUs it sees, under SLURM and Open MPI its share of CUDA_VISIBLE_DEVICES
     shard_optim: bool = False  # the fsdp axis of --mesh, on which all is by default, splits parameters and optimizers
     shard_grads: bool = False  # the fsdp axis of --mesh splits gradients too
     save_index_n_shards: int = 128  # an index is read by the files it has, whatever their number

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Several processes on this machine, as if each were a host; their lines are numbered.
+# Several processes on this machine, as if each were a host; their lines are numbered, and each has its share of the GPUs.
 #   launch/local.sh -n 2 -- atlas train --task qa ...
 #   ATLAS="launch/local.sh -n 2 -- atlas" launch/mmlu/full.sh
 # Its status is that of the process that fails first; the others then have five seconds to say why they end. Signals go to
-# all, which may then take their time to save. PORT=12345 chooses the port, DRY_RUN=1 prints the commands.
+# all, which may then take their time to save. PORT=12345 chooses the port, DRY_RUN=1 prints the commands. The GPUs are those
+# of CUDA_VISIBLE_DEVICES, else all that `nvidia-smi` lists; with JAX_PLATFORMS=cpu none.
 set -euo pipefail
 
 usage="usage: launch/local.sh -n N -- COMMAND..."
@@ -12,8 +13,24 @@ count=$2
 shift 3
 PORT=${PORT:-$(python3 -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
+gpus=()
+if [[ "${CUDA_VISIBLE_DEVICES:-}" != -1 && "${JAX_PLATFORMS:-}" != cpu* ]]; then # -1 is none too
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+  else
+    mapfile -t gpus < <(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p')
+  fi
+fi
+if [ $((${#gpus[@]} % count)) -ne 0 ]; then
+  remedy="choose some with CUDA_VISIBLE_DEVICES, or none with JAX_PLATFORMS=cpu"
+  echo "launch/local.sh -n $count: does not divide the number of GPUs, ${#gpus[@]}; $remedy" >&2
+  exit 2
+fi
+each=$((${#gpus[@]} / count))
+
 run() { # of all processes, the one with this number
-  local command=("$@" --coordinator "127.0.0.1:$PORT" --num_processes "$count" --process_id "$i")
+  local command=("$@" --coordinator "127.0.0.1:$PORT" --num_processes "$count" --process_id "$i") IFS=,
+  [ "$each" = 0 ] || command=(env CUDA_VISIBLE_DEVICES="${gpus[*]:i*each:each}" "${command[@]}")
   if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${command[@]}"
     echo

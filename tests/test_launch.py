@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,8 @@ class Site:
     def __init__(self, home: Path):
         self.home = home
         inside = f"{FAKES / 'inside'}:{Path(sys.executable).parent}:/usr/bin:/bin"
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        ours = ("SLURM", "CUDA", "JAX_PLATFORMS")
+        plain = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         self.environment = plain | {"LOG": str(home), "DATA_DIR": str(home), "SIZE": "base", "HOME": str(home)}
         self.environment |= {"INSIDE": inside, "PATH": f"{FAKES / 'outside'}:{inside}", "PYTHONPATH": str(REPOSITORY)}
 
@@ -154,6 +156,29 @@ def test_5_shot_takes_one_domain(site):
     assert site.log("python")
 
 
+@pytest.mark.parametrize("script", ["mmlu", "slurm"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_5_shot_names_what_makes_its_domains(site, script, empty):
+    """Where their folder is not there or has none: in one line, and nothing runs."""
+    folder = site.home / "data/mmlu_data/5-shot/individual_train"
+    shutil.rmtree(folder)
+    if empty:
+        folder.mkdir()
+    process = site.start(f"launch/{script}/5-shot.sh", DRY_RUN="1")
+    remedy = f"python preprocessing/prepare_mmlu.py --output_directory {site.home} makes them"
+    assert process.communicate(timeout=30)[0] == f"{folder}: no domains there; {remedy}\n"
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize("script", ["mmlu", "slurm"])
+def test_5_shot_refuses_a_task_without_a_domain(site, script):
+    """In one line with the array that fits; nothing runs."""
+    folder = site.home / "data/mmlu_data/5-shot/individual_train"
+    process = site.start(f"launch/{script}/5-shot.sh", DRY_RUN="1", SLURM_ARRAY_TASK_ID="2")
+    line = f"SLURM_ARRAY_TASK_ID 2: {folder} has 2 domains; submit with --array=0-1\n"
+    assert (process.communicate(timeout=30)[0], process.returncode) == (line, 2)
+
+
 def test_a_missing_setting_is_named(site):
     """Without DATA_DIR nothing runs."""
     process = site.start("launch/mmlu/full.sh", DATA_DIR="")
@@ -171,6 +196,17 @@ def test_slurm_prints_its_command(site, experiment, image):
     assert shlex.split(line)[:2] == ["srun", "--kill-on-bad-exit=0"]
     assert ("apptainer exec" in line, "--container-image" in line) == (image == "apptainer", image == "pyxis")
     check(experiment, *after("atlas", line))
+
+
+@pytest.mark.parametrize("start", [[], ["sbatch"]], ids=["by hand", "sbatch"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_slurm_is_submitted_from_the_repository(site, experiment, start):
+    """From elsewhere one line says so, and nothing runs."""
+    script = REPOSITORY / f"launch/slurm/{experiment}.sh"
+    job = site.start(*start, script, cwd=site.home, NODES="a b", NODE_LIST="a,b", ARRAY="0")
+    line = f"{site.home}: no launch/slurm; submit from the repository's folder\n"
+    assert (job.communicate(timeout=30)[0], job.returncode) == (line, 2)
+    assert not site.calls()
 
 
 @pytest.mark.parametrize(
@@ -266,6 +302,37 @@ def test_local_prints_its_commands(site):
     configs = [check("full", *after("atlas", line)) for line in lines]
     assert [config.run.process_id for config in configs] == [0, 1]
     assert len({config.run.coordinator for config in configs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "environment", "shares"),
+    [
+        (2, {"GPUS": "8"}, ["0,1,2,3", "4,5,6,7"]),
+        (2, {"GPUS": "8", "CUDA_VISIBLE_DEVICES": "2,5"}, ["2", "5"]),
+        (2, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c,GPU-d"}, ["GPU-a,GPU-b", "GPU-c,GPU-d"]),
+        (1, {"GPUS": "3"}, ["0,1,2"]),
+        (2, {}, ["unset", "unset"]),
+        (2, {"GPUS": "8", "CUDA_VISIBLE_DEVICES": ""}, ["", ""]),
+        (2, {"GPUS": "8", "CUDA_VISIBLE_DEVICES": "-1"}, ["-1", "-1"]),
+        (2, {"GPUS": "1", "JAX_PLATFORMS": "cpu"}, ["unset", "unset"]),
+    ],
+)
+def test_local_divides_the_gpus(site, count, environment, shares):
+    """Those of CUDA_VISIBLE_DEVICES, else of the machine; where there are none or JAX takes none, nothing changes."""
+    script = ["launch/local.sh", "-n", str(count), "--", "bash", "-c", 'echo "${CUDA_VISIBLE_DEVICES-unset}"']
+    lines = site.run(*script, **environment).splitlines()
+    assert sorted(lines) == [f"[{index}] {share}" for index, share in enumerate(shares)]
+    printed = site.run(*script, **environment, DRY_RUN="1")
+    assert site.run("bash", "-c", printed, **environment).splitlines() == shares
+
+
+@pytest.mark.parametrize(("count", "gpus"), [(2, 3), (2, 1), (3, 8)])
+def test_local_refuses_what_does_not_divide(site, count, gpus):
+    """In one line that says what would; nothing is started."""
+    process = site.start("launch/local.sh", "-n", str(count), "--", "echo", GPUS=str(gpus))
+    (line,) = process.communicate(timeout=30)[0].splitlines()
+    assert process.returncode == 2
+    assert line.startswith(f"launch/local.sh -n {count}: does not divide the number of GPUs, {gpus}; ")
 
 
 @pytest.mark.parametrize("who", [0, 1])

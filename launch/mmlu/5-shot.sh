@@ -11,9 +11,19 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 FILES=$MMLU/5-shot
 STEPS=16
 RUNS=$SAVE_DIR/$SIZE-mmlu-5-shot
-mapfile -t DOMAINS < <(cd "$FILES/individual_train" && printf '%s\n' *.jsonl | sed -n 's/\.5-shot-train\.jsonl$//p' | LC_ALL=C sort)
+TRAIN=$FILES/individual_train
+mapfile -t DOMAINS < <(cd "$TRAIN" 2>/dev/null && printf '%s\n' *.jsonl | sed -n 's/\.5-shot-train\.jsonl$//p' | LC_ALL=C sort)
+if [ ${#DOMAINS[@]} = 0 ]; then
+  echo "$TRAIN: no domains there; python preprocessing/prepare_mmlu.py --output_directory $DATA_DIR makes them" >&2
+  exit 2
+fi
+TASK=${SLURM_ARRAY_TASK_ID:-0}
+if [ "$TASK" -ge ${#DOMAINS[@]} ]; then
+  echo "SLURM_ARRAY_TASK_ID $TASK: $TRAIN has ${#DOMAINS[@]} domains; submit with --array=0-$((${#DOMAINS[@]} - 1))" >&2
+  exit 2
+fi
 CHOSEN=("${DOMAINS[@]}")
-[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || CHOSEN=("${DOMAINS[$SLURM_ARRAY_TASK_ID]}")
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || CHOSEN=("${DOMAINS[TASK]}")
 [ -z "${DOMAIN:-}" ] || CHOSEN=("$DOMAIN")
 
 for domain in "${CHOSEN[@]}"; do
@@ -22,7 +32,7 @@ for domain in "${CHOSEN[@]}"; do
     continue
   fi
   run_atlas train "${MODEL_FLAGS[@]}" "${TRAIN_FLAGS[@]}" --checkpoint_dir "$RUNS" --name "$domain" \
-    --train_data "$FILES/individual_train/$domain.5-shot-train.jsonl" \
+    --train_data "$TRAIN/$domain.5-shot-train.jsonl" \
     --eval_data "$FILES/individual_valid/$domain.val.jsonl" "$FILES/individual_test/$domain.test.jsonl" \
     --total_steps $STEPS --warmup_steps 4 --eval_freq 4 --keep 0 "$@"
 done

@@ -12,7 +12,9 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
 # SLURM runs a copy of this file, so its folder is that of `sbatch`.
+REPOSITORY=${SLURM_SUBMIT_DIR:-$PWD}
+[ -d "$REPOSITORY/launch/slurm" ] || { echo "$REPOSITORY: no launch/slurm; submit from the repository's folder" >&2; exit 2; }
 # shellcheck source=launch/slurm/common.sh
-source "${SLURM_SUBMIT_DIR:-$PWD}/launch/slurm/common.sh"
+source "$REPOSITORY/launch/slurm/common.sh"
 # shellcheck source=launch/mmlu/5-shot.sh
 source "$REPOSITORY/launch/mmlu/5-shot.sh"

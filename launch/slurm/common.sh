@@ -1,4 +1,4 @@
-# What the SLURM scripts share; sourced by them. Submit from the repository's folder:
+# What the SLURM scripts share; sourced by them with REPOSITORY set. Submit from the repository's folder:
 #   DATA_DIR=/data sbatch launch/slurm/full.sh
 # IMAGE=FILE runs in a container: apptainer (an .sif), or with a SLURM that has pyxis, CONTAINER=pyxis and an image's name.
 # It has atlas in it and sees DATA_DIR, SAVE_DIR and this repository; no spaces in their names. The other settings are
@@ -11,7 +11,6 @@ set -euo pipefail
 # one that hangs shall not keep the nodes: --wait=600 seconds after the first has ended, srun kills who is left.
 LAUNCH=(srun --kill-on-bad-exit=0 --wait=600 --ntasks-per-node=1 --cpu-bind=none)
 
-REPOSITORY=${SLURM_SUBMIT_DIR:-$PWD}
 TABLE="python $REPOSITORY/eval/evaluate_mmlu_predictions.py" # in this shell, on the first node alone
 if [ -n "${IMAGE:-}" ]; then
   seen=$DATA_DIR:$DATA_DIR,$REPOSITORY:$REPOSITORY${SAVE_DIR:+,$SAVE_DIR:$SAVE_DIR}

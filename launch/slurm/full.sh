@@ -11,7 +11,9 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # SLURM runs a copy of this file, so its folder is that of `sbatch`.
+REPOSITORY=${SLURM_SUBMIT_DIR:-$PWD}
+[ -d "$REPOSITORY/launch/slurm" ] || { echo "$REPOSITORY: no launch/slurm; submit from the repository's folder" >&2; exit 2; }
 # shellcheck source=launch/slurm/common.sh
-source "${SLURM_SUBMIT_DIR:-$PWD}/launch/slurm/common.sh"
+source "$REPOSITORY/launch/slurm/common.sh"
 # shellcheck source=launch/mmlu/full.sh
 source "$REPOSITORY/launch/mmlu/full.sh"
