@@ -317,7 +317,8 @@ class PlanConfig:
 
     topology: str = ""  # the machine: a100-40gb, a100-80gb or h100-80gb and NODESxGPUS, such as a100-80gb:8x8; v4, v5e,
     # v5p or v6e and the shape of its slice, such as v5e:8x8 or v5p:4x4x4; or cpu:8 (required)
-    passages_count: int = 0  # passages of the index, searched exactly on the devices; 0: no index there
+    passages_count: int = 0  # passages of the index, searched exactly on the devices; 0: no index there, as with
+    # --index_mode faiss
     json: bool = False  # print the plan as JSON
 
     def __post_init__(self) -> None:

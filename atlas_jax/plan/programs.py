@@ -59,7 +59,7 @@ def make_plan(config: Config, mesh: Mesh, passages: int) -> Plan:
     cfg = step_config(config, model, mesh, PAD_ID, EOS_ID)
     state = put_state(mesh, jax.eval_shape(functools.partial(begin, config), params))
     atlas = build_model(params, cfg.model)
-    index = _index(atlas, mesh, passages)
+    index = _index(atlas, mesh, passages) if config.index.index_mode == "flat" else None
     resident = {"parameters": _nbytes(params), "optimizer": _nbytes(state) - _nbytes(params)}
     if index is not None:
         resident["index"] = _nbytes(index)

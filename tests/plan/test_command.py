@@ -130,6 +130,14 @@ def test_the_search_reads_its_share_of_the_index_once(searching):
     assert report.collectives["all-gather"]["bytes"] == 8 * queries * config.retrieval.n_context * (4 + 4)
 
 
+def test_a_faiss_index_is_not_on_the_devices(searching):
+    """Nothing of it stays there and nothing searches it; a flat one does both."""
+    for mode, there in (("flat", True), ("faiss", False)):
+        config, asked = parse_plan([*searching, "--index_mode", mode])
+        plan = make_plan(config, make_mesh("fsdp=8"), asked.passages_count)
+        assert ("index" in plan.resident, "search" in {step.name for step in plan.steps}) == (there, there)
+
+
 def test_time_between_nodes():
     """64 GPUs of 8 nodes gather 64 MB: 7/8 must come into each node through its 8 ports; inside one node, NVLink."""
     machine = topology.parse("a100-80gb:8x8")
@@ -158,6 +166,7 @@ def test_time_between_nodes():
         (["--topology", "cpu:8", "--mesh", "fsdp=3"], "--mesh fsdp=3: 3 devices, but there are 8"),
         (["--topology", "cpu:8", "--passages_count", "-1"], "--passages_count -1: must be at least 0"),
         (["--topology", "cpu:8", "--reader_model_type", "t5-bse"], "did you mean t5-base?"),
+        (["--topology", "cpu:8", "--retrieve_only"], "--retrieve_only: is for atlas evaluate"),
     ],
 )
 def test_what_is_refused(flags, capsys, argv, said):
