@@ -354,6 +354,16 @@ class Config:
             self._override("text", target_maxlength=None)
 
     @property
+    def passages_a_query(self) -> int:
+        """Passages that a training step has; the reader learns from the first --n_context of them."""
+        retrieval = self.retrieval
+        if retrieval.use_file_passages:
+            return retrieval.n_context
+        if self.distill.train_retriever:
+            return retrieval.retriever_n_context
+        return min(retrieval.n_context, retrieval.retriever_n_context)
+
+    @property
     def run_folder(self) -> Path:
         """Where the run writes."""
         return Path(self.run.checkpoint_dir) / self.run.name

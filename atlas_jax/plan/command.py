@@ -95,7 +95,7 @@ def alternatives(config: Config, count: int) -> Iterator[tuple[str, Config]]:
     """Flags that save memory, those first that cost least; each with all that came before."""
     said: list[str] = []
     has_retriever = config.distill.train_retriever
-    passages = math.gcd(config.retrieval.n_context, count)
+    passages = math.gcd(count, config.passages_a_query, config.retrieval.n_context)
     smaller = {"per_gpu_batch_size": 1}
     measures: list[tuple[str, str, dict[str, Any]]] = [
         ("--use_gradient_checkpoint_reader", "model", {"use_gradient_checkpoint_reader": True}),

@@ -125,27 +125,18 @@ def _search(config: Config, mesh: Mesh, index: Shape, rows: int, passages: int) 
     count = Shape((), jnp.int32)
 
     def compiling() -> jax.stages.Compiled:
-        wanted = found(config) if not config.retrieval.retrieve_with_rerank else config.retrieval.searched[1]
+        retrieval = config.retrieval
+        wanted = retrieval.searched[1] if retrieval.retrieve_with_rerank else config.passages_a_query
         chunk = chunk_rows(passages)
         return best_rows.lower(index, queries, count, k=wanted, chunk=chunk, mesh=mesh).compile()
 
     return Step("search", compiling, ("index",), _nbytes((queries, count)), 0)
 
 
-def found(config: Config) -> int:
-    """Passages that a training step has for each query."""
-    retrieval = config.retrieval
-    if retrieval.use_file_passages:
-        return retrieval.n_context
-    if config.distill.train_retriever:
-        return retrieval.retriever_n_context
-    return min(retrieval.n_context, retrieval.retriever_n_context)
-
-
 def _batch(config: Config, mesh: Mesh, n: int = 0) -> Batch:
     """The largest batch: every text as long as it may be, of `n` passages a query or as many as training has."""
     rows, length = batch_rows(mesh, config.run.per_gpu_batch_size), config.text.text_maxlength
-    n = n or found(config)
+    n = n or config.passages_a_query
     target = bucket(limit := config.text.target_maxlength or TARGET_TOKENS, limit)
     read = put_reader_batch(mesh, *_masked(rows, n, length), *_masked(rows, target))
     lengths = Shape((rows,), jnp.int32)

@@ -101,7 +101,7 @@ def test_it_does_not_fit(searching, monkeypatch, capsys):
 def test_what_is_tried_in_order(flags):
     """Each measure on top of those before it; what the flags have already is left out."""
     given = [*flags, "--topology", "cpu:8", "--train_retriever", "--n_context", "6", "--per_gpu_batch_size", "2"]
-    config, _ = parse_plan([*given, "--precision", "bf16"])
+    config, _ = parse_plan([*given, "--retriever_n_context", "6", "--precision", "bf16"])
     tried = list(alternatives(config, 8))
     both = "--use_gradient_checkpoint_reader --use_gradient_checkpoint_retriever"
     assert [flags for flags, _ in tried] == [
@@ -114,6 +114,24 @@ def test_what_is_tried_in_order(flags):
     assert last.model.use_gradient_checkpoint_retriever
     config, _ = parse_plan([*given, "--mesh", "data=8"])
     assert any(flags.endswith("--mesh auto") for flags, _ in alternatives(config, 8))
+
+
+@pytest.mark.parametrize(
+    ("n_context", "retriever_n_context", "train", "passages"),
+    [
+        (8, 8, True, 8),
+        (8, 12, True, 4),  # training has twelve
+        (4, 16, True, 4),  # the reader learns from four of them
+        (8, 5, True, 1),
+        (8, 12, False, 8),  # nothing learns from the other four
+    ],
+)
+def test_passages_are_split_as_far_as_all_numbers_of_them_allow(flags, n_context, retriever_n_context, train, passages):
+    """Those that the retriever learns from, that the reader learns from, and that it is evaluated with."""
+    given = ["--n_context", str(n_context), "--retriever_n_context", str(retriever_n_context)]
+    config, _ = parse_plan([*flags, "--topology", "cpu:8", *given, *["--train_retriever"] * train])
+    meshes = {changed.run.mesh for _, changed in alternatives(config, 8)}
+    assert meshes == ({"auto", f"fsdp={8 // passages},passages={passages}"} if passages > 1 else {"auto"})
 
 
 def test_the_search_reads_its_share_of_the_index_once(searching):
