@@ -16,14 +16,14 @@ from atlas_jax.config import Config
 from atlas_jax.data.tokens import bucket
 from atlas_jax.evaluation.batches import put_reader_batch
 from atlas_jax.evaluation.evaluator import generation, reader_program
-from atlas_jax.mesh import batch_rows, make_mesh, put_parameter, put_rows, replicate, split_widths
+from atlas_jax.mesh import batch_rows, put_parameter, put_rows, replicate
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.programs import Program
 from atlas_jax.retrieval.embed import Side, encoder_program, encoder_rows
 from atlas_jax.retrieval.flat_index import best_rows, chunk_rows, padded_queries, padded_rows
 from atlas_jax.tasks import make_task
 from atlas_jax.training.batches import put_learning_batch
-from atlas_jax.training.loop import step_config, step_program
+from atlas_jax.training.loop import step_config, step_program, training_mesh
 from atlas_jax.training.resume import begin, put_state
 from atlas_jax.training.step import Batch, StepConfig, TrainState
 
@@ -73,7 +73,7 @@ def make_plan(config: Config, mesh: Mesh, passages: int) -> Plan:
 
 def planned_mesh(config: Config, devices: Sequence[Any]) -> Mesh:
     """What `atlas train` would make of these devices."""
-    return make_mesh(config.run.mesh, widths=split_widths(flat_shapes(_shapes(config))), described=devices)
+    return training_mesh(config, _shapes(config), devices)
 
 
 def _shapes(config: Config) -> AtlasConfig:
