@@ -51,6 +51,11 @@ class Plan(NamedTuple):
     parameters: int  # of both models, on all devices together
     largest: int  # elements of the largest parameter, its layers stacked
 
+    @property
+    def held(self) -> int:
+        """Bytes a device of all that stays there."""
+        return sum(self.resident.values())
+
 
 def make_plan(config: Config, mesh: Mesh, passages: int) -> Plan:
     """The run of these flags on a mesh, with an index of so many passages; 0: none."""

@@ -11,10 +11,11 @@ from atlas_jax import cli
 from atlas_jax.command_line import parse_plan
 from atlas_jax.mesh import make_mesh
 from atlas_jax.plan import command, hlo, topology
-from atlas_jax.plan.command import alternatives
+from atlas_jax.plan.command import alternatives, more_room
 from atlas_jax.plan.hlo import Collective, Counts, Shape
 from atlas_jax.plan.programs import make_plan
 from atlas_jax.plan.report import examine, roofline
+from benchmarks import plan_table
 
 FLAGS = ["--text_maxlength", "32", "--target_maxlength", "8", "--generation_max_length", "4", "--dropout", "0"]
 
@@ -77,10 +78,12 @@ def test_arithmetic_is_six_for_each_parameter_and_token(planned, tiny_weights):
 
 
 def test_it_does_not_fit(searching, monkeypatch, capsys):
-    """On a device of one byte not even the search does: exit status 1, and what was tried; else 0, and nothing was."""
+    """With room for what stays but not for the search: exit status 1, and what was tried; else 0, and nothing was."""
+    room = []
 
     def search_alone(*args):
         plan = make_plan(*args)
+        room.append(plan.held)
         return plan._replace(steps=plan.steps[-1:])
 
     monkeypatch.setattr("atlas_jax.plan.programs.make_plan", search_alone)
@@ -90,12 +93,78 @@ def test_it_does_not_fit(searching, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "search: fits" in out
     assert "tried" not in out
-    monkeypatch.setitem(topology.DEVICES, "cpu", topology.DEVICES["cpu"]._replace(memory=1))
+    monkeypatch.setitem(topology.DEVICES, "cpu", topology.DEVICES["cpu"]._replace(memory=room[0]))
     assert cli.main(["plan", *searching]) == 1
     out = capsys.readouterr().out
     assert "search: DOES NOT FIT" in out
     assert f"tried {first}: does not fit (search 0." in out
-    assert "nothing that was tried fits" in out
+    assert "nothing that was tried fits: take more devices, --index_mode faiss, or" in out
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch):
+    def refuse(self, *_):
+        raise AssertionError(f"{self.name} was compiled")
+
+    monkeypatch.setattr("atlas_jax.programs.Program.prepare", refuse)
+
+
+def test_an_index_too_large_is_told_before_anything_is_compiled(searching, nothing_compiles, capsys):
+    """Figures and remedy; as JSON, each program with the reason and nothing tried. Without the index it is compiled."""
+    large = [*searching, "--passages_count", "400000000", "--n_context", "8", "--retriever_n_context", "8"]
+    remedy = "take --index_mode faiss, which keeps the index on the hosts, or 9 devices to hold it"
+    assert cli.main(["plan", *large]) == 1
+    out = capsys.readouterr().out
+    assert "what stays on the device: DOES NOT FIT, 4.80 of 4.3 GB (112%)" in out
+    assert "index                             4.800 GB" in out
+    assert out.endswith(f"\n\n{remedy}\n")
+    assert "tried" not in out
+    assert cli.main(["plan", *large, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tried"], found["advice"]) == ([], remedy)
+    assert [step["name"] for step in found["steps"]] == [
+        *("train step", "reader", "query encoder", "passage encoder", "search"),
+    ]
+    for step in found["steps"]:
+        assert (step["fits"], step["refused"]) == (False, "what stays on the device takes 4.80 of 4.3 GB")
+        assert step["memory"]["index"] == 400_000_000 * 48 * 2 / 8
+    assert "| what stays on the device takes 4.80 of 4.3 GB |" in plan_table.table(
+        [found | {"size": "golden", "machine": "cpu:8", "passages": 400_000_000}]
+    )
+    with pytest.raises(AssertionError, match="train step was compiled"):
+        cli.main(["plan", *large, "--index_mode", "faiss"])
+
+
+@pytest.mark.parametrize(
+    ("whole", "split", "index", "said"),
+    [
+        (9, None, 50, "take --index_mode faiss, which keeps the index on the hosts, or 100 devices to hold it"),
+        (9, 1, 50, "take --index_mode faiss, which keeps the index on the hosts, or 100 devices to hold it"),
+        (11, 1, 2, "take --mesh auto"),
+        (
+            *(11, 1, 50),
+            "take --mesh auto and --index_mode faiss, which keeps the index on the hosts, or 12 devices to hold it",
+        ),
+        (11, None, 0, "take more devices, or a smaller --reader_model_type"),
+        (20, 11, 50, "take more devices, or a smaller --reader_model_type"),
+    ],
+)
+def test_room_for_what_stays(whole, split, index, said):
+    """Two devices of ten bytes, models of so many on this mesh and on the one of `auto`, and an index."""
+    models = {"": whole} | ({"--mesh auto": split} if split else {})
+    stays = {flags: {"parameters": n} | ({"index": index} if index else {}) for flags, n in models.items()}
+    assert more_room(stays, 2, 10.0) == said
+
+
+def test_parameters_too_large_are_split(searching, nothing_compiles, monkeypatch, capsys):
+    """Where they are whole on every device and `auto` would split them; where they are, there is nothing to say."""
+    config, asked = parse_plan(searching)
+    held = make_plan(config, make_mesh("fsdp=8"), asked.passages_count).held
+    monkeypatch.setitem(topology.DEVICES, "cpu", topology.DEVICES["cpu"]._replace(memory=held))
+    assert cli.main(["plan", *searching, "--mesh", "data=8"]) == 1
+    assert capsys.readouterr().out.endswith("\n\ntake --mesh auto\n")
+    with pytest.raises(AssertionError, match="train step was compiled"):
+        cli.main(["plan", *searching])
 
 
 def test_what_is_tried_in_order(flags):
