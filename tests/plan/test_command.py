@@ -78,7 +78,10 @@ def test_arithmetic_is_six_for_each_parameter_and_token(planned, tiny_weights):
 
 
 def test_it_does_not_fit(searching, monkeypatch, capsys):
-    """With room for what stays but not for the search: exit status 1, and what was tried; else 0, and nothing was."""
+    """With room for what stays but not for the search: exit status 1, and what was tried; else 0, and nothing was.
+
+    The mesh, which divides no number of passages, is told so once.
+    """
     room = []
 
     def search_alone(*args):
@@ -90,12 +93,14 @@ def test_it_does_not_fit(searching, monkeypatch, capsys):
     first = "--use_gradient_checkpoint_reader"
     monkeypatch.setattr(command, "alternatives", lambda config, count: [(first, config)])
     assert cli.main(["plan", *searching]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "search: fits" in out
     assert "tried" not in out
+    assert "does not divide" not in err
     monkeypatch.setitem(topology.DEVICES, "cpu", topology.DEVICES["cpu"]._replace(memory=room[0]))
-    assert cli.main(["plan", *searching]) == 1
-    out = capsys.readouterr().out
+    assert cli.main(["plan", *searching, "--mesh", "passages=8"]) == 1
+    out, err = capsys.readouterr()
+    assert err.count("passages=8 does not divide 1 (passages a query)") == 1
     assert "search: DOES NOT FIT" in out
     assert f"tried {first}: does not fit (search 0." in out
     assert "nothing that was tried fits: take more devices, --index_mode faiss, or" in out
