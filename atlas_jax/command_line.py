@@ -51,6 +51,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[Config, PlanConfig]:
     given = _given("plan", argv)
     asked = PlanConfig(**{field.name: given.pop(field.name) for field in fields(PlanConfig) if field.name in given})
     config = make_config({"task": "qa"} | given)
+    _check_reads(config)
     _check_reader(config)
     return config, asked
 
@@ -85,8 +86,8 @@ def _check_inputs(command: Command, config: Config) -> None:
     if not (run.eval_data if command == "evaluate" else run.train_data):
         kind = command.removesuffix("uate")
         raise UserError(f"no {kind} file: pass --{kind}_data FILE.jsonl")
-    if command == "train" and retrieval.retrieve_only:
-        raise UserError("--retrieve_only: is for atlas evaluate; training needs the reader")
+    if command == "train":
+        _check_reads(config)
     if not (index.load_index_path or index.passages or retrieval.use_file_passages):
         raise UserError("no passages: pass --load_index_path, --passages, --use_file_passages or --closed_book")
     for flag, files in (("train_data", run.train_data), ("eval_data", run.eval_data), ("passages", index.passages)):
@@ -102,6 +103,12 @@ def _check_inputs(command: Command, config: Config) -> None:
     if not reader and folder and (folder / OUR_CHECKPOINT).is_file():
         return
     _check_reader(config)
+
+
+def _check_reads(config: Config) -> None:
+    """Training, which `atlas plan` is about too, has a reader."""
+    if config.retrieval.retrieve_only:
+        raise UserError("--retrieve_only: is for atlas evaluate; training needs the reader")
 
 
 def _check_reader(config: Config) -> None:

@@ -317,7 +317,8 @@ class PlanConfig:
 
     topology: str = ""  # the machine: a100-40gb, a100-80gb or h100-80gb and NODESxGPUS, such as a100-80gb:8x8; v4, v5e,
     # v5p or v6e and the shape of its slice, such as v5e:8x8 or v5p:4x4x4; or cpu:8 (required)
-    passages_count: int = 0  # passages of the index, searched exactly on the devices; 0: no index there
+    passages_count: int = 0  # passages of the index, searched exactly on the devices; 0: no index there, as with
+    # --index_mode faiss
     json: bool = False  # print the plan as JSON
 
     def __post_init__(self) -> None:
@@ -351,6 +352,16 @@ class Config:
         self._override("distill", gold_score_mode=self.distill.gold)
         if self.text.target_maxlength == -1:
             self._override("text", target_maxlength=None)
+
+    @property
+    def passages_a_query(self) -> int:
+        """Passages that a training step has; the reader learns from the first --n_context of them."""
+        retrieval = self.retrieval
+        if retrieval.use_file_passages:
+            return retrieval.n_context
+        if self.distill.train_retriever:
+            return retrieval.retriever_n_context
+        return min(retrieval.n_context, retrieval.retriever_n_context)
 
     @property
     def run_folder(self) -> Path:

@@ -29,6 +29,7 @@ BATCH = ("data", "fsdp")  # what splits the queries of a batch
 ROWS = (*BATCH, "passages")  # what splits rows of which each query has one a passage
 SHARD = ("fsdp", "passages")  # what splits parameters
 MODEL = "model"
+WIDTHS = {"fsdp": "width", "passages": "passages a query", MODEL: "heads, MLP or vocabulary"}  # what should be divided
 
 Like = np.ndarray | Array | jax.ShapeDtypeStruct  # an array, or the shape of one that `atlas plan` compiles for
 Spec = tuple[Any, ...]  # for each axis of an array: the mesh's axis or axes that split it, or None
@@ -57,31 +58,46 @@ TABLE: tuple[tuple[str, Spec], ...] = (  # which axis of a parameter is split ov
 
 
 def make_mesh(
-    spec: str = "auto", *, widths: Collection[int] = (), nbytes: int = 0, described: Sequence[Any] | None = None
+    spec: str = "auto",
+    *,
+    widths: Mapping[str, Collection[int]] = {},
+    nbytes: int = 0,
+    described: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh of all devices: `auto`, see `auto_sizes`, or sizes such as `data=4,model=2`.
 
     With smaller sizes the first devices of a single process do the work. `described` are devices of another machine,
-    for which programs are only compiled. Where `fsdp` does not divide a model's `widths`, that is said.
+    for which programs are only compiled. Where an axis does not divide its `widths`, that is said. A model that does
+    not learn tells its `nbytes`.
     """
     devices = jax.devices() if described is None else described
     memory = 0 if described else (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     if spec == "auto":
-        sizes = auto_sizes(len(devices), memory, widths=widths, nbytes=nbytes)
+        learnt = () if nbytes else widths.get("fsdp", ())
+        sizes = auto_sizes(len(devices), memory, widths=learnt, nbytes=nbytes)
     else:
         sizes = check_mesh(spec, described=described)
-    whole = [n for n in sorted(widths) if n % sizes.get("fsdp", 1)]
-    if whole:
-        logger.warning(
-            "--mesh %s: fsdp=%d does not divide %s, so parameters of this width stay whole on every device; "
-            "fsdp=%d would, with the other devices on data",
-            *(spec, sizes["fsdp"], ", ".join(map(str, whole)), math.gcd(sizes["fsdp"], *widths)),
-        )
+    _tell_what_stays_whole(spec, sizes, widths)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     used = math.prod(shape)
     if used < len(devices):
         logger.warning("--mesh %s: %d of %d devices are used", spec, used, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
+
+
+def _tell_what_stays_whole(spec: str, sizes: Mapping[str, int], widths: Mapping[str, Collection[int]]) -> None:
+    said, would = [], []
+    for axis, size in sizes.items():
+        known = widths.get(axis, ())
+        if whole := [str(n) for n in sorted(known) if n % size]:
+            said.append(f"{axis}={size} does not divide {', '.join(whole)} ({WIDTHS[axis]})")
+            would.append(f"{axis}={math.gcd(size, *known)}")
+    if said:
+        logger.warning(
+            "--mesh %s: %s, so what has such a size stays whole on every device; %s would divide all, with the other "
+            "devices on data",
+            *(spec, " and ".join(said), ",".join(would)),
+        )
 
 
 def check_mesh(spec: str, *, described: Sequence[Any] | None = None) -> dict[str, int]:
@@ -94,7 +110,7 @@ def check_mesh(spec: str, *, described: Sequence[Any] | None = None) -> dict[str
 
 
 def auto_sizes(count: int, memory: int, *, widths: Collection[int], nbytes: int) -> dict[str, int]:
-    """A model that learns, of these `split_widths`, on `fsdp` as far as it divides them, and the rest on `data`.
+    """A model that learns, of these widths, on `fsdp` as far as it divides them, and the rest on `data`.
 
     Else the batch is split, and the model where it is large: while its parameters, `nbytes` in all, would take over a
     third of a device's memory (0: unknown).
@@ -289,10 +305,14 @@ def parameter_spec(path: str, ndim: int) -> Spec:
     return (None,) * (ndim - len(found[0])) + found[0]
 
 
-def split_widths(shapes: Mapping[str, Any]) -> set[int]:
-    """The sizes of all axes that `fsdp` splits, of parameters by path."""
-    specs = {path: parameter_spec(path, len(x.shape)) for path, x in shapes.items()}
-    return {shapes[path].shape[spec.index(SHARD)] for path, spec in specs.items() if SHARD in spec}
+def split_widths(shapes: Mapping[str, Any]) -> dict[str, set[int]]:
+    """What `fsdp` and `model` should divide: the sizes of all axes that they split, of parameters by path."""
+    found = defaultdict(set)
+    for path, x in shapes.items():
+        for axes, n in zip(parameter_spec(path, len(x.shape)), x.shape, strict=True):
+            if axes:
+                found[MODEL if axes == MODEL else "fsdp"].add(n)
+    return dict(found)
 
 
 # Within a program that runs on a mesh

@@ -351,6 +351,7 @@ def test_use_file_passages_turns_the_retriever_off():
         assert config.retrieval.query_side_retriever_training is expected
         assert config.model.use_gradient_checkpoint_retriever is expected
     assert off.retrieval.n_context == 9
+    assert (on.passages_a_query, off.passages_a_query) == (5, 9)  # retrieved, and the row's own
 
 
 def test_overrides_hold_without_a_command_line():

@@ -1,5 +1,6 @@
 """The mesh: what `--mesh` means, what it refuses, and what lies where."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -12,7 +13,9 @@ import pytest
 from jax.sharding import AxisType
 
 from atlas_jax.checkpoints.weights import flat_shapes
+from atlas_jax.config import RetrievalConfig, RunConfig
 from atlas_jax.errors import UserError
+from atlas_jax.evaluation.loop import evaluation_mesh
 from atlas_jax.mesh import (
     AXES,
     TABLE,
@@ -31,6 +34,7 @@ from atlas_jax.mesh import (
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
+from atlas_jax.training.loop import training_mesh
 
 
 @pytest.mark.parametrize(
@@ -97,19 +101,64 @@ def test_auto_is_a_good_split(count, memory, widths, nbytes, sizes):
     assert auto_sizes(count, memory, widths=widths, nbytes=nbytes) == sizes
 
 
-def test_a_mesh_that_leaves_parameters_whole_says_so(caplog):
-    """T5-XXL is 4096 wide and Contriever 768: eight devices divide both, six do not; a mesh without `fsdp` means it."""
-    shapes = flat_shapes(AtlasConfig(T5_CONFIGS["google/t5-xxl-lm-adapt"], ContrieverConfig(), untied=True))
-    widths = split_widths(shapes)
-    assert widths == {768, 4096}
-    for spec in ("auto", "fsdp=8", "data=8", "model=2,data=4"):
-        assert make_mesh(spec, widths=widths).size == 8
-    assert not caplog.messages
-    make_mesh("fsdp=6,passages=1", widths=widths)
-    assert caplog.messages[0] == (
-        "--mesh fsdp=6,passages=1: fsdp=6 does not divide 4096, so parameters of this width stay whole on every "
-        "device; fsdp=2 would, with the other devices on data"
-    )
+@pytest.mark.parametrize(
+    ("spec", "said", "would"),
+    [
+        ("fsdp=6,passages=1", "fsdp=6 does not divide 4096 (width)", "fsdp=2"),
+        ("model=7", "model=7 does not divide 64, 10240, 32100 (heads, MLP or vocabulary)", "model=1"),
+        ("model=8", "model=8 does not divide 32100 (heads, MLP or vocabulary)", "model=4"),
+        ("passages=8", "passages=8 does not divide 15, 30 (passages a query)", "passages=1"),
+        ("passages=6", "passages=6 does not divide 15 (passages a query)", "passages=3"),
+        (
+            "passages=2,fsdp=3",
+            "passages=2 does not divide 15 (passages a query) and fsdp=3 does not divide 4096 (width)",
+            "passages=1,fsdp=1",
+        ),
+        *((spec, "", "") for spec in ("auto", "fsdp=8", "data=8", "model=4", "passages=3,model=2", "passages=5")),
+    ],
+)
+def test_a_mesh_that_leaves_something_whole_says_so(caplog, spec, said, would):
+    """T5-XXL is 4096 wide and Contriever 768. What is said to stay whole does; the last meshes divide everything."""
+    reader = dataclasses.replace(T5_CONFIGS["google/t5-xxl-lm-adapt"], vocab_size=32100)
+    widths = split_widths(flat_shapes(AtlasConfig(reader, ContrieverConfig(), untied=True)))
+    assert widths == {"fsdp": {768, 4096}, "model": {64, 10240, 32100}}
+    mesh = make_mesh(spec, widths=widths | {"passages": {15, 30}})
+    found = [message for message in caplog.messages if "does not divide" in message]
+    wanted = f"--mesh {spec}: {said}, so what has such a size stays whole on every device; {would} would divide all"
+    assert found == ([f"{wanted}, with the other devices on data"] if said else [])
+    put = {
+        "fsdp": put_parameter(mesh, "reader/lm_head/kernel", np.zeros((4096, 1))),
+        "passages": put_passages(mesh, np.zeros((1, 15))),
+        "model": put_parameter(mesh, "reader/embed/embedding", np.zeros((32100, 1))),
+    }
+    for axis, array in put.items():
+        if mesh.shape[axis] > 1:
+            assert (f"'{axis}'" in str(array.sharding.spec)) == (f"{axis}={mesh.shape[axis]} " not in said)
+
+
+def test_a_run_tells_its_mesh_what_to_divide(tiny_config, tiny_weights, caplog):
+    """Parameters, passages to learn from and passages to be evaluated with; the last without a reader not.
+
+    The golden model has widths of 48 and 64, and four heads.
+    """
+
+    def said(make, weights, mesh, **flags):
+        caplog.clear()
+        run, retrieval = RunConfig(mesh=mesh), RetrievalConfig(**flags)
+        make(dataclasses.replace(tiny_config, run=run, retrieval=retrieval), weights)
+        return re.findall(r"(\w+=\d) does not divide ([\d, ]+)", caplog.text)
+
+    shapes, both = tiny_weights.cfg, {"n_context": 4, "retriever_n_context": 6}
+    assert said(training_mesh, shapes, "fsdp=3,passages=2", **both) == [("fsdp=3", "64 ")]
+    assert said(training_mesh, shapes, "passages=4", n_context=8, retriever_n_context=6) == [("passages=4", "6 ")]
+    assert said(training_mesh, shapes, "passages=3", **both) == [("passages=3", "4 ")]
+    assert said(training_mesh, shapes, "fsdp=4,passages=2", **both) == []
+    assert said(evaluation_mesh, tiny_weights, "model=8", **both) == [("model=8", "4 ")]
+    assert said(evaluation_mesh, tiny_weights, "passages=3", **both) == [("passages=3", "4 ")]
+    assert said(evaluation_mesh, tiny_weights, "passages=4,model=2", **both) == []
+    alone = dataclasses.replace(tiny_weights, cfg=dataclasses.replace(shapes, reader=None))
+    assert said(evaluation_mesh, alone, "passages=3", **both) == []
+    assert evaluation_mesh(tiny_config, tiny_weights).shape["data"] == 8  # not fsdp: nothing learns
 
 
 def test_a_smaller_mesh_leaves_devices_idle_and_says_so(caplog):

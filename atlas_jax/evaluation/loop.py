@@ -22,7 +22,7 @@ from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator, Result
 from atlas_jax.exchange import ours
 from atlas_jax.files import new_file, write_json
-from atlas_jax.mesh import check_mesh, is_matrix, is_one_cpu, make_mesh, put_parameter
+from atlas_jax.mesh import check_mesh, is_matrix, is_one_cpu, make_mesh, put_parameter, split_widths
 from atlas_jax.models.atlas import Atlas
 from atlas_jax.models.fid import FiD
 from atlas_jax.programs import keep_programs
@@ -49,8 +49,7 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
     keep_programs(config.run.compile_cache)
     check_mesh(config.run.mesh)  # before the weights are read
     weights = restore(config)
-    count = sum(array.size for array in weights.params.values())
-    mesh = make_mesh(config.run.mesh, nbytes=count * np.dtype(compute_type(config)).itemsize)
+    mesh = evaluation_mesh(config, weights)
     model = place(weights, config, mesh)
     with shared_scratch(config.run_folder, SCRATCH) as scratch:
         source = passage_source(config, weights, model, mesh, scratch)
@@ -97,6 +96,15 @@ def checked_rows(path: str, task: Task) -> Rows:
         except ValueError as error:
             raise rows.error(number, str(error)) from None
     return rows
+
+
+def evaluation_mesh(config: Config, weights: Weights) -> Mesh:
+    """The devices of a run, and how they share its work."""
+    widths = split_widths(weights.params)
+    if weights.cfg.reader:
+        widths |= {"passages": {config.retrieval.n_context}}
+    count = sum(array.size for array in weights.params.values())
+    return make_mesh(config.run.mesh, widths=widths, nbytes=count * np.dtype(compute_type(config)).itemsize)
 
 
 def compute_type(config: Config) -> Any:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,9 @@ from atlas_jax.plan import topology as machines
 from atlas_jax.plan.topology import Topology
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from atlas_jax.plan.programs import Plan
     from atlas_jax.plan.report import StepReport
 
 logger = logging.getLogger(__name__)
@@ -31,26 +34,34 @@ def plan(config: Config, asked: PlanConfig, argv: Sequence[str]) -> int:
     if not machines.has_compiler(topology.device.platform):
         _elsewhere(topology, argv)
     machines.prepare(topology)
-    from atlas_jax.plan.programs import planned_mesh
-    from atlas_jax.plan.report import text
+    from atlas_jax.plan.programs import make_plan, planned_mesh
+    from atlas_jax.plan.report import text, text_of_resident
 
     devices = machines.devices(topology)
     mesh = planned_mesh(config, devices)
-    reports = list(_examined(config, asked, topology, devices))
+    made = make_plan(config, mesh, asked.passages_count)
+    full = made.held > topology.device.memory
+    reports = list(_examined(config, made, topology))
     failed = [report.name for report in reports if not report.fits]
-    tried = list(_tried(config, asked, topology, devices, failed)) if failed else []
+    tried = list(_tried(config, asked, topology, devices, mesh, failed)) if failed and not full else []
+    advice = ""
+    if full:
+        advice = _advice(config, asked, topology, devices, made)
+    elif failed and not any(fits for _, fits, _ in tried):
+        faiss = ", --index_mode faiss" if "index" in made.resident else ""
+        advice = f"nothing that was tried fits: take more devices{faiss}, or a smaller --text_maxlength or --n_context"
     if asked.json:
         axes = dict(mesh.shape)
         print(json.dumps({"topology": topology.text, "mesh": axes, "steps": [one.to_dict() for one in reports],
                           "tried": [{"flags": flags, "fits": fits, "totals": totals} for flags, fits, totals in tried],
-                          }, indent=1))  # fmt: skip
+                          "advice": advice}, indent=1))  # fmt: skip
     else:
-        print(text(reports, topology, mesh.shape))
+        print(text_of_resident(made, topology, mesh.shape) if full else text(reports, topology, mesh.shape))
         for flags, fits, totals in tried:
             said = ", ".join(f"{name} {total}" for name, total in totals.items())
             print(f"\ntried {flags}: {'fits' if fits else 'does not fit'} ({said})")
-        if failed and not any(fits for _, fits, _ in tried):
-            print("\nnothing that was tried fits: take more devices, or a smaller --text_maxlength or --n_context")
+        if advice:
+            print(f"\n{advice}")
     return DOES_NOT if failed else FITS
 
 
@@ -64,38 +75,66 @@ def _elsewhere(topology: Topology, argv: Sequence[str]) -> None:
     os.execve(PYTHON, [str(PYTHON), "-m", "atlas_jax.cli", "plan", *argv], os.environ | {"PYTHONPATH": paths})
 
 
-def _examined(
-    config: Config, asked: PlanConfig, topology: Topology, devices: Sequence[Any], only: Sequence[str] = ()
-) -> Iterator["StepReport"]:
+def _examined(config: Config, made: "Plan", topology: Topology, only: Sequence[str] = ()) -> Iterator["StepReport"]:
     """The programs of a run, or only those of these names, compiled one after the other."""
-    from atlas_jax.plan.programs import make_plan, planned_mesh
     from atlas_jax.plan.report import examine
 
-    made = make_plan(config, planned_mesh(config, devices), asked.passages_count)
     steps = [step for step in made.steps if not only or step.name in only]
     for number, step in enumerate(steps, 1):
-        logger.info("compiling %s for %s (%d of %d)", step.name, topology.text, number, len(steps))
+        if made.held <= topology.device.memory:
+            logger.info("compiling %s for %s (%d of %d)", step.name, topology.text, number, len(steps))
         yield examine(step, made, topology, config.generation.generation_max_length - 1)
 
 
 def _tried(
-    config: Config, asked: PlanConfig, topology: Topology, devices: Sequence[Any], names: Sequence[str]
+    config: Config, asked: PlanConfig, topology: Topology, devices: Sequence[Any], mesh: "Mesh", names: Sequence[str]
 ) -> Iterator[tuple[str, bool, dict[str, str]]]:
     """What was tried to make these programs fit, one measure on top of the other, up to the first that does."""
+    from atlas_jax.plan.programs import make_plan, planned_mesh
+
     for flags, changed in alternatives(config, len(devices)):
         logger.info("does not fit; trying %s", flags)
-        reports = list(_examined(changed, asked, topology, devices, names))
+        if changed.run.mesh != config.run.mesh:
+            mesh = planned_mesh(changed, devices)
+        config = changed
+        made = make_plan(config, mesh, asked.passages_count)
+        reports = list(_examined(config, made, topology, names))
         fits = all(report.fits for report in reports)
         yield flags, fits, {one.name: one.refused or f"{one.total / 1e9:.2f} GB" for one in reports}
         if fits:
             return
 
 
+def _advice(config: Config, asked: PlanConfig, topology: Topology, devices: Sequence[Any], made: "Plan") -> str:
+    """What makes room for what stays on the devices; shapes tell, so nothing is compiled."""
+    from atlas_jax.plan.programs import make_plan, planned_mesh
+
+    stays = {"": made.resident}
+    if config.run.mesh != "auto":
+        auto = dataclasses.replace(config, run=dataclasses.replace(config.run, mesh="auto"))
+        stays["--mesh auto"] = make_plan(auto, planned_mesh(auto, devices), asked.passages_count).resident
+    return more_room(stays, len(devices), float(topology.device.memory))
+
+
+def more_room(stays: Mapping[str, Mapping[str, int]], count: int, capacity: float) -> str:
+    """Which flags make room: `stays` is what stays on each of so many devices with these flags, at first with none."""
+    for flags, resident in stays.items():
+        if sum(resident.values()) <= capacity:
+            return f"take {flags}"
+    for flags, resident in stays.items():
+        index = resident.get("index", 0)
+        room = capacity - sum(resident.values()) + index
+        if index and room > 0:
+            also, enough = f"{flags} and " if flags else "", math.ceil(index * count / room)
+            return f"take {also}--index_mode faiss, which keeps the index on the hosts, or {enough} devices to hold it"
+    return "take more devices, or a smaller --reader_model_type"
+
+
 def alternatives(config: Config, count: int) -> Iterator[tuple[str, Config]]:
     """Flags that save memory, those first that cost least; each with all that came before."""
     said: list[str] = []
     has_retriever = config.distill.train_retriever
-    passages = math.gcd(config.retrieval.n_context, count)
+    passages = math.gcd(count, config.passages_a_query, config.retrieval.n_context)
     smaller = {"per_gpu_batch_size": 1}
     measures: list[tuple[str, str, dict[str, Any]]] = [
         ("--use_gradient_checkpoint_reader", "model", {"use_gradient_checkpoint_reader": True}),

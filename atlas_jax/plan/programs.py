@@ -16,14 +16,14 @@ from atlas_jax.config import Config
 from atlas_jax.data.tokens import bucket
 from atlas_jax.evaluation.batches import put_reader_batch
 from atlas_jax.evaluation.evaluator import generation, reader_program
-from atlas_jax.mesh import batch_rows, make_mesh, put_parameter, put_rows, replicate, split_widths
+from atlas_jax.mesh import batch_rows, put_parameter, put_rows, replicate
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.programs import Program
 from atlas_jax.retrieval.embed import Side, encoder_program, encoder_rows
 from atlas_jax.retrieval.flat_index import best_rows, chunk_rows, padded_queries, padded_rows
 from atlas_jax.tasks import make_task
 from atlas_jax.training.batches import put_learning_batch
-from atlas_jax.training.loop import step_config, step_program
+from atlas_jax.training.loop import step_config, step_program, training_mesh
 from atlas_jax.training.resume import begin, put_state
 from atlas_jax.training.step import Batch, StepConfig, TrainState
 
@@ -51,6 +51,11 @@ class Plan(NamedTuple):
     parameters: int  # of both models, on all devices together
     largest: int  # elements of the largest parameter, its layers stacked
 
+    @property
+    def held(self) -> int:
+        """Bytes a device of all that stays there."""
+        return sum(self.resident.values())
+
 
 def make_plan(config: Config, mesh: Mesh, passages: int) -> Plan:
     """The run of these flags on a mesh, with an index of so many passages; 0: none."""
@@ -59,7 +64,7 @@ def make_plan(config: Config, mesh: Mesh, passages: int) -> Plan:
     cfg = step_config(config, model, mesh, PAD_ID, EOS_ID)
     state = put_state(mesh, jax.eval_shape(functools.partial(begin, config), params))
     atlas = build_model(params, cfg.model)
-    index = _index(atlas, mesh, passages)
+    index = _index(atlas, mesh, passages) if config.index.index_mode == "flat" else None
     resident = {"parameters": _nbytes(params), "optimizer": _nbytes(state) - _nbytes(params)}
     if index is not None:
         resident["index"] = _nbytes(index)
@@ -73,7 +78,7 @@ def make_plan(config: Config, mesh: Mesh, passages: int) -> Plan:
 
 def planned_mesh(config: Config, devices: Sequence[Any]) -> Mesh:
     """What `atlas train` would make of these devices."""
-    return make_mesh(config.run.mesh, widths=split_widths(flat_shapes(_shapes(config))), described=devices)
+    return training_mesh(config, _shapes(config), devices)
 
 
 def _shapes(config: Config) -> AtlasConfig:
@@ -125,27 +130,18 @@ def _search(config: Config, mesh: Mesh, index: Shape, rows: int, passages: int) 
     count = Shape((), jnp.int32)
 
     def compiling() -> jax.stages.Compiled:
-        wanted = found(config) if not config.retrieval.retrieve_with_rerank else config.retrieval.searched[1]
+        retrieval = config.retrieval
+        wanted = retrieval.searched[1] if retrieval.retrieve_with_rerank else config.passages_a_query
         chunk = chunk_rows(passages)
         return best_rows.lower(index, queries, count, k=wanted, chunk=chunk, mesh=mesh).compile()
 
     return Step("search", compiling, ("index",), _nbytes((queries, count)), 0)
 
 
-def found(config: Config) -> int:
-    """Passages that a training step has for each query."""
-    retrieval = config.retrieval
-    if retrieval.use_file_passages:
-        return retrieval.n_context
-    if config.distill.train_retriever:
-        return retrieval.retriever_n_context
-    return min(retrieval.n_context, retrieval.retriever_n_context)
-
-
 def _batch(config: Config, mesh: Mesh, n: int = 0) -> Batch:
     """The largest batch: every text as long as it may be, of `n` passages a query or as many as training has."""
     rows, length = batch_rows(mesh, config.run.per_gpu_batch_size), config.text.text_maxlength
-    n = n or found(config)
+    n = n or config.passages_a_query
     target = bucket(limit := config.text.target_maxlength or TARGET_TOKENS, limit)
     read = put_reader_batch(mesh, *_masked(rows, n, length), *_masked(rows, target))
     lengths = Shape((rows,), jnp.int32)

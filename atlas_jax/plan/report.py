@@ -28,7 +28,7 @@ class StepReport:
     capacity: float  # bytes
     tokens: int  # that all devices read together
     compile_seconds: float
-    refused: str = ""  # by the compiler, for want of memory
+    refused: str = ""  # why there is no program, for want of memory
     flops: dict[str, float] = dataclasses.field(default_factory=dict)
     traffic: float = 0.0
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -59,15 +59,21 @@ class StepReport:
 
 
 def examine(step: Step, plan: Plan, topology: Topology, turns: int) -> StepReport:
-    """Compiles a program and looks at it; `turns` are those of a loop that ends when an answer does."""
+    """Compiles a program and looks at it; `turns` are those of a loop that ends when an answer does.
+
+    Where already what stays on the device does not fit, nothing is compiled.
+    """
     capacity, start = float(topology.device.memory), time.perf_counter()
     memory = {what: float(nbytes) for what, nbytes in (plan.resident | {"batch": step.batch}).items()}
+    if plan.held > capacity:
+        reason = f"what stays on the device takes {plan.held / GB:.2f} of {capacity / GB:.1f} GB"
+        return StepReport(step.name, memory, capacity, step.tokens, 0.0, reason)
     try:
         compiled = step.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = f"the compiler says {' '.join(str(error).split())[:200]}"
         return StepReport(step.name, memory, capacity, step.tokens, time.perf_counter() - start, reason)
     seconds = time.perf_counter() - start
     analysis: Any = compiled.memory_analysis()
@@ -136,20 +142,38 @@ def _largest(module: hlo.Module) -> str:
 
 def text(reports: Iterable[StepReport], topology: Topology, mesh: Mapping[str, int]) -> str:
     """The plan as a person reads it."""
-    axes = ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
-    found = [f"{topology.text}, mesh {axes}; each figure is of one device and one call"]
+    found = [f"{_machine(topology, mesh)} and one call"]
     for report in reports:
         found += ["", *_lines(report, topology)]
     return "\n".join(found)
 
 
+def text_of_resident(plan: Plan, topology: Topology, mesh: Mapping[str, int]) -> str:
+    """The same of a plan that ends with what stays on a device."""
+    memory = {what: float(nbytes) for what, nbytes in plan.resident.items()}
+    total = _sum("what stays on the device", sum(memory.values()), float(topology.device.memory))
+    return "\n".join([_machine(topology, mesh), "", total, *_amounts(memory)])
+
+
+def _machine(topology: Topology, mesh: Mapping[str, int]) -> str:
+    axes = ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
+    return f"{topology.text}, mesh {axes}; each figure is of one device"
+
+
+def _sum(name: str, total: float, capacity: float) -> str:
+    fits = "fits" if total <= capacity else "DOES NOT FIT"
+    return f"{name}: {fits}, {total / GB:.2f} of {capacity / GB:.1f} GB ({total / capacity:.0%})"
+
+
+def _amounts(memory: Mapping[str, float]) -> list[str]:
+    return [f"  {what:<28} {nbytes / GB:10.3f} GB" for what, nbytes in memory.items()]
+
+
 def _lines(report: StepReport, topology: Topology) -> list[str]:
-    fits = "fits" if report.fits else "DOES NOT FIT"
     if report.refused:
-        return [f"{report.name}: {fits}: the compiler says {report.refused}"]
+        return [f"{report.name}: DOES NOT FIT: {report.refused}"]
     share = report.total / report.capacity
-    found = [f"{report.name}: {fits}, {report.total / GB:.2f} of {report.capacity / GB:.1f} GB ({share:.0%})"]
-    found += [f"  {what:<28} {nbytes / GB:10.3f} GB" for what, nbytes in report.memory.items()]
+    found = [_sum(report.name, report.total, report.capacity), *_amounts(report.memory)]
     if report.fits and share > DEFAULT_SHARE and topology.device.platform == "cuda":
         found.append(f"  set XLA_PYTHON_CLIENT_MEM_FRACTION over {share:.2f}: JAX takes {DEFAULT_SHARE} otherwise")
     flops = " + ".join(f"{n / 1e12:.3g} in {dtype}" for dtype, n in report.flops.items()) or "0"

@@ -42,12 +42,8 @@ class LiveIndex:
         self._built: dict[str, np.ndarray] = {}  # that encoder, where a later run could not have it from elsewhere
         self._finder = self._open(start, mesh, scratch) if start.weights.cfg.retriever else None
         self.source: Source = self._finder.source if self._finder else FromRows()
-        retrieval = config.retrieval
-        learns = config.distill.train_retriever
-        self._n = retrieval.n_context
+        self._n = config.passages_a_query
         if self._finder:
-            least = min(retrieval.n_context, retrieval.retriever_n_context)
-            self._n = retrieval.retriever_n_context if learns else least
             self._check_count(len(self._finder.library.passages))
 
     def find(self, model: Atlas, examples: Sequence[Example]) -> Found:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -59,7 +60,7 @@ def train(config: Config, run: Path) -> None:
         stack.enter_context(_alone(run))
         scratch = stack.enter_context(shared_scratch(config.run_folder, SCRATCH))
         checkpoints = stack.enter_context(RunCheckpoints(config.run_folder / "checkpoint", config.run.keep))
-        mesh = make_mesh(config.run.mesh, widths=split_widths(flat_shapes(model_shapes(config))))
+        mesh = training_mesh(config, model_shapes(config))
         start, state = begin_or_go_on(config, checkpoints, mesh)
         trainer = Trainer(config, run, start, state, files, evaluated, mesh, scratch)
         done = trainer.progress
@@ -258,6 +259,13 @@ class Trainer:
             f"step {step}: loss or gradient was not finite in {bad} steps in a row, which "
             "changed nothing; the state is saved; lower --lr or --lr_retriever under another --name"
         )
+
+
+def training_mesh(config: Config, model: AtlasConfig, described: Sequence[Any] | None = None) -> Mesh:
+    """The devices of a run, or those described, and how they share its work."""
+    passages = {config.passages_a_query, config.retrieval.n_context}  # to learn from, and to be evaluated with
+    widths = split_widths(flat_shapes(model)) | {"passages": passages}
+    return make_mesh(config.run.mesh, widths=widths, described=described)
 
 
 def step_program(cfg: StepConfig, mesh: Mesh, *, update: bool) -> Program:

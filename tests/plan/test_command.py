@@ -11,10 +11,11 @@ from atlas_jax import cli
 from atlas_jax.command_line import parse_plan
 from atlas_jax.mesh import make_mesh
 from atlas_jax.plan import command, hlo, topology
-from atlas_jax.plan.command import alternatives
+from atlas_jax.plan.command import alternatives, more_room
 from atlas_jax.plan.hlo import Collective, Counts, Shape
 from atlas_jax.plan.programs import make_plan
 from atlas_jax.plan.report import examine, roofline
+from benchmarks import plan_table
 
 FLAGS = ["--text_maxlength", "32", "--target_maxlength", "8", "--generation_max_length", "4", "--dropout", "0"]
 
@@ -77,31 +78,104 @@ def test_arithmetic_is_six_for_each_parameter_and_token(planned, tiny_weights):
 
 
 def test_it_does_not_fit(searching, monkeypatch, capsys):
-    """On a device of one byte not even the search does: exit status 1, and what was tried; else 0, and nothing was."""
+    """With room for what stays but not for the search: exit status 1, and what was tried; else 0, and nothing was.
+
+    The mesh, which divides no number of passages, is told so once.
+    """
+    room = []
 
     def search_alone(*args):
         plan = make_plan(*args)
+        room.append(plan.held)
         return plan._replace(steps=plan.steps[-1:])
 
     monkeypatch.setattr("atlas_jax.plan.programs.make_plan", search_alone)
     first = "--use_gradient_checkpoint_reader"
     monkeypatch.setattr(command, "alternatives", lambda config, count: [(first, config)])
     assert cli.main(["plan", *searching]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "search: fits" in out
     assert "tried" not in out
-    monkeypatch.setitem(topology.DEVICES, "cpu", topology.DEVICES["cpu"]._replace(memory=1))
-    assert cli.main(["plan", *searching]) == 1
-    out = capsys.readouterr().out
+    assert "does not divide" not in err
+    monkeypatch.setitem(topology.DEVICES, "cpu", topology.DEVICES["cpu"]._replace(memory=room[0]))
+    assert cli.main(["plan", *searching, "--mesh", "passages=8"]) == 1
+    out, err = capsys.readouterr()
+    assert err.count("passages=8 does not divide 1 (passages a query)") == 1
     assert "search: DOES NOT FIT" in out
     assert f"tried {first}: does not fit (search 0." in out
-    assert "nothing that was tried fits" in out
+    assert "nothing that was tried fits: take more devices, --index_mode faiss, or" in out
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch):
+    def refuse(self, *_):
+        raise AssertionError(f"{self.name} was compiled")
+
+    monkeypatch.setattr("atlas_jax.programs.Program.prepare", refuse)
+
+
+def test_an_index_too_large_is_told_before_anything_is_compiled(searching, nothing_compiles, capsys):
+    """Figures and remedy; as JSON, each program with the reason and nothing tried. Without the index it is compiled."""
+    large = [*searching, "--passages_count", "400000000", "--n_context", "8", "--retriever_n_context", "8"]
+    remedy = "take --index_mode faiss, which keeps the index on the hosts, or 9 devices to hold it"
+    assert cli.main(["plan", *large]) == 1
+    out = capsys.readouterr().out
+    assert "what stays on the device: DOES NOT FIT, 4.80 of 4.3 GB (112%)" in out
+    assert "index                             4.800 GB" in out
+    assert out.endswith(f"\n\n{remedy}\n")
+    assert "tried" not in out
+    assert cli.main(["plan", *large, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tried"], found["advice"]) == ([], remedy)
+    assert [step["name"] for step in found["steps"]] == [
+        *("train step", "reader", "query encoder", "passage encoder", "search"),
+    ]
+    for step in found["steps"]:
+        assert (step["fits"], step["refused"]) == (False, "what stays on the device takes 4.80 of 4.3 GB")
+        assert step["memory"]["index"] == 400_000_000 * 48 * 2 / 8
+    assert "| what stays on the device takes 4.80 of 4.3 GB |" in plan_table.table(
+        [found | {"size": "golden", "machine": "cpu:8", "passages": 400_000_000}]
+    )
+    with pytest.raises(AssertionError, match="train step was compiled"):
+        cli.main(["plan", *large, "--index_mode", "faiss"])
+
+
+@pytest.mark.parametrize(
+    ("whole", "split", "index", "said"),
+    [
+        (9, None, 50, "take --index_mode faiss, which keeps the index on the hosts, or 100 devices to hold it"),
+        (9, 1, 50, "take --index_mode faiss, which keeps the index on the hosts, or 100 devices to hold it"),
+        (11, 1, 2, "take --mesh auto"),
+        (
+            *(11, 1, 50),
+            "take --mesh auto and --index_mode faiss, which keeps the index on the hosts, or 12 devices to hold it",
+        ),
+        (11, None, 0, "take more devices, or a smaller --reader_model_type"),
+        (20, 11, 50, "take more devices, or a smaller --reader_model_type"),
+    ],
+)
+def test_room_for_what_stays(whole, split, index, said):
+    """Two devices of ten bytes, models of so many on this mesh and on the one of `auto`, and an index."""
+    models = {"": whole} | ({"--mesh auto": split} if split else {})
+    stays = {flags: {"parameters": n} | ({"index": index} if index else {}) for flags, n in models.items()}
+    assert more_room(stays, 2, 10.0) == said
+
+
+def test_parameters_too_large_are_split(searching, nothing_compiles, monkeypatch, capsys):
+    """Where they are whole on every device and `auto` would split them; where they are, there is nothing to say."""
+    config, asked = parse_plan(searching)
+    held = make_plan(config, make_mesh("fsdp=8"), asked.passages_count).held
+    monkeypatch.setitem(topology.DEVICES, "cpu", topology.DEVICES["cpu"]._replace(memory=held))
+    assert cli.main(["plan", *searching, "--mesh", "data=8"]) == 1
+    assert capsys.readouterr().out.endswith("\n\ntake --mesh auto\n")
+    with pytest.raises(AssertionError, match="train step was compiled"):
+        cli.main(["plan", *searching])
 
 
 def test_what_is_tried_in_order(flags):
     """Each measure on top of those before it; what the flags have already is left out."""
     given = [*flags, "--topology", "cpu:8", "--train_retriever", "--n_context", "6", "--per_gpu_batch_size", "2"]
-    config, _ = parse_plan([*given, "--precision", "bf16"])
+    config, _ = parse_plan([*given, "--retriever_n_context", "6", "--precision", "bf16"])
     tried = list(alternatives(config, 8))
     both = "--use_gradient_checkpoint_reader --use_gradient_checkpoint_retriever"
     assert [flags for flags, _ in tried] == [
@@ -116,6 +190,24 @@ def test_what_is_tried_in_order(flags):
     assert any(flags.endswith("--mesh auto") for flags, _ in alternatives(config, 8))
 
 
+@pytest.mark.parametrize(
+    ("n_context", "retriever_n_context", "train", "passages"),
+    [
+        (8, 8, True, 8),
+        (8, 12, True, 4),  # training has twelve
+        (4, 16, True, 4),  # the reader learns from four of them
+        (8, 5, True, 1),
+        (8, 12, False, 8),  # nothing learns from the other four
+    ],
+)
+def test_passages_are_split_as_far_as_all_numbers_of_them_allow(flags, n_context, retriever_n_context, train, passages):
+    """Those that the retriever learns from, that the reader learns from, and that it is evaluated with."""
+    given = ["--n_context", str(n_context), "--retriever_n_context", str(retriever_n_context)]
+    config, _ = parse_plan([*flags, "--topology", "cpu:8", *given, *["--train_retriever"] * train])
+    meshes = {changed.run.mesh for _, changed in alternatives(config, 8)}
+    assert meshes == ({"auto", f"fsdp={8 // passages},passages={passages}"} if passages > 1 else {"auto"})
+
+
 def test_the_search_reads_its_share_of_the_index_once(searching):
     """4096 x 8 rows of 48 float16 on eight devices; its products are 2 x queries x rows x width on each."""
     config, asked = parse_plan(searching)
@@ -128,6 +220,14 @@ def test_the_search_reads_its_share_of_the_index_once(searching):
     assert report.traffic >= rows * width * 2
     assert report.collectives.keys() == {"all-gather"}
     assert report.collectives["all-gather"]["bytes"] == 8 * queries * config.retrieval.n_context * (4 + 4)
+
+
+def test_a_faiss_index_is_not_on_the_devices(searching):
+    """Nothing of it stays there and nothing searches it; a flat one does both."""
+    for mode, there in (("flat", True), ("faiss", False)):
+        config, asked = parse_plan([*searching, "--index_mode", mode])
+        plan = make_plan(config, make_mesh("fsdp=8"), asked.passages_count)
+        assert ("index" in plan.resident, "search" in {step.name for step in plan.steps}) == (there, there)
 
 
 def test_time_between_nodes():
@@ -158,6 +258,7 @@ def test_time_between_nodes():
         (["--topology", "cpu:8", "--mesh", "fsdp=3"], "--mesh fsdp=3: 3 devices, but there are 8"),
         (["--topology", "cpu:8", "--passages_count", "-1"], "--passages_count -1: must be at least 0"),
         (["--topology", "cpu:8", "--reader_model_type", "t5-bse"], "did you mean t5-base?"),
+        (["--topology", "cpu:8", "--retrieve_only"], "--retrieve_only: is for atlas evaluate"),
     ],
 )
 def test_what_is_refused(flags, capsys, argv, said):
