@@ -109,8 +109,9 @@ def killed(
         run = start(name, folder, processes=processes)
         victim = rng.choice(run)
         try:
-            victim.wait(rng.uniform(0.0, seconds))
-            break  # it was done
+            status = victim.wait(rng.uniform(0.0, seconds))
+            assert status == 0, (status, (folder / f"{name}.log").read_text()[-3000:])  # it was done
+            break
         except subprocess.TimeoutExpired:
             victim.send_signal(rng.choice(signals))
             for process in run:
