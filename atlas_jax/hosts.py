@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from atlas_jax.config import RunConfig
 from atlas_jax.errors import UserError
@@ -26,6 +27,7 @@ from atlas_jax.roll_call import Card, gather_round
 logger = logging.getLogger(__name__)
 
 PORTS, FIRST_PORT = 12_000, 20_000  # below those that Linux gives to programs that ask for any
+DEVICE_FILES = Path("/dev")  # with one of each GPU, nvidia0 and so on
 NO_STEP = 0xFFFFFFF0  # SLURM numbers a batch script's and a shell's own step from here
 OWN_FLAGS = ("--process_id", "--local_rank", "--compile_cache")  # of which each process may have its own value
 
@@ -204,12 +206,14 @@ def tasks_per_node(text: str) -> list[int]:
 
 def own_devices(environment: Mapping[str, str], local: int, tasks: int) -> tuple[int, ...] | None:
     """Which of the GPUs that it sees are this task's, the `local`-th of so many on its node; None is all."""
-    visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    names = sorted(file.name for file in DEVICE_FILES.glob("nvidia[0-9]*")) if chosen is None else chosen.split(",")
+    visible = [name for name in names if name]
     if tasks == 1 or len(visible) < 2:  # with --gpus-per-task=1 each sees its own
         return None
     if len(visible) % tasks:
         raise UserError(
-            f"CUDA_VISIBLE_DEVICES {','.join(visible)}: does not divide among the {tasks} tasks of the node"
+            f"GPUs {','.join(visible)} do not divide among the {tasks} tasks of the node; set CUDA_VISIBLE_DEVICES"
         )
     each = len(visible) // tasks
     return tuple(range(local * each, (local + 1) * each))

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from atlas_jax import hosts
 from atlas_jax.config import RunConfig
 from atlas_jax.errors import UserError
 from atlas_jax.hosts import Place, command_hash, differences, expand, find, own_devices, tasks_per_node
@@ -25,6 +26,13 @@ STEP = {
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "1",
 }
+
+
+@pytest.fixture(autouse=True)
+def gpus(tmp_path, monkeypatch):
+    """The folder where a host's GPUs are files: it has none, wherever this runs."""
+    monkeypatch.setattr(hosts, "DEVICE_FILES", tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize("missing", [0, 2])
@@ -277,6 +285,15 @@ def test_own_devices():
     with pytest.raises(UserError, match="3 tasks"):
         own_devices(eight, 1, 3)
     assert tasks_per_node("8(x2),4") == [8, 8, 4]
+
+
+def test_own_devices_where_nobody_chose(gpus):
+    """As with `mpirun`: of the GPUs that the host has; of those that the variable leaves, none too, if it is set."""
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (gpus / name).touch()
+    assert own_devices({}, 1, 2) == (2, 3)
+    assert own_devices({}, 1, 1) is None
+    assert own_devices({"CUDA_VISIBLE_DEVICES": ""}, 1, 2) is None
 
 
 def test_differences_are_named():
