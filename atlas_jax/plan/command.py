@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FITS, DOES_NOT = 0, 1  # exit statuses
+MODEL_AXIS = 4  # devices that share a matrix product, at most, in what is tried: more would wait for each other
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-plan" / "bin" / "python"
 
@@ -94,8 +95,8 @@ def _tried(
 
     for flags, changed in alternatives(config, len(devices)):
         logger.info("does not fit; trying %s", flags)
-        if changed.run.mesh != config.run.mesh:
-            mesh = planned_mesh(changed, devices)
+        if changed.run.mesh != config.run.mesh:  # then what did fit may no longer
+            mesh, names = planned_mesh(changed, devices), ()
         config = changed
         made = make_plan(config, mesh, asked.passages_count)
         reports = list(_examined(config, made, topology, names))
@@ -131,26 +132,30 @@ def more_room(stays: Mapping[str, Mapping[str, int]], count: int, capacity: floa
 
 
 def alternatives(config: Config, count: int) -> Iterator[tuple[str, Config]]:
-    """Flags that save memory, those first that cost least; each with all that came before."""
+    """Flags that save memory, those first that cost least; each with all that came before, but of meshes the last."""
+    from atlas_jax.checkpoints.pretrained import reader_config
+
     said: list[str] = []
     has_retriever = config.distill.train_retriever
-    passages = math.gcd(count, config.passages_a_query, config.retrieval.n_context)
+    axes = {
+        "passages": math.gcd(count, config.passages_a_query, config.retrieval.n_context),
+        "model": math.gcd(count, reader_config(config.model.reader_model_type).num_heads, MODEL_AXIS),
+    }
+    meshes = [f"fsdp={count // size},{axis}={size}" for axis, size in axes.items() if size > 1]
     smaller = {"per_gpu_batch_size": 1}
     measures: list[tuple[str, str, dict[str, Any]]] = [
         ("--use_gradient_checkpoint_reader", "model", {"use_gradient_checkpoint_reader": True}),
         ("--precision bf16", "model", {"precision": "bf16"}),
         ("--per_gpu_batch_size 1", "run", smaller),
-        ("--mesh auto", "run", {"mesh": "auto"}),
-        (f"--mesh fsdp={count // passages},passages={passages}", "run",
-         {"mesh": f"fsdp={count // passages},passages={passages}"}),
-    ]  # fmt: skip
+        *((f"--mesh {mesh}", "run", {"mesh": mesh}) for mesh in ("auto", *meshes)),
+    ]
     if has_retriever:
         both = {"use_gradient_checkpoint_reader": True, "use_gradient_checkpoint_retriever": True}
         measures[0] = ("--use_gradient_checkpoint_reader --use_gradient_checkpoint_retriever", "model", both)
     for flags, group, values in measures:
         before = getattr(config, group)
         after = dataclasses.replace(before, **values)
-        if after == before or ("passages" in flags and passages == 1):
+        if after == before:
             continue
         config = dataclasses.replace(config, **{group: after})
         said = [one for one in said if not (flags.startswith("--mesh") and one.startswith("--mesh"))] + [flags]

@@ -182,9 +182,10 @@ def test_what_is_tried_in_order(flags):
         both,
         f"{both} --per_gpu_batch_size 1",
         f"{both} --per_gpu_batch_size 1 --mesh fsdp=4,passages=2",  # auto is fsdp=8
+        f"{both} --per_gpu_batch_size 1 --mesh fsdp=2,model=4",
     ]
     last = tried[-1][1]
-    assert last.run.mesh == "fsdp=4,passages=2"
+    assert last.run.mesh == "fsdp=2,model=4"
     assert last.model.use_gradient_checkpoint_retriever
     config, _ = parse_plan([*given, "--mesh", "data=8"])
     assert any(flags.endswith("--mesh auto") for flags, _ in alternatives(config, 8))
@@ -204,8 +205,16 @@ def test_passages_are_split_as_far_as_all_numbers_of_them_allow(flags, n_context
     """Those that the retriever learns from, that the reader learns from, and that it is evaluated with."""
     given = ["--n_context", str(n_context), "--retriever_n_context", str(retriever_n_context)]
     config, _ = parse_plan([*flags, "--topology", "cpu:8", *given, *["--train_retriever"] * train])
-    meshes = {changed.run.mesh for _, changed in alternatives(config, 8)}
+    meshes = {changed.run.mesh for _, changed in alternatives(config, 8)} - {"fsdp=2,model=4"}
     assert meshes == ({"auto", f"fsdp={8 // passages},passages={passages}"} if passages > 1 else {"auto"})
+
+
+@pytest.mark.parametrize(("count", "mesh"), [(16, "fsdp=4,model=4"), (6, "fsdp=3,model=2"), (9, "fsdp=3,passages=3")])
+def test_what_divides_the_heads_is_tried_on_model(flags, count, mesh):
+    """Last, 4 at most; nothing where 4, the 12 heads and the devices have no divisor in common."""
+    given = ["--reader_model_type", "t5-base", "--n_context", "3", "--retriever_n_context", "3"]
+    config, _ = parse_plan([*flags, "--topology", "cpu:8", *given])
+    assert [changed.run.mesh for _, changed in alternatives(config, count)][-1] == mesh
 
 
 def test_the_search_reads_its_share_of_the_index_once(searching):
