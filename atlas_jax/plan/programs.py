@@ -94,12 +94,13 @@ def _steps(
     config: Config, mesh: Mesh, cfg: StepConfig, state: TrainState, atlas: Atlas, index: Shape | None, passages: int
 ) -> Iterator[Step]:
     batch, key = _batch(config, mesh), replicate(mesh, jax.eval_shape(lambda: jax.random.key(0)))
+    learns_from = batch, key, replicate(mesh, Shape((), jnp.int32))
     tokens = math.prod(batch.reader.passages.shape)
     update = step_program(cfg, mesh, update=True)
-    yield _step(update, state, (batch, key), ("parameters", "optimizer"), tokens)
+    yield _step(update, state, learns_from, ("parameters", "optimizer"), tokens)
     if config.optim.accumulation_steps > 1:
         gradient = step_program(cfg, mesh, update=False)
-        yield _step(gradient, state, (batch, key), ("parameters", "optimizer"), tokens)
+        yield _step(gradient, state, learns_from, ("parameters", "optimizer"), tokens)
     assert atlas.reader is not None
     read = _batch(config, mesh, config.retrieval.n_context).reader
     choices = replicate(mesh, Shape((len(make_task(config).choices),), jnp.int32))
@@ -126,13 +127,13 @@ def _step(program: Program, state: Any, arguments: tuple[Any, ...], uses: tuple[
 
 
 def _search(config: Config, mesh: Mesh, index: Shape, rows: int, passages: int) -> Step:
-    queries = Shape((padded_queries(rows), index.shape[1]), jnp.float32)
-    count = Shape((), jnp.int32)
+    retrieval, chunk = config.retrieval, chunk_rows(passages)
+    asked, wanted = rows, config.passages_a_query
+    if retrieval.retrieve_with_rerank:
+        asked, wanted = padded_queries(rows), retrieval.searched[1]
+    queries, count = Shape((asked, index.shape[1]), jnp.float32), Shape((), jnp.int32)
 
     def compiling() -> jax.stages.Compiled:
-        retrieval = config.retrieval
-        wanted = retrieval.searched[1] if retrieval.retrieve_with_rerank else config.passages_a_query
-        chunk = chunk_rows(passages)
         return best_rows.lower(index, queries, count, k=wanted, chunk=chunk, mesh=mesh).compile()
 
     return Step("search", compiling, ("index",), _nbytes((queries, count)), 0)

@@ -40,8 +40,6 @@ class FaissIndex:
     Equal scores are ordered by the smaller number, but faiss chooses which of them fill the last places.
     """
 
-    on_host = True
-
     def __init__(self, kind: FaissKind, code_size: int | None, index: Any):
         self.kind: str = kind
         self.code_size = code_size

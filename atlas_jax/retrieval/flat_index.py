@@ -1,7 +1,7 @@
 """Exact search: float16 vectors spread over the devices of a mesh, scored in float32."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float16, Float32, Int
 
 from atlas_jax.errors import UserError
 from atlas_jax.mesh import replicate
-from atlas_jax.retrieval.interface import SearchResult, checked_queries, checked_result, read_array
+from atlas_jax.retrieval.interface import SearchResult, check_queries, checked_result, read_array
 
 CHUNK_ROWS = 4096  # rows scored at once: measured fastest on a CPU, where their float32 copy stays in the cache
 
@@ -26,13 +26,13 @@ class FlatIndex:
     """
 
     kind = "flat"
-    on_host = False
 
     def __init__(self, rows: Float16[Array, "padded d"], count: int, mesh: Mesh):
         self.rows = rows  # zeros from `count` on
         self.mesh = mesh
         self.count = count
         self.dim = rows.shape[1]
+        self._there = replicate(mesh, np.asarray(count, np.int32))
 
     @classmethod
     def from_array(cls, embeddings: Float16[np.ndarray, "p d"], mesh: Mesh) -> "FlatIndex":
@@ -57,13 +57,23 @@ class FlatIndex:
 
     def search(self, queries: Float[np.ndarray | Array, "q d"], k: int) -> SearchResult:
         """Over several hosts, every host calls this with the same queries."""
-        queries = checked_queries(self, queries, k)
-        size = padded_queries(len(queries))
-        padded = np.pad(queries, ((0, size - len(queries)), (0, 0)))
-        asked, count = (replicate(self.mesh, array) for array in (padded, np.asarray(self.count, np.int32)))
-        scores, numbers = best_rows(self.rows, asked, count, k=k, chunk=chunk_rows(self.count), mesh=self.mesh)
-        found = slice(len(queries))
-        return checked_result(np.asarray(scores)[found], np.asarray(numbers)[found].astype(np.int64))
+        count = len(queries)
+        padded = np.pad(np.asarray(queries, np.float32), ((0, padded_queries(count) - count), (0, 0)))
+        return self.start(replicate(self.mesh, padded), count, k)()
+
+    def start(self, queries: Float[Array, "rows d"], count: int, k: int) -> Callable[[], SearchResult]:
+        """Begins a search with the first `count` rows of what lies whole on every device; calling the result waits.
+
+        Other rows mean nothing. The queries may still be under way: the host waits for nothing here.
+        """
+        check_queries(self, queries, k)
+        best = best_rows(self.rows, queries, self._there, k=k, chunk=chunk_rows(self.count), mesh=self.mesh)
+
+        def found() -> SearchResult:
+            scores, numbers = (np.asarray(array)[:count] for array in best)
+            return checked_result(scores, numbers.astype(np.int64))
+
+        return found
 
     @classmethod
     def load(cls, folder: Path, meta: Mapping[str, Any], mesh: Mesh) -> "FlatIndex":
@@ -95,7 +105,7 @@ def chunk_rows(count: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("k", "chunk", "mesh"))
 def best_rows(
-    rows: Float16[Array, "padded d"], queries: Float32[Array, "q d"], count: Int[Array, ""], *,
+    rows: Float16[Array, "padded d"], queries: Float[Array, "q d"], count: Int[Array, ""], *,
     k: int, chunk: int, mesh: Mesh,
 ) -> _Best:  # fmt: skip
     """The best k of each chunk, of those the best of the device, of those the best of all."""
@@ -122,7 +132,7 @@ def best_rows(
     search = jax.shard_map(
         of_device, mesh=mesh, in_specs=(sharded, replicated, replicated), out_specs=replicated, check_vma=False
     )
-    return search(rows, queries, count)
+    return search(rows, queries.astype(jnp.float32), count)
 
 
 def _merge(parts: _Best, k: int) -> _Best:

@@ -17,8 +17,6 @@ CHANNEL = "search"  # a host's own search is no business of its main thread
 class HostShards:
     """What one `FaissIndex` of all passages finds; every process asks with the same queries, in the same order."""
 
-    on_host = True
-
     def __init__(self, folder: Path, meta: Mapping[str, Any]):
         exchange = ours()
         self.kind: str = meta["kind"]

@@ -26,13 +26,12 @@ class Index(Protocol):
     kind: str
     count: int
     dim: int
-    on_host: bool  # it searches without the devices
 
     def search(self, queries: Float[np.ndarray | Array, "q d"], k: int) -> SearchResult: ...
 
 
-def checked_queries(index: Index, queries: Float[np.ndarray | Array, "q d"], k: int) -> Float32[np.ndarray, "q d"]:
-    """The queries on the host in float32, once they are known to fit the index."""
+def check_queries(index: Index, queries: Float[np.ndarray | Array, "q d"], k: int) -> None:
+    """Refuses queries that do not fit the index, and more passages than it has."""
     if queries.shape[1] != index.dim:
         raise UserError(
             f"the queries are {queries.shape[1]} wide but the index holds vectors of {index.dim}: "
@@ -43,6 +42,11 @@ def checked_queries(index: Index, queries: Float[np.ndarray | Array, "q d"], k: 
             f"{k} passages asked for but the index holds {index.count}: "
             f"ask for 1 to {index.count} (--n_context and what multiplies it), or index more passages"
         )
+
+
+def checked_queries(index: Index, queries: Float[np.ndarray | Array, "q d"], k: int) -> Float32[np.ndarray, "q d"]:
+    """The queries on the host in float32, once they are known to fit the index."""
+    check_queries(index, queries, k)
     return np.ascontiguousarray(queries, np.float32)
 
 

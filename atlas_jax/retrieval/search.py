@@ -8,6 +8,7 @@ import numpy as np
 from atlas_jax.exchange import ours
 from atlas_jax.mesh import on_host
 from atlas_jax.retrieval.embed import Embedder
+from atlas_jax.retrieval.flat_index import FlatIndex
 from atlas_jax.retrieval.interface import Index, SearchResult
 from atlas_jax.retrieval.passages import PassageTokens
 
@@ -29,14 +30,12 @@ class Search:
     def start(self, queries: Sequence[str], k: int) -> Callable[[], SearchResult]:
         """Begins to look for the best k passages of each query; calling the result waits for them.
 
-        What runs on the devices is done at once, so that no other work gets in between; an index on the host searches
-        while the devices go on.
+        What runs on the devices is given to them at once, in front of any later work, and nothing is waited for.
         """
-        vectors = self.vectors(queries)
-        if self.index.on_host:
-            return self._host.submit(self.index.search, vectors, k).result
-        found = self.index.search(vectors, k)
-        return lambda: found
+        index, vectors, count = self.index, self.queries.queries(queries, self.rows), len(queries)
+        if isinstance(index, FlatIndex):
+            return index.start(vectors, count, k)
+        return self._host.submit(lambda: index.search(np.asarray(vectors)[:count], k)).result
 
 
 class Rerank:

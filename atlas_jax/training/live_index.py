@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +46,10 @@ class LiveIndex:
         if self._finder:
             self._check_count(len(self._finder.library.passages))
 
-    def find(self, model: Atlas, examples: Sequence[Example]) -> Found:
-        """The passages that a step learns from."""
+    def start(self, model: Atlas, examples: Sequence[Example]) -> Callable[[], Found]:
+        """Begins to look for the passages that a step learns from; calling the result waits for them."""
         self.update(model)
-        return self.source.start(examples, self._n)()
+        return self.source.start(examples, self._n)
 
     def update(self, model: Atlas) -> None:
         """Takes the retriever's present parameters."""
@@ -118,6 +118,11 @@ class LiveIndex:
 def passages_learn(config: Config) -> bool:
     """Whether training changes how passages are embedded."""
     return config.distill.train_retriever and not config.retrieval.query_side_retriever_training
+
+
+def learns(config: Config, step: int) -> bool:
+    """Whether the retriever learns in a step, perhaps adding to a sum of gradients only."""
+    return config.distill.train_retriever and step > config.distill.freeze_retriever_steps
 
 
 def is_due(config: Config, step: int) -> bool:

@@ -3,16 +3,16 @@
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Int, Key
 
 from atlas_jax.checkpoints.restore import model_shapes
 from atlas_jax.checkpoints.run_checkpoints import RunCheckpoints
@@ -27,17 +27,18 @@ from atlas_jax.exchange import ours
 from atlas_jax.interrupts import Interrupted, Interrupts, requeue
 from atlas_jax.mesh import is_one_cpu, make_mesh, replicate, split_widths
 from atlas_jax.models.atlas import Atlas, AtlasConfig
-from atlas_jax.prefetch import prefetch
 from atlas_jax.programs import Program, keep_programs
 from atlas_jax.retrieval.library import check_library
 from atlas_jax.shared_files import shared_scratch
-from atlas_jax.tasks import Example, make_task
+from atlas_jax.tasks import make_task
 from atlas_jax.training.batches import Batches, TrainingExamples
+from atlas_jax.training.clock import Clock, Seconds
 from atlas_jax.training.live_index import LiveIndex
 from atlas_jax.training.optimizer import rate
 from atlas_jax.training.report import Report
 from atlas_jax.training.resume import Start, begin_or_go_on, snapshot
-from atlas_jax.training.step import StepConfig, TrainState, train_step
+from atlas_jax.training.step import Batch, Metrics, StepConfig, TrainState, train_step
+from atlas_jax.training.upcoming import Ready, Upcoming, may_look_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,15 @@ def _alone(run: Path) -> Iterator[None]:
         yield
 
 
+class Untold(NamedTuple):
+    """A step that the report lacks."""
+
+    step: int
+    metrics: dict[str, Array]  # perhaps still under way
+    seconds: Seconds
+    before: Seconds  # of what the run did in front of it
+
+
 class Trainer:
     """A run: its state, where it is, and what it works with."""
 
@@ -109,16 +119,19 @@ class Trainer:
         tokenizer, retriever_tokenizer = start.weights.tokenizer, start.weights.retriever_tokenizer
         self.cfg = step_config(config, start.weights.cfg, mesh, tokenizer.pad_id, tokenizer.suffix[0])
         self.index = LiveIndex(config, start, mesh, scratch)
-        self.examples = TrainingExamples(config, make_task(config, train=True), files, tokenizer)
         self.batches = Batches(config, tokenizer, retriever_tokenizer, mesh)
         self.evaluator = Evaluator(config, make_task(config), self.index.source, tokenizer, mesh)
         self.evaluated = evaluated
         self.programs = {update: step_program(self.cfg, mesh, update=update) for update in (True, False)}
-        self.key = jax.random.key(config.run.seed)
+        compiling = *self.programs.values(), *self.index.source.programs
+        self.clock = Clock(lambda: sum(program.compile_seconds for program in compiling))
+        examples = TrainingExamples(config, make_task(config, train=True), files, tokenizer)
+        self.upcoming = Upcoming(config, examples, self.index, self.batches, self.clock, self.progress.position)
+        self.key = replicate(mesh, jax.random.key(config.run.seed))
         self.saved = self.progress.step if start.memory else -1
         self.bad_in_a_row = 0
-        self._untold: list[tuple[int, dict[str, Array], dict[str, float]]] = []  # steps that the report lacks
-        self._between: dict[str, float] = {}  # seconds of what came since the last step, which the next one reports
+        self._untold: list[Untold] = []
+        self._between: Seconds = {}  # what came since the last step, which the next one reports
 
     def run(self, report: Report, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
         """Until the last step."""
@@ -128,25 +141,20 @@ class Trainer:
                 logger.info("step %d of %d: the run is finished", self.progress.step, total)
             if self.progress.step and (self.progress.step % freq.eval_freq == 0 or self.progress.step == total):
                 self.evaluate(report, interrupts, only_missing=True)  # which a stop may have cut short
-            for examples in prefetch(
-                self.examples.batches(self.progress.position, self.batches.size, self.batches.own)
-            ):
-                if self.progress.step >= total:
-                    break
-                if self.index.is_due(self.progress.step):
-                    with self._timed("refresh_index"):
-                        self.index.refresh(self.model(), self.state.params)
-                self.step(examples, report, interrupts)
-                if self.bad_in_a_row >= freq.max_bad_steps:
-                    self._give_up(report, checkpoints, interrupts)
-                last = self.progress.step == total
-                if self.progress.step % freq.save_freq == 0 or last:
-                    with self._timed("save"):
-                        self.save(report, checkpoints, interrupts)
-                if self.progress.step % freq.eval_freq == 0 or last:
-                    with self._timed("evaluate"):
-                        self.evaluate(report, interrupts)
-                interrupts.check()
+            with contextlib.closing(self.upcoming):
+                ready: Ready | None = None
+                while self.progress.step < total:
+                    ready = self.step(ready, report, interrupts)
+                    if self.bad_in_a_row >= freq.max_bad_steps:
+                        self._give_up(report, checkpoints, interrupts)
+                    last = self.progress.step == total
+                    if self.progress.step % freq.save_freq == 0 or last:
+                        with self._timed("save"):
+                            self.save(report, checkpoints, interrupts)
+                    if self.progress.step % freq.eval_freq == 0 or last:
+                        with self._timed("evaluate"):
+                            self.evaluate(report, interrupts)
+                    interrupts.check()
         except Interrupted:
             self.save(report, checkpoints, interrupts)
             raise
@@ -155,38 +163,40 @@ class Trainer:
         """The model with the present parameters."""
         return build_model(self.state.params, self.cfg.model)
 
-    def step(self, examples: Sequence[Example], report: Report, interrupts: Interrupts) -> None:
-        """One training step."""
-        self._wait()
-        began, compiled, step = time.perf_counter(), self._compile_seconds(), self.progress.step + 1
-        found = self.index.find(self.model(), examples)
-        retrieved = time.perf_counter()
-        retriever = self.config.distill.train_retriever and step > self.config.distill.freeze_retriever_steps
-        batch = self.batches(examples, found, retriever=retriever)
+    def step(self, ready: Ready | None, report: Report, interrupts: Interrupts) -> Ready | None:
+        """One training step, with what is ready for it; returns the same for the next step, where that is possible.
+
+        Passages are found by the retriever that the step before left. Where this step leaves it as it is, the next
+        one's are looked for now, and arranged while the devices are busy with this one.
+        """
+        step = self.progress.step + 1
+        if ready is None:
+            if self.index.is_due(step - 1):
+                with self._timed("refresh_index"):
+                    self.index.refresh(self.model(), self.state.params)
+            self._wait()
+            ready = self.upcoming.look(self.model(), step)()
+        ahead = step < self.config.optim.total_steps and may_look_ahead(self.config, step)
+        look = self.upcoming.look(self.model(), step + 1) if ahead else None
         program = self.programs[step % self.config.optim.accumulation_steps == 0]
-        arguments = batch, replicate(self.mesh, jax.random.fold_in(self.key, step))
-        made = time.perf_counter()
-        program.prepare(self.state, *arguments)
+        with self.clock(ready.seconds):
+            arguments = ready.batch, self.key, replicate(self.mesh, np.asarray(step, np.int32))
+            program.prepare(self.state, *arguments)
         with interrupts.held():
-            self.state, metrics = program(self.state, *arguments)
-            self.progress.step, self.progress.position = step, self.progress.position + len(examples)
-            compiling = self._compile_seconds() - compiled
-            seconds = {"runtime/retrieve": retrieved - began, "runtime/batch": made - retrieved}
-            seconds |= {"runtime/compile": compiling} if compiling else {}
-            seconds, self._between = seconds | self._between, {}
-            self._untold.append((step, metrics, seconds))
-            self._tell(report, but=1)  # the device is busy with this step meanwhile
-            seconds["runtime/train_step"] = time.perf_counter() - began - compiling
+            with self.clock(ready.seconds):
+                self.state, metrics = program(self.state, *arguments)
+            self.progress.step, self.progress.position = step, self.progress.position + self.batches.size
+            self._untold.append(Untold(step, metrics, ready.seconds, self._between))
+            self._between = {}
+            self._tell(report, but=1)  # the devices are busy with this step meanwhile
+        return look() if look else None
 
     def _wait(self) -> None:
         """For the devices to end the last step, if they have to search next: that is time of the step's own."""
         if self._untold and self.index.searches:
-            _, metrics, seconds = self._untold[-1]
-            began = time.perf_counter()
-            jax.block_until_ready(metrics)
-            waited = time.perf_counter() - began
-            for name in ("runtime/device", "runtime/train_step"):
-                seconds[name] = seconds.get(name, 0.0) + waited
+            last = self._untold[-1]
+            with self.clock(last.seconds, "device"):
+                jax.block_until_ready(last.metrics)
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -196,13 +206,12 @@ class Trainer:
         yield
         self._between[f"runtime/{what}"] = time.perf_counter() - began
 
-    def _compile_seconds(self) -> float:
-        return sum(program.compile_seconds for program in (*self.programs.values(), *self.index.source.programs))
-
     def _tell(self, report: Report, but: int = 0) -> None:
         """Reports the steps that are done, but for the last few."""
         while len(self._untold) > but:
-            step, metrics, seconds = self._untold.pop(0)
+            step, metrics, seconds, before = self._untold.pop(0)
+            with self.clock(seconds, "device"):
+                jax.block_until_ready(metrics)
             values = {name: float(value) for name, value in metrics.items()}
             bad, updates = int(values.pop("bad")), int(values.pop("updates"))
             self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
@@ -211,7 +220,7 @@ class Trainer:
             values["lr"] = rate(optim, optim.lr, updates)
             if self.config.distill.train_retriever:
                 values["lr_retriever"] = rate(optim, optim.lr_retriever, updates)
-            report.step(step, values | seconds | {"skipped_steps": self.progress.skipped})
+            report.step(step, values | seconds | before | {"skipped_steps": self.progress.skipped})
 
     def save(self, report: Report, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
         """Hands the state over to be written while the run goes on."""
@@ -269,9 +278,18 @@ def training_mesh(config: Config, model: AtlasConfig, described: Sequence[Any] |
 
 
 def step_program(cfg: StepConfig, mesh: Mesh, *, update: bool) -> Program:
-    """A step that changes the parameters, or one that only adds up gradients."""
+    """A step that changes the parameters, or one that only adds up gradients.
+
+    It takes the state, a batch, the run's key and the number of the step, from which the step's own key is made.
+    """
+
+    def step(
+        state: TrainState, batch: Batch, key: Key[Array, ""], number: Int[Array, ""]
+    ) -> tuple[TrainState, Metrics]:
+        return train_step(state, batch, jax.random.fold_in(key, number), cfg, update=update)
+
     name = "train step" if update else "gradient step"
-    return Program(name, functools.partial(train_step, cfg=cfg, update=update), mesh, donate=True, gather=True)
+    return Program(name, step, mesh, donate=True, gather=True)
 
 
 def step_config(config: Config, model: AtlasConfig, mesh: Mesh, pad_id: int, eos_id: int) -> StepConfig:

@@ -53,7 +53,7 @@ def test_memory_adds_up(planned, tiny_weights):
             by_hand += array.nbytes if whole else array.nbytes // mesh.size
     assert train["memory"]["parameters"] == by_hand
     assert train["memory"]["optimizer"] == 2 * by_hand + 2 * 4  # and two counts of updates
-    key = 2 * 4
+    key = 2 * 4 + 4  # and the number of the step
     ids, masks, lengths = 4 * (32 + 8), 32 + 8, 4  # of the one question of a device
     assert train["memory"]["batch"] == ids + masks + lengths + key
     given = train["memory"]["parameters"] + train["memory"]["optimizer"] + train["memory"]["batch"]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from atlas_jax.errors import UserError
+from atlas_jax.mesh import replicate
 from atlas_jax.retrieval import flat_index
 from atlas_jax.retrieval.flat_index import FlatIndex
 
@@ -112,6 +113,21 @@ def test_query_counts_share_programs():
     index.search(queries, 3)
     assert flat_index.best_rows._cache_size() == programs + 1
     assert index.search(queries[:0], 3).numbers.shape == (0, 3)
+
+
+def test_a_search_is_begun_with_queries_on_the_devices():
+    """In half precision too, and whatever the rows behind them are, which with one more question would matter."""
+    mesh = mesh_of(2, 2)
+    index = FlatIndex.from_array(normal(300, 8), mesh)
+    queries = normal(6, 8, seed=1)  # float16
+    queries[4:] = np.nan
+    wanted = index.search(queries[:4].astype(np.float32), 20)
+    started = [index.start(replicate(mesh, array), 4, 20) for array in (queries, queries.astype(np.float32))]
+    for found in (start() for start in started):
+        np.testing.assert_array_equal(found.numbers, wanted.numbers)
+        np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-6)
+    with pytest.raises(UserError, match="not finite"):
+        index.start(replicate(mesh, queries), 5, 20)()
 
 
 def test_queries_may_be_on_a_device_and_in_bfloat16():
