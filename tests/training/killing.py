@@ -44,6 +44,7 @@ def command(name: str, folder: Path, *more: str) -> list[str]:
         "--generation_max_length": "4",
         "--temperature_gold": "0.1",
         "--temperature_score": "0.1",
+        "--freeze_retriever_steps": "3",  # while passages are found a step ahead
         "--refresh_index": "4",
         "--total_steps": str(STEPS),
         "--warmup_steps": "2",
