@@ -2,9 +2,13 @@
 
 import contextlib
 import errno
+import glob
+import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,10 +22,12 @@ from atlas_jax.errors import UserError
 def new_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterator[Path]:
     """Yields a hidden sibling to write into, renamed to `folder` when the block ends and removed when it fails.
 
+    What a killed process left of its own goes first.
     When `folder` has appeared meanwhile the first writer wins, unless `replace`. Not being able to write is a
     `UserError` that ends in `remedy`.
     """
-    draft, retired = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("draft", "old"))
+    _sweep(folder)
+    draft, retired = _sibling(folder, "draft"), _sibling(folder, "old")
     try:
         draft.mkdir(parents=True)
     except OSError as error:
@@ -47,9 +53,10 @@ def new_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterator[
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a hidden sibling to write, renamed to `path` when the block ends and removed when it fails.
 
-    Not being able to write is a `UserError`.
+    What a killed process left of its own goes first. Not being able to write is a `UserError`.
     """
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
+    _sweep(path)
+    draft = _sibling(path, "draft")
     try:
         yield draft
         os.replace(draft, path)
@@ -61,6 +68,42 @@ def new_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # there is none, or what stopped the writing stops this too
             draft.unlink()
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    """A new hidden name beside a path, which tells whose it is."""
+    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{kind}")
+
+
+def _sweep(path: Path) -> None:
+    """Removes such siblings, which may be large, of processes of this machine that were killed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        its = re.fullmatch(r"(\w{8})-(\d+)-\w{8}\.(draft|old)", left.name.removeprefix(f".{path.name}."))
+        if its and its[1] == _machine() and not _lives(int(its[2])) and (its[3] == "draft" or path.exists()):
+            with contextlib.suppress(OSError):
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink()
+
+
+def _machine() -> str:
+    """One name wherever the same number is the same process: containers of a host may have numbers of their own."""
+    try:
+        numbers = os.stat("/proc/self/ns/pid").st_ino  # of Linux
+    except OSError:
+        numbers = 0
+    return hashlib.blake2b(f"{socket.gethostname()} {numbers}".encode(), digest_size=4).hexdigest()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def sync(*paths: Path) -> None:

@@ -4,6 +4,9 @@ import ctypes
 import errno
 import mmap
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +61,40 @@ def test_an_interrupted_exchange_brings_the_old_folder_back(tmp_path, monkeypatc
         make(tmp_path / "folder", "new", replace=True)
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
     assert (tmp_path / "folder" / "a").read_text() == "old"
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from atlas_jax.files import new_file, new_folder
+folder, file = map(pathlib.Path, sys.argv[1:])
+with new_folder(folder, "", replace=True) as draft, new_file(file) as other:
+    (draft / "a").write_text("half")
+    other.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path, monkeypatch):
+    """And nothing of a process that lives, of other targets, or of another machine, whose processes nobody knows."""
+    folder, file = tmp_path / "folder[1]", tmp_path / "file"  # a name with a pattern in it
+    root = str(Path(__file__).parents[1])
+    for _ in range(2):
+        command = [sys.executable, "-c", KILLED, str(folder), str(file)]
+        assert subprocess.run(command, cwd=root, check=False).returncode == -signal.SIGKILL
+        assert len(list(tmp_path.iterdir())) == 2  # not four
+    with new_file(tmp_path / "file.b") as longer, new_file(file) as mine, new_file(file) as other:
+        for one in (longer, mine, other):
+            one.write_text("whole")
+        assert sorted(tmp_path.glob(".file.*")) == sorted([longer, mine, other])
+    (tmp_path / "file.b").unlink()
+    subprocess.run(command, cwd=root, check=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("atlas_jax.files._machine", lambda: "01234567")
+        make(folder, "new")
+        assert len(list(tmp_path.iterdir())) == 4
+    make(folder, "new", replace=True)
+    write_json(file, {})
+    assert sorted(tmp_path.iterdir()) == sorted([file, folder])
 
 
 def test_what_cannot_be_written_is_said(tmp_path):

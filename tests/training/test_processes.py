@@ -107,6 +107,32 @@ def test_an_evaluation_does_not_depend_on_processes(golden, tmp_path):
     assert len({str(one) for one in alike[2]}) > 1
 
 
+@pytest.mark.parametrize("mode", ["flat", "faiss"])
+def test_who_is_killed_in_a_search_is_named(golden, tmp_path, mode):
+    """The other process ends and leaves no results; the same command gives them, and leaves nothing else."""
+    run, log, rows = tmp_path / "run", tmp_path / "log.txt", tmp_path / "rows.jsonl"
+    rows.write_text(30 * (golden / "qa.jsonl").read_text())
+    flags = ["--task", "qa", "--eval_data", str(rows), "--retrieve_only", "--write_results"]
+    flags += ["--model_path", str(golden / "checkpoint_initial"), "--passages", str(golden / "passages.jsonl")]
+    flags += ["--reader_model_type", str(golden / "assets/reader"), "--text_maxlength", "64", "--n_context", "3"]
+    flags += ["--retriever_model_path", str(golden / "assets/retriever"), "--index_mode", mode]
+    command = [*ATLAS, "evaluate", *flags, "--checkpoint_dir", str(tmp_path), "--name", "run"]
+    two = killing.start_processes(command, log, 2)
+    wait_for(lambda: "compiled query encoder" in log.read_text(), two, log)
+    two[1].kill()
+    statuses, said = ended(two, log)
+    assert statuses == [75, -signal.SIGKILL], said
+    assert "atlas: process 1 (" in said.splitlines()[-1]
+    assert not list(run.glob("rows*"))
+    statuses, said = ended(killing.start_processes(command, log, 2), log)
+    assert statuses == [0, 0], said
+    results = {"rows-step-1.jsonl", "rows-step-1.metrics.json"}
+    assert {path.name for path in run.iterdir()} == {"config.json", "run.log"} | results
+    lines = [json.loads(line) for line in (run / "rows-step-1.jsonl").read_text().splitlines()]
+    assert len(lines) == 30 * 24
+    assert {len(line["passages"]) for line in lines} == {3}
+
+
 @pytest.mark.parametrize(
     ("queries", "devices", "flags"),
     [
