@@ -73,6 +73,19 @@ def talk(exchange, mark: Path) -> None:
     print("keys", sum(key.count("/") for key, _ in left) and len(left))
 
 
+def check_rows(path: Path) -> None:
+    """What the test of `checked_rows` claims."""
+    from atlas_jax.evaluation.loop import checked_rows
+    from atlas_jax.tasks.qa import QA
+
+    class Counting(QA):
+        def check(self, row: dict) -> None:
+            print("question", row["question"])
+            super().check(row)
+
+    checked_rows(str(path), Counting())
+
+
 def busy(seconds: float) -> None:
     """A process that works, if not much."""
     end = time.monotonic() + seconds
@@ -88,6 +101,8 @@ def main(mode: str, run: RunConfig, seconds: float, who: int) -> None:
         try:
             if mode == "talk":
                 talk(exchange, Path(f"{run.coordinator}.mark"))
+            if mode == "rows":
+                check_rows(Path("rows.jsonl"))
             if mode == "late" and index != who:
                 exchange.gather(b"x", timeout=seconds)
             if mode == "error" and index == who:
