@@ -78,10 +78,10 @@ class Program:
             lowered = self._lower(state, *args)
             self._compiled[shapes] = _in_thread(f"compile {self.name}", lowered.compile)
             seconds = time.perf_counter() - start
-            self.compile_seconds += seconds
             shape = " x ".join(map(str, max((x.shape for x in leaves), key=len, default=())))
             logger.info("compiled %s for %s in %.1f s (program %d)", self.name, shape, seconds, self.count)
             ours().barrier()  # who found it in a cache is not to think that another one, who did not, is stuck
+            self.compile_seconds += time.perf_counter() - start
         return self._compiled[shapes]
 
     def _lower(self, state: Any, *args: Any) -> jax.stages.Lowered:
