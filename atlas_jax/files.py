@@ -2,13 +2,13 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ from atlas_jax.errors import UserError
 def new_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterator[Path]:
     """Yields a hidden sibling to write into, renamed to `folder` when the block ends and removed when it fails.
 
-    What a killed process left of its own goes first.
+    The siblings of processes that were killed go first.
     When `folder` has appeared meanwhile the first writer wins, unless `replace`. Not being able to write is a
     `UserError` that ends in `remedy`.
     """
@@ -53,7 +53,7 @@ def new_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterator[
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a hidden sibling to write, renamed to `path` when the block ends and removed when it fails.
 
-    What a killed process left of its own goes first. Not being able to write is a `UserError`.
+    The siblings of processes that were killed go first. Not being able to write is a `UserError`.
     """
     _sweep(path)
     draft = _sibling(path, "draft")
@@ -76,24 +76,28 @@ def _sibling(path: Path, kind: str) -> Path:
 
 
 def _sweep(path: Path) -> None:
-    """Removes such siblings, which may be large, of processes of this machine that were killed."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        its = re.fullmatch(r"(\w{8})-(\d+)-\w{8}\.(draft|old)", left.name.removeprefix(f".{path.name}."))
-        if its and its[1] == _machine() and not _lives(int(its[2])) and (its[3] == "draft" or path.exists()):
-            with contextlib.suppress(OSError):
-                if left.is_dir() and not left.is_symlink():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink()
+    """Such siblings, which may be large, of processes that were killed on this machine: they go, or take its place."""
+    with contextlib.suppress(OSError):  # who comes to write here will say what is wrong
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            its = re.fullmatch(r"(\w{8})-(\d+)-\w{8}\.(draft|old)", left.name.removeprefix(f".{path.name}."))
+            if not its or its[1] != _machine() or _lives(int(its[2])):
+                continue
+            if its[3] == "old" and not path.exists():  # killed just before the new one came
+                os.rename(left, path)
+            elif left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
 
 
+@functools.cache
 def _machine() -> str:
-    """One name wherever the same number is the same process: containers of a host may have numbers of their own."""
+    """One name wherever the same number is the same process: neither on another host nor in a container of this one."""
     try:
-        numbers = os.stat("/proc/self/ns/pid").st_ino  # of Linux
-    except OSError:
-        numbers = 0
-    return hashlib.blake2b(f"{socket.gethostname()} {numbers}".encode(), digest_size=4).hexdigest()
+        boot, numbers = Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux: nobody's
+        boot, numbers = uuid.uuid4().hex, 0
+    return hashlib.blake2b(f"{boot} {numbers}".encode(), digest_size=4).hexdigest()
 
 
 def _lives(process: int) -> bool:

@@ -67,34 +67,58 @@ KILLED = """
 import os, pathlib, signal, sys
 from atlas_jax.files import new_file, new_folder
 folder, file = map(pathlib.Path, sys.argv[1:])
+rename = os.rename
+def last(source, target):
+    rename(source, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.rename = last  # of two: the first makes room for the second
 with new_folder(folder, "", replace=True) as draft, new_file(file) as other:
     (draft / "a").write_text("half")
     other.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
+    if not folder.exists():
+        os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def kill(folder, file):
+    """A process that dies while it writes both, or, where there is a folder, while it replaces that."""
+    command = [sys.executable, "-c", KILLED, str(folder), str(file)]
+    root = Path(__file__).parents[1]
+    assert subprocess.run(command, cwd=root, check=False).returncode == -signal.SIGKILL
 
 
 def test_the_next_writer_removes_what_a_killed_one_left(tmp_path, monkeypatch):
     """And nothing of a process that lives, of other targets, or of another machine, whose processes nobody knows."""
     folder, file = tmp_path / "folder[1]", tmp_path / "file"  # a name with a pattern in it
-    root = str(Path(__file__).parents[1])
     for _ in range(2):
-        command = [sys.executable, "-c", KILLED, str(folder), str(file)]
-        assert subprocess.run(command, cwd=root, check=False).returncode == -signal.SIGKILL
+        kill(folder, file)
         assert len(list(tmp_path.iterdir())) == 2  # not four
     with new_file(tmp_path / "file.b") as longer, new_file(file) as mine, new_file(file) as other:
         for one in (longer, mine, other):
             one.write_text("whole")
         assert sorted(tmp_path.glob(".file.*")) == sorted([longer, mine, other])
     (tmp_path / "file.b").unlink()
-    subprocess.run(command, cwd=root, check=False)
+    kill(folder, file)
     with monkeypatch.context() as patch:
         patch.setattr("atlas_jax.files._machine", lambda: "01234567")
         make(folder, "new")
         assert len(list(tmp_path.iterdir())) == 4
-    make(folder, "new", replace=True)
+    make(folder, "newer", replace=True)
     write_json(file, {})
     assert sorted(tmp_path.iterdir()) == sorted([file, folder])
+
+
+def test_the_next_writer_brings_back_what_a_killed_one_was_replacing(tmp_path):
+    """Between the two renames of a replacement there is no folder; even if the next writer fails there is one again."""
+    folder = tmp_path / "folder"
+    make(folder, "old")
+    kill(folder, tmp_path / "file")
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="no"), new_folder(folder, "choose another", replace=True):
+        raise ValueError("no")
+    assert (folder / "a").read_text() == "old"
+    write_json(tmp_path / "file", {})
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file", folder]
 
 
 def test_what_cannot_be_written_is_said(tmp_path):

@@ -61,7 +61,7 @@ class FlatIndex:
         padded = np.pad(np.asarray(queries, np.float32), ((0, padded_queries(count) - count), (0, 0)))
         return self.start(replicate(self.mesh, padded), count, k)()
 
-    def start(self, queries: Float[Array, "rows d"], count: int, k: int) -> Callable[[], SearchResult]:
+    def start(self, queries: Float32[Array, "rows d"], count: int, k: int) -> Callable[[], SearchResult]:
         """Begins a search with the first `count` rows of what lies whole on every device; calling the result waits.
 
         Other rows mean nothing. The queries may still be under way: the host waits for nothing here.
@@ -105,7 +105,7 @@ def chunk_rows(count: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("k", "chunk", "mesh"))
 def best_rows(
-    rows: Float16[Array, "padded d"], queries: Float[Array, "q d"], count: Int[Array, ""], *,
+    rows: Float16[Array, "padded d"], queries: Float32[Array, "q d"], count: Int[Array, ""], *,
     k: int, chunk: int, mesh: Mesh,
 ) -> _Best:  # fmt: skip
     """The best k of each chunk, of those the best of the device, of those the best of all."""
@@ -132,7 +132,7 @@ def best_rows(
     search = jax.shard_map(
         of_device, mesh=mesh, in_specs=(sharded, replicated, replicated), out_specs=replicated, check_vma=False
     )
-    return search(rows, queries.astype(jnp.float32), count)
+    return search(rows, queries, count)
 
 
 def _merge(parts: _Best, k: int) -> _Best:

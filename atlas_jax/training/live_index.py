@@ -61,6 +61,11 @@ class LiveIndex:
         """Whether finding passages takes the devices."""
         return self._finder is not None
 
+    @property
+    def waits(self) -> bool:
+        """Whether `start` itself waits for the devices."""
+        return self.config.retrieval.retrieve_with_rerank
+
     def is_due(self, step: int) -> bool:
         """Whether it is time to `refresh`, before the step after `step`."""
         return self._finder is not None and is_due(self.config, step)
@@ -120,7 +125,7 @@ def passages_learn(config: Config) -> bool:
     return config.distill.train_retriever and not config.retrieval.query_side_retriever_training
 
 
-def learns(config: Config, step: int) -> bool:
+def retriever_learns(config: Config, step: int) -> bool:
     """Whether the retriever learns in a step, perhaps adding to a sum of gradients only."""
     return config.distill.train_retriever and step > config.distill.freeze_retriever_steps
 

@@ -177,6 +177,8 @@ class Trainer:
             self._wait()
             ready = self.upcoming.look(self.model(), step)()
         ahead = step < self.config.optim.total_steps and may_look_ahead(self.config, step)
+        if ahead and self.index.waits:
+            self._wait()
         look = self.upcoming.look(self.model(), step + 1) if ahead else None
         program = self.programs[step % self.config.optim.accumulation_steps == 0]
         with self.clock(ready.seconds):

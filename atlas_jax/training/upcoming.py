@@ -8,7 +8,7 @@ from atlas_jax.models.atlas import Atlas
 from atlas_jax.prefetch import prefetch
 from atlas_jax.training.batches import Batches, TrainingExamples
 from atlas_jax.training.clock import Clock, Seconds
-from atlas_jax.training.live_index import LiveIndex, is_due, learns
+from atlas_jax.training.live_index import LiveIndex, is_due, retriever_learns
 from atlas_jax.training.step import Batch
 
 
@@ -45,7 +45,7 @@ class Upcoming:
             with self._clock(seconds, "retrieve"):
                 found = find()
             with self._clock(seconds, "batch"):
-                return Ready(self._batches(examples, found, retriever=learns(self._config, step)), seconds)
+                return Ready(self._batches(examples, found, retriever=retriever_learns(self._config, step)), seconds)
 
         return arrange
 
@@ -56,5 +56,5 @@ class Upcoming:
 
 def may_look_ahead(config: Config, step: int) -> bool:
     """Whether the step after `step` searches with the retriever, and in the index, that `step` begins with."""
-    changes = learns(config, step) and step % config.optim.accumulation_steps == 0
+    changes = retriever_learns(config, step) and step % config.optim.accumulation_steps == 0
     return not changes and not is_due(config, step)

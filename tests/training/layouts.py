@@ -23,7 +23,8 @@ GOLDEN = killing.GOLDEN
 # and their questions a device of the batch axes
 MESHES = {"data=8": 1, "fsdp=8": 1, "model=4": 8, "data=2,fsdp=2,model=2": 2, "fsdp=4,passages=2": 2}
 # Codes that centroids decide would change with the last bit of a vector, so training has the exact kind
-TRAININGS = RUNS | {"linear_faiss": ["--scheduler", "linear", "--index_mode", "faiss", "--refresh_index", "2"]}
+FAISS = "--index_mode faiss --refresh_index 2 --freeze_retriever_steps 2"
+TRAININGS = RUNS | {"linear_faiss": ["--scheduler", "linear", *FAISS.split()]}
 INDEXES = {"flat": ["--index_mode", "flat"], "faiss": ["--index_mode", "faiss", "--faiss_index_type", "ivfsq"]}
 ATLAS = [sys.executable, "-m", "atlas_jax.cli"]
 MODEL = {
