@@ -1,5 +1,6 @@
 """A run that was stopped ends like one that was not: parameters bit for bit, and the metrics."""
 
+import json
 import random
 import shutil
 import signal
@@ -17,6 +18,18 @@ def folder(tmp_path_factory):
     seconds = killing.finish("whole", folder)
     assert killing.same(folder / "first", folder / "whole")
     return folder, seconds
+
+
+def test_where_the_time_goes(folder):
+    """A line for three steps: saves before each odd step, evaluations before 6 and 11, new indexes before 5 and 9."""
+    folder, _ = folder
+    rows = [json.loads(line) for line in (folder / "whole/metrics.jsonl").read_text().splitlines()]
+    for part, steps in {"save": [3, 6, 9, 12], "evaluate": [6, 12], "refresh_index": [6, 9]}.items():
+        assert [row["step"] for row in rows if f"runtime/{part}" in row] == steps, part
+    for row in rows:
+        parts = [row[f"runtime/{part}"] for part in ("retrieve", "batch", "device")]
+        assert min(parts) > 0
+        assert sum(parts) < row["runtime/train_step"]
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGUSR1]], ids=["kill", "stop"])
