@@ -143,15 +143,6 @@ def is_one_cpu(mesh: Mesh) -> bool:
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
-def runs_in_turn(mesh: Mesh) -> bool:
-    """Whether a program must have ended before the next one is given to the devices.
-
-    Several CPU devices share their threads. With two train steps under way (jax 0.12), each of some devices waited for
-    others in a collective, and no thread was left for these.
-    """
-    return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-
-
 @contextlib.contextmanager
 def in_host_memory() -> Iterator[None]:
     """New arrays are the CPU's, which has room for a whole model; where JAX_PLATFORMS leaves it out, a device's."""

@@ -3,11 +3,10 @@
 import concurrent.futures
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from atlas_jax.exchange import ours
-from atlas_jax.mesh import on_host, runs_in_turn
+from atlas_jax.mesh import on_host
 from atlas_jax.retrieval.embed import Embedder
 from atlas_jax.retrieval.flat_index import FlatIndex
 from atlas_jax.retrieval.interface import Index, SearchResult
@@ -31,19 +30,11 @@ class Search:
     def start(self, queries: Sequence[str], k: int) -> Callable[[], SearchResult]:
         """Begins to look for the best k passages of each query; calling the result waits for them.
 
-        What runs on the devices is given to them at once, in front of any later work, and, where they let the host go
-        ahead, nothing is waited for.
+        What runs on the devices is given to them at once, in front of any later work, and nothing is waited for.
         """
         index, vectors, count = self.index, self.queries.queries(queries, self.rows), len(queries)
-        in_turn = runs_in_turn(self.queries.mesh)
-        if in_turn:
-            jax.block_until_ready(vectors)
         if isinstance(index, FlatIndex):
-            search = index.start(vectors, count, k)
-            if not in_turn:
-                return search
-            found = search()
-            return lambda: found
+            return index.start(vectors, count, k)
         return self._host.submit(lambda: index.search(np.asarray(vectors)[:count], k)).result
 
 

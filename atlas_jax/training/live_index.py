@@ -57,6 +57,11 @@ class LiveIndex:
             self._finder.update(model.retriever)
 
     @property
+    def searches(self) -> bool:
+        """Whether finding passages takes the devices."""
+        return self._finder is not None
+
+    @property
     def waits(self) -> bool:
         """Whether `start` itself waits for the devices."""
         return self.config.retrieval.retrieve_with_rerank

@@ -25,7 +25,7 @@ from atlas_jax.evaluation.evaluator import Evaluator
 from atlas_jax.evaluation.loop import checked_files, checked_rows, compute_type, evaluate_file
 from atlas_jax.exchange import ours
 from atlas_jax.interrupts import Interrupted, Interrupts, requeue
-from atlas_jax.mesh import is_one_cpu, make_mesh, replicate, runs_in_turn, split_widths
+from atlas_jax.mesh import is_one_cpu, make_mesh, replicate, split_widths
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.programs import Program, keep_programs
 from atlas_jax.retrieval.library import check_library
@@ -177,7 +177,7 @@ class Trainer:
             self._wait()
             ready = self.upcoming.look(self.model(), step)()
         ahead = step < self.config.optim.total_steps and may_look_ahead(self.config, step)
-        if runs_in_turn(self.mesh) or (ahead and self.index.waits):
+        if ahead and self.index.waits:
             self._wait()
         look = self.upcoming.look(self.model(), step + 1) if ahead else None
         program = self.programs[step % self.config.optim.accumulation_steps == 0]
@@ -194,8 +194,8 @@ class Trainer:
         return look() if look else None
 
     def _wait(self) -> None:
-        """For the devices to end the last step: that is time of the step's own."""
-        if self._untold:
+        """For the devices to end the last step, if they have to search next: that is time of the step's own."""
+        if self._untold and self.index.searches:
             last = self._untold[-1]
             with self.clock(last.seconds, "device"):
                 jax.block_until_ready(last.metrics)
