@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atlas_jax.command_line import choose
+from atlas_jax.cpu_threads import give_threads
 from atlas_jax.errors import UserError
 from atlas_jax.interrupts import Interrupted, leave
 
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        give_threads()
         with _log_to_stderr():
             status = _run(arguments)
         sys.stdout.flush()

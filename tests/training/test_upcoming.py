@@ -39,10 +39,13 @@ def events(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, flags, quick_compiler):
-    """Trains a shuffled run with dropout on one device; returns its parameters and its metrics."""
+    """Trains a shuffled run with dropout on eight devices; returns its parameters and its metrics.
+
+    A second run of a test has its programs from the cache: see `cpu_threads`.
+    """
 
     def run(name, *more):
-        shuffled = ["--shuffle", "--mesh", "fsdp=1", "--dropout", "0.1", "--text_maxlength", "64"]
+        shuffled = ["--shuffle", "--per_gpu_batch_size", "1", "--dropout", "0.1", "--text_maxlength", "64"]
         command = ["train", "--name", name, "--checkpoint_dir", str(tmp_path), *flags, *shuffled, *more]
         assert cli.main(command) == 0
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
