@@ -14,7 +14,9 @@ from atlas_jax.training import loop
 from atlas_jax.training.upcoming import Upcoming, may_look_ahead
 
 STEPS = 6
-FROZEN = ["--freeze_retriever_steps", "3"]  # so steps 4 to 6 train it
+# Steps 4 to 6 train it. On eight devices: a second run has its programs from the cache, see `cpu_threads`
+FROZEN = ["--freeze_retriever_steps", "3", "--per_gpu_batch_size", "1"]
+LEARNING = ["--lr_retriever", "0.03", "--mesh", "fsdp=1"]
 
 
 @pytest.fixture
@@ -39,13 +41,10 @@ def events(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, flags, quick_compiler):
-    """Trains a shuffled run with dropout on eight devices; returns its parameters and its metrics.
-
-    A second run of a test has its programs from the cache: see `cpu_threads`.
-    """
+    """Trains a shuffled run with dropout; returns its parameters and its metrics."""
 
     def run(name, *more):
-        shuffled = ["--shuffle", "--per_gpu_batch_size", "1", "--dropout", "0.1", "--text_maxlength", "64"]
+        shuffled = ["--shuffle", "--dropout", "0.1", "--text_maxlength", "64"]
         command = ["train", "--name", name, "--checkpoint_dir", str(tmp_path), *flags, *shuffled, *more]
         assert cli.main(command) == 0
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -74,10 +73,10 @@ def test_it_looks_ahead_and_ends_alike(run, events, monkeypatch):
 
 def test_a_learning_retriever_is_waited_for(run, events, monkeypatch):
     """The counter-case: passages that were found too early are others, or in another order, and the end differs."""
-    right = run("right", "--lr_retriever", "0.03")
+    right = run("right", *LEARNING)
     assert events == [text for step in range(1, STEPS + 1) for text in (f"look {step}", "step")]
     monkeypatch.setattr(loop, "may_look_ahead", lambda config, step: True)
-    assert not same(right, run("wrong", "--lr_retriever", "0.03"))
+    assert not same(right, run("wrong", *LEARNING))
 
 
 @pytest.mark.parametrize(
