@@ -22,9 +22,8 @@ from atlas_jax.errors import UserError
 def new_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterator[Path]:
     """Yields a hidden sibling to write into, renamed to `folder` when the block ends and removed when it fails.
 
-    The siblings of processes that were killed go first.
-    When `folder` has appeared meanwhile the first writer wins, unless `replace`. Not being able to write is a
-    `UserError` that ends in `remedy`.
+    The siblings of processes that were killed go first. When `folder` has appeared meanwhile the first writer wins,
+    unless `replace`. Not being able to write is a `UserError` that ends in `remedy`.
     """
     _sweep(folder)
     draft, retired = _sibling(folder, "draft"), _sibling(folder, "old")

@@ -127,3 +127,60 @@ def test_a_search_is_begun_with_queries_on_the_devices():
     np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-6)
     with pytest.raises(UserError, match="not finite"):
         index.start(replicate(mesh, queries), 5, 20)()
+
+
+def test_queries_may_be_on_a_device_and_in_bfloat16():
+    """What the encoder gives is taken as it is."""
+    index, queries = FlatIndex.from_array(normal(40, 4), mesh_of(2)), jax.numpy.asarray(normal(3, 4)).astype("bfloat16")
+    found = index.search(queries, 3)
+    np.testing.assert_array_equal(found.numbers, index.search(np.asarray(queries, np.float32), 3).numbers)
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_one_file_serves_every_mesh(tmp_path, count):
+    """The same scores and numbers from the vectors in memory and in a file, on any devices."""
+    vectors, queries = normal(count, 16), normal(3, 16, seed=1).astype(np.float32)
+    index = FlatIndex.from_array(vectors, mesh_of(3))
+    np.save(tmp_path / "embeddings.npy", vectors)
+    for shape in [(1,), (2, 4)]:
+        loaded = FlatIndex.load(tmp_path, {"count": count, "dim": 16}, mesh_of(*shape))
+        for ours, theirs in zip(loaded.search(queries, count), index.search(queries, count), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_cannot_be_answered_is_said():
+    """Each refusal names its figures."""
+    index = FlatIndex.from_array(normal(10, 4), mesh_of(2))
+    with pytest.raises(UserError, match="11 passages asked for but the index holds 10"):
+        index.search(np.zeros((1, 4), np.float32), 11)
+    with pytest.raises(UserError, match="0 passages asked for"):
+        index.search(np.zeros((1, 4), np.float32), 0)
+    with pytest.raises(UserError, match="queries are 5 wide but the index holds vectors of 4"):
+        index.search(np.zeros((1, 5), np.float32), 1)
+    with pytest.raises(UserError, match="not finite"):
+        index.search(np.full((1, 4), np.nan, np.float32), 1)
+    with pytest.raises(UserError, match="an index of 0 passages"):
+        FlatIndex.from_array(np.zeros((0, 4), np.float16), mesh_of(2))
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    """Cut short, of another shape, of another type, pickled, or gone: one line, and nothing is unpickled."""
+    meta, file = {"count": 10, "dim": 4}, tmp_path / "embeddings.npy"
+    np.save(file, normal(10, 4))
+    whole = file.read_bytes()
+    damages = [
+        lambda: file.write_bytes(whole[:-1]),
+        lambda: file.write_bytes(whole[:50]),
+        lambda: file.write_bytes(b""),
+        lambda: file.write_bytes(whole.replace(b"(10, 4)", b"(-1, 4)")),
+        lambda: np.save(file, normal(10, 5)),
+        lambda: np.save(file, normal(10, 4).astype(np.float32)),
+        lambda: np.save(file, np.array([[{}]]), allow_pickle=True),
+        lambda: file.unlink(),
+    ]
+    for damage in damages:
+        damage()
+        with pytest.raises(UserError, match=r"embeddings\.npy: .* build it again"):
+            FlatIndex.load(tmp_path, meta, mesh_of(1))
+    file.write_bytes(whole)
+    assert FlatIndex.load(tmp_path, meta, mesh_of(1)).count == 10
