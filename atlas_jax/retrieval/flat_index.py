@@ -16,7 +16,7 @@ from atlas_jax.mesh import replicate
 from atlas_jax.retrieval.interface import SearchResult, check_queries, checked_result, read_array
 
 CHUNK_ROWS = 4096  # rows scored at once: measured fastest on a CPU, where their float32 copy stays in the cache
-LEAST = 17  # candidates: XLA's compiler for GPUs (jax 0.12) fails with 2 to 16, for which it has a kernel of its own
+LEAST = 17  # that top_k is asked for: XLA's compiler for GPUs (jax 0.12) fails with 2 to 16, its kernel for few
 
 
 class FlatIndex:
@@ -110,7 +110,7 @@ def best_rows(
     k: int, chunk: int, mesh: Mesh,
 ) -> _Best:  # fmt: skip
     """The best k of each chunk, of those the best of the device, of those the best of all."""
-    axes, wide = mesh.axis_names, max(k, LEAST)
+    axes = mesh.axis_names
 
     def of_device(rows: Float16[Array, "local d"], queries: Float32[Array, "q d"], count: Int[Array, ""]) -> _Best:
         local = len(rows)
@@ -123,25 +123,30 @@ def best_rows(
             scores = jnp.where(scores == 0, 0, scores)  # top_k would put 0 before -0, and they are a tie
             numbers = first + start + jnp.arange(chunk)
             is_new = (numbers >= first + wanted) & (numbers < count)
-            scores, column = jax.lax.top_k(jnp.where(is_new[None], scores, -jnp.inf), min(wide, chunk))
+            scores, column = _top(jnp.where(is_new[None], scores, -jnp.inf), k)
             return _Best(scores, numbers[column])
 
-        best = _merge(jax.lax.map(of_chunk, jnp.arange(0, local, chunk)), wide)
-        return _merge(jax.lax.all_gather(best, axes), wide)
+        best = _merge(jax.lax.map(of_chunk, jnp.arange(0, local, chunk)), k)
+        return _merge(jax.lax.all_gather(best, axes), k)
 
     sharded, replicated = PartitionSpec(axes), PartitionSpec()
-    search = jax.shard_map(
+    return jax.shard_map(
         of_device, mesh=mesh, in_specs=(sharded, replicated, replicated), out_specs=replicated, check_vma=False
-    )
-    return _Best(*(found[:, :k] for found in search(rows, queries, count)))
+    )(rows, queries, count)
 
 
 def _merge(parts: _Best, k: int) -> _Best:
     """The best k over the first axis, or as many as there are.
 
-    Parts come in order of number and `top_k` keeps the first of equals: ties go to the smaller number.
+    Parts come in order of number and `_top` keeps the first of equals: ties go to the smaller number.
     """
     n, q, kp = parts.scores.shape
     scores, numbers = (x.swapaxes(0, 1).reshape(q, n * kp) for x in parts)
-    scores, column = jax.lax.top_k(scores, min(k, n * kp))
+    scores, column = _top(scores, k)
     return _Best(scores, jnp.take_along_axis(numbers, column, axis=1))
+
+
+def _top(scores: Float32[Array, "q n"], k: int) -> tuple[Float32[Array, "q k"], Int[Array, "q k"]]:
+    """The best k of a row, or as many as there are, and their columns; of equals the first."""
+    scores, column = jax.lax.top_k(scores, min(max(k, LEAST), scores.shape[1]))
+    return scores[:, :k], column[:, :k]
