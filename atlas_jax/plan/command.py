@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas_jax.config import Config, PlanConfig
 from atlas_jax.errors import UserError
@@ -43,27 +43,38 @@ def plan(config: Config, asked: PlanConfig, argv: Sequence[str]) -> int:
     made = make_plan(config, mesh, asked.passages_count)
     full = made.held > topology.device.memory
     reports = list(_examined(config, made, topology))
-    failed = [report.name for report in reports if not report.fits]
+    failed = [report.name for report in reports if not report.fits and not report.broken]
     tried = list(_tried(config, asked, topology, devices, mesh, failed)) if failed and not full else []
     advice = ""
     if full:
         advice = _advice(config, asked, topology, devices, made)
-    elif failed and not any(fits for _, fits, _ in tried):
+    elif failed and not any(one.fits for one in tried):
         faiss = ", --index_mode faiss" if "index" in made.resident else ""
         advice = f"nothing that was tried fits: take more devices{faiss}, or a smaller --text_maxlength or --n_context"
+    elif any(report.broken for report in reports):
+        advice = (
+            "where it does not compile, XLA failed, not for want of memory: please report what it says, and the flags"
+        )
     if asked.json:
-        axes = dict(mesh.shape)
-        print(json.dumps({"topology": topology.text, "mesh": axes, "steps": [one.to_dict() for one in reports],
-                          "tried": [{"flags": flags, "fits": fits, "totals": totals} for flags, fits, totals in tried],
-                          "advice": advice}, indent=1))  # fmt: skip
+        steps = [report.to_dict() for report in reports]
+        found = {"topology": topology.text, "mesh": dict(mesh.shape), "steps": steps}
+        print(json.dumps(found | {"tried": [one._asdict() for one in tried], "advice": advice}, indent=1))
     else:
-        print(text_of_resident(made, topology, mesh.shape) if full else text(reports, topology, mesh.shape))
-        for flags, fits, totals in tried:
-            said = ", ".join(f"{name} {total}" for name, total in totals.items())
-            print(f"\ntried {flags}: {'fits' if fits else 'does not fit'} ({said})")
-        if advice:
-            print(f"\n{advice}")
-    return DOES_NOT if failed else FITS
+        parts = [text_of_resident(made, topology, mesh.shape) if full else text(reports, topology, mesh.shape)]
+        print("\n\n".join(filter(None, [*parts, *map(str, tried), advice])))
+    return FITS if all(report.fits for report in reports) else DOES_NOT
+
+
+class Tried(NamedTuple):
+    """Flags that were tried because a plan does not fit."""
+
+    flags: str
+    fits: bool
+    totals: dict[str, str]  # of the programs by name, or why there is none
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{name} {total}" for name, total in self.totals.items())
+        return f"tried {self.flags}: {'fits' if self.fits else 'does not fit'} ({said})"
 
 
 def _elsewhere(topology: Topology, argv: Sequence[str]) -> None:
@@ -89,7 +100,7 @@ def _examined(config: Config, made: "Plan", topology: Topology, only: Sequence[s
 
 def _tried(
     config: Config, asked: PlanConfig, topology: Topology, devices: Sequence[Any], mesh: "Mesh", names: Sequence[str]
-) -> Iterator[tuple[str, bool, dict[str, str]]]:
+) -> Iterator[Tried]:
     """What was tried to make these programs fit, one measure on top of the other, up to the first that does."""
     from atlas_jax.plan.programs import make_plan, planned_mesh
 
@@ -101,7 +112,7 @@ def _tried(
         made = make_plan(config, mesh, asked.passages_count)
         reports = list(_examined(config, made, topology, names))
         fits = all(report.fits for report in reports)
-        yield flags, fits, {one.name: one.refused or f"{one.total / 1e9:.2f} GB" for one in reports}
+        yield Tried(flags, fits, {one.name: one.refused or f"{one.total / 1e9:.2f} GB" for one in reports})
         if fits:
             return
 

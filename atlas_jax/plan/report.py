@@ -28,7 +28,8 @@ class StepReport:
     capacity: float  # bytes
     tokens: int  # that all devices read together
     compile_seconds: float
-    refused: str = ""  # why there is no program, for want of memory
+    refused: str = ""  # why there is no program
+    broken: bool = False  # so the compiler failed, and not for want of memory
     flops: dict[str, float] = dataclasses.field(default_factory=dict)
     traffic: float = 0.0
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -61,7 +62,7 @@ class StepReport:
 def examine(step: Step, plan: Plan, topology: Topology, turns: int) -> StepReport:
     """Compiles a program and looks at it; `turns` are those of a loop that ends when an answer does.
 
-    Where already what stays on the device does not fit, nothing is compiled.
+    Where already what stays on the device does not fit, nothing is compiled. What the compiler refuses is told too.
     """
     capacity, start = float(topology.device.memory), time.perf_counter()
     memory = {what: float(nbytes) for what, nbytes in (plan.resident | {"batch": step.batch}).items()}
@@ -71,10 +72,9 @@ def examine(step: Step, plan: Plan, topology: Topology, turns: int) -> StepRepor
     try:
         compiled = step.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+        seconds, broken = time.perf_counter() - start, "RESOURCE_EXHAUSTED" not in str(error)
         reason = f"the compiler says {' '.join(str(error).split())[:200]}"
-        return StepReport(step.name, memory, capacity, step.tokens, time.perf_counter() - start, reason)
+        return StepReport(step.name, memory, capacity, step.tokens, seconds, reason, broken)
     seconds = time.perf_counter() - start
     analysis: Any = compiled.memory_analysis()
     results = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
@@ -171,7 +171,7 @@ def _amounts(memory: Mapping[str, float]) -> list[str]:
 
 def _lines(report: StepReport, topology: Topology) -> list[str]:
     if report.refused:
-        return [f"{report.name}: DOES NOT FIT: {report.refused}"]
+        return [f"{report.name}: DOES NOT {'COMPILE' if report.broken else 'FIT'}: {report.refused}"]
     share = report.total / report.capacity
     found = [_sum(report.name, report.total, report.capacity), *_amounts(report.memory)]
     if report.fits and share > DEFAULT_SHARE and topology.device.platform == "cuda":

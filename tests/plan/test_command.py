@@ -4,7 +4,10 @@ import contextlib
 import io
 import json
 import math
+import re
 
+import jax
+import numpy as np
 import pytest
 
 from atlas_jax import cli
@@ -104,6 +107,23 @@ def test_it_does_not_fit(searching, monkeypatch, capsys):
     assert "search: DOES NOT FIT" in out
     assert f"tried {first}: does not fit (search 0." in out
     assert "nothing that was tried fits: take more devices, --index_mode faiss, or" in out
+
+
+def test_where_the_compiler_fails(searching, monkeypatch, capsys):
+    """Its words and status 1, after what does compile; for want of memory nothing is tried."""
+
+    def with_a_call_of_nothing(*args):
+        plan = make_plan(*args)
+        nothing = jax.jit(jax.ffi.ffi_call("no_such_kernel", jax.ShapeDtypeStruct((), np.float32)))
+        broken = plan.steps[0]._replace(compile=lambda: nothing.lower().compile())
+        return plan._replace(steps=(plan.steps[-1], broken))
+
+    monkeypatch.setattr("atlas_jax.plan.programs.make_plan", with_a_call_of_nothing)
+    assert cli.main(["plan", *searching]) == 1
+    out = capsys.readouterr().out
+    assert "search: fits" in out
+    assert re.search(r"\ntrain step: DOES NOT COMPILE: the compiler says .*no_such_kernel.*\n\n.*please report", out)
+    assert "tried" not in out
 
 
 @pytest.fixture
