@@ -63,10 +63,13 @@ def train(config: Config, run: Path) -> None:
         checkpoints = stack.enter_context(RunCheckpoints(config.run_folder / "checkpoint", config.run.keep))
         mesh = training_mesh(config, model_shapes(config))
         start, state = begin_or_go_on(config, checkpoints, mesh)
-        trainer = Trainer(config, run, start, state, files, evaluated, mesh, scratch)
-        done = trainer.progress
-        report = Report(run, config.optim.total_steps, config.run.log_freq, done.step, done.pending)
-        trainer.run(stack.enter_context(report), checkpoints, interrupts)
+        done, total = start.progress, config.optim.total_steps
+        if done.step >= total:
+            logger.info("step %d of %d: the run is finished", done.step, total)
+        if done.step < total or config.index.save_index_path or _unscored(run, evaluated, done.step):
+            trainer = Trainer(config, run, start, state, files, evaluated, mesh, scratch)
+            report = Report(run, total, config.run.log_freq, done.step, done.pending)
+            trainer.run(stack.enter_context(report), checkpoints, interrupts)
         if config.run.keep == 0:
             checkpoints.remove()
     if checkpoints.failed:
@@ -137,8 +140,6 @@ class Trainer:
         """Until the last step."""
         freq, total = self.config.run, self.config.optim.total_steps
         try:
-            if self.progress.step >= total:
-                logger.info("step %d of %d: the run is finished", self.progress.step, total)
             if self.progress.step and (self.progress.step % freq.eval_freq == 0 or self.progress.step == total):
                 self.evaluate(report, interrupts, only_missing=True)  # which a stop may have cut short
             with contextlib.closing(self.upcoming):
@@ -249,18 +250,19 @@ class Trainer:
             self.saved = self.progress.step
 
     def evaluate(self, report: Report, interrupts: Interrupts, *, only_missing: bool = False) -> None:
-        """Scores every file of --eval_data with the present parameters."""
-        step = self.progress.step
+        """Scores the files of --eval_data with the present parameters."""
+        step, run = self.progress.step, self.run_folder
         with interrupts.held():
             self._tell(report)
+        names = _unscored(run, self.evaluated, step) if only_missing else list(self.evaluated)
+        if not names:
+            return
         model = self.model()
         self.index.update(model)
-        for name, rows in self.evaluated.items():
-            stem = f"{name}-step-{step}"
-            scores = self.run_folder / f"{stem}.metrics.json"
-            if not (only_missing and ours().lead(scores.exists)):
-                result = evaluate_file(self.evaluator, rows, model.reader, self.run_folder, stem)
-                report.scores(step, Path(rows.path).name, result.scores)
+        for name in names:
+            rows = self.evaluated[name]
+            result = evaluate_file(self.evaluator, rows, model.reader, run, _stem(name, step))
+            report.scores(step, Path(rows.path).name, result.scores)
 
     def _give_up(self, report: Report, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
         bad, step = self.bad_in_a_row, self.progress.step
@@ -270,6 +272,17 @@ class Trainer:
             f"step {step}: loss or gradient was not finite in {bad} steps in a row, which "
             "changed nothing; the state is saved; lower --lr or --lr_retriever under another --name"
         )
+
+
+def _stem(name: str, step: int) -> str:
+    """What the names of the files begin with that an evaluation writes."""
+    return f"{name}-step-{step}"
+
+
+def _unscored(run: Path, evaluated: Mapping[str, Rows], step: int) -> list[str]:
+    """Files of --eval_data whose scores of a step the run's folder lacks."""
+    lacks = [name for name in evaluated if not (run / f"{_stem(name, step)}.metrics.json").exists()]
+    return ours().lead(lambda: lacks)
 
 
 def training_mesh(config: Config, model: AtlasConfig, described: Sequence[Any] | None = None) -> Mesh:

@@ -61,11 +61,20 @@ def test_another_seed_ends_elsewhere(folder):
 
 
 def test_a_finished_run_started_again_does_nothing(folder):
-    """The same command: no step, no change."""
+    """The same command: no step, no change, nothing embedded, but for a last evaluation that is missing."""
     folder, _ = folder
-    before = killing.outcome(folder / "whole")[1]
-    killing.finish("whole", folder)
-    assert killing.outcome(folder / "whole")[1] == before
+    log, scores = folder / "whole.log", folder / "whole" / f"eval-step-{killing.STEPS}.metrics.json"
+    before, found = killing.outcome(folder / "whole")[1], json.loads(scores.read_text())
+    for missing in (False, True):
+        if missing:
+            scores.unlink()
+        log.unlink()
+        killing.finish("whole", folder)
+        assert killing.outcome(folder / "whole")[1] == before
+        assert f"step {killing.STEPS} of {killing.STEPS}: the run is finished" in log.read_text()
+        assert ("embedding" in log.read_text()) == missing
+    again = json.loads(scores.read_text())
+    assert all(again[name] == found[name] for name in ("exact_match", "f1", "eval_loss"))
 
 
 def test_another_learning_rate_is_another_run(folder):
