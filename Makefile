@@ -64,7 +64,7 @@ layouts: setup ## train and evaluate on every mesh with 1, 2 and 4 processes, an
 
 fuzz: setup ## hostile files, for MINUTES=10, for the readers of PyTorch files and pickles; the one that broke them is kept
 	@$(PIP) -qq atheris || echo 'make: no atheris for this Python; files by rules only' >&2
-	$(BIN)/python tests/checkpoints/fuzzing.py --minutes $(MINUTES)
+	$(BIN)/python tests/checkpoints/formats/fuzzing.py --minutes $(MINUTES)
 
 demo: setup ## evaluate the sample model on the sample questions, on a CPU
 	$(BIN)/atlas evaluate --name demo --checkpoint_dir runs \

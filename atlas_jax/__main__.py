@@ -2,7 +2,7 @@
 
 import sys
 
-from atlas_jax.cli import main
+from atlas_jax.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

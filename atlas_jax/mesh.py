@@ -19,37 +19,41 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from atlas_jax.arrays import Lazy, within
 from atlas_jax.errors import UserError
+from atlas_jax.storage.lazy_array import LazyArray, relative_slices
 
 logger = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "passages", "model")
-BATCH = ("data", "fsdp")  # what splits the queries of a batch
-ROWS = (*BATCH, "passages")  # what splits rows of which each query has one a passage
-SHARD = ("fsdp", "passages")  # what splits parameters
-MODEL = "model"
-WIDTHS = {"fsdp": "width", "passages": "passages a query", MODEL: "heads, MLP or vocabulary"}  # what should be divided
+BATCH_AXES = ("data", "fsdp")  # what splits the queries of a batch
+ROW_AXES = (*BATCH_AXES, "passages")  # what splits rows of which each query has one a passage
+PARAM_AXES = ("fsdp", "passages")  # what splits parameters
+MODEL_AXIS = "model"
+WIDTHS = {
+    "fsdp": "width",
+    "passages": "passages a query",
+    MODEL_AXIS: "heads, MLP or vocabulary",
+}  # what should be divided
 
-Like = np.ndarray | Array | jax.ShapeDtypeStruct  # an array, or the shape of one that `atlas plan` compiles for
+ArrayOrShape = np.ndarray | Array | jax.ShapeDtypeStruct  # an array, or the shape of one that `atlas plan` compiles for
 Spec = tuple[Any, ...]  # for each axis of an array: the mesh's axis or axes that split it, or None
 
 _LAYER = r"(?:reader/(?:en|de)coder/layers/)?"  # of the reader, with or without the axis of its layers in front
 _ATTENTION = _LAYER + r"(?:self_|cross_)?attn/"
 _RETRIEVER = r"(?:retriever/(?:query_|passage_)?encoder/)"
 _BERT_LAYER = rf"(?:{_RETRIEVER}layers/)?"
-TABLE: tuple[tuple[str, Spec], ...] = (  # which axis of a parameter is split over what, counted from the last one
-    (_ATTENTION + r"[qkv]/kernel", (SHARD, MODEL, None)),  # d h k
-    (_ATTENTION + r"o/kernel", (MODEL, None, SHARD)),  # h k d
-    (_LAYER + r"mlp/(?:gate|up)/kernel", (SHARD, MODEL)),  # d f
-    (_LAYER + r"mlp/down/kernel", (MODEL, SHARD)),  # f d
-    (r"reader/embed/embedding", (MODEL, SHARD)),  # v d
-    (r"reader/lm_head/kernel", (SHARD, MODEL)),  # d v
-    (_BERT_LAYER + r"[qkv]/kernel", (SHARD, None, None)),  # d h k
-    (_BERT_LAYER + r"o/kernel", (None, None, SHARD)),  # h k d
-    (_BERT_LAYER + r"up/kernel", (SHARD, None)),  # d f
-    (_BERT_LAYER + r"down/kernel", (None, SHARD)),  # f d
-    (_RETRIEVER + r"(?:words|positions)/embedding", (None, SHARD)),  # v d
+PARAM_SPECS: tuple[tuple[str, Spec], ...] = (  # which axis of a parameter is split over what, counted from the last one
+    (_ATTENTION + r"[qkv]/kernel", (PARAM_AXES, MODEL_AXIS, None)),  # d h k
+    (_ATTENTION + r"o/kernel", (MODEL_AXIS, None, PARAM_AXES)),  # h k d
+    (_LAYER + r"mlp/(?:gate|up)/kernel", (PARAM_AXES, MODEL_AXIS)),  # d f
+    (_LAYER + r"mlp/down/kernel", (MODEL_AXIS, PARAM_AXES)),  # f d
+    (r"reader/embed/embedding", (MODEL_AXIS, PARAM_AXES)),  # v d
+    (r"reader/lm_head/kernel", (PARAM_AXES, MODEL_AXIS)),  # d v
+    (_BERT_LAYER + r"[qkv]/kernel", (PARAM_AXES, None, None)),  # d h k
+    (_BERT_LAYER + r"o/kernel", (None, None, PARAM_AXES)),  # h k d
+    (_BERT_LAYER + r"up/kernel", (PARAM_AXES, None)),  # d f
+    (_BERT_LAYER + r"down/kernel", (None, PARAM_AXES)),  # f d
+    (_RETRIEVER + r"(?:words|positions)/embedding", (None, PARAM_AXES)),  # v d
     # Whole on every device, because small: norms, biases, position buckets, the two token types
     (r"(?:.*/)?(?:\w+_norm/(?:scale|bias)|[qkvo]/bias|(?:up|down)/bias)", ()),
     (r"reader/(?:en|de)coder/position_bias/embed/embedding", ()),
@@ -138,7 +142,7 @@ def _parse(spec: str) -> dict[str, int]:
     return sizes
 
 
-def is_one_cpu(mesh: Mesh) -> bool:
+def is_single_cpu(mesh: Mesh) -> bool:
     """Whether inference should care for a CPU's cache."""
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
@@ -152,12 +156,12 @@ def in_host_memory() -> Iterator[None]:
         yield
 
 
-def batch_rows(mesh: Mesh, per_device: int) -> int:
+def global_batch_size(mesh: Mesh, per_device: int) -> int:
     """Rows of a batch that gives each device of the batch axes so many."""
-    return per_device * math.prod(mesh.shape[axis] for axis in BATCH)
+    return per_device * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def own_rows(mesh: Mesh, rows: int, axes: tuple[str, ...] = BATCH) -> np.ndarray:
+def local_row_indices(mesh: Mesh, rows: int, axes: tuple[str, ...] = BATCH_AXES) -> np.ndarray:
     """Of so many rows, split over these axes, those that this process's devices work on, and so it makes.
 
     Alone it makes all; where devices of several processes work on the same rows, each of these does.
@@ -174,47 +178,47 @@ def row_owners(mesh: Mesh, rows: int) -> np.ndarray:
     return owners
 
 
-def put_batch(mesh: Mesh, array: Like, rows: int | None = None) -> Any:
+def put_batch(mesh: Mesh, array: ArrayOrShape, rows: int | None = None) -> Any:
     """An array whose first axis is the batch, split over the batch axes.
 
-    Given the number of its `rows`, `array` has only those that are `own_rows`; the same for passages.
+    Given the number of its `rows`, `array` has only those that are `local_row_indices`; the same for passages.
     """
-    return _put(mesh, array, (BATCH,), rows)
+    return _put(mesh, array, (BATCH_AXES,), rows)
 
 
-def put_passages(mesh: Mesh, array: Like, rows: int | None = None) -> Any:
+def put_passages(mesh: Mesh, array: ArrayOrShape, rows: int | None = None) -> Any:
     """An array "b n ...", split over the batch axes and, where it can be, over the axis of the passages."""
-    return _put(mesh, array, (BATCH, "passages"), rows)
+    return _put(mesh, array, (BATCH_AXES, "passages"), rows)
 
 
-def put_rows(mesh: Mesh, array: Like, rows: int | None = None) -> Any:
+def put_rows(mesh: Mesh, array: ArrayOrShape, rows: int | None = None) -> Any:
     """An array of rows that have nothing to do with each other, split over all devices.
 
-    Given the number of its `rows`, `array` has only those that are `own_rows` of all axes.
+    Given the number of its `rows`, `array` has only those that are `local_row_indices` of all axes.
     """
     return _put(mesh, array, (AXES,), rows)
 
 
-def replicate(mesh: Mesh, array: Like) -> Any:
+def replicate(mesh: Mesh, array: ArrayOrShape) -> Any:
     """An array that every device holds whole."""
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(replicate(mesh, np.asarray(jax.random.key_data(array))))
     return _put(mesh, array, ())
 
 
-def put_parameter(mesh: Mesh, path: str, array: Like | Lazy, dtype: Any = None) -> Any:
+def put_parameter(mesh: Mesh, path: str, array: ArrayOrShape | LazyArray, dtype: Any = None) -> Any:
     """A parameter, or what AdamW remembers of it, where the table says; of a host's array, as `dtype`.
 
     Of one that is not in memory, each process reads what its devices hold; `checkpoints.orbax_arrays.verify` has to
     follow.
     """
-    spec = parameter_spec(path, len(array.shape))
-    if isinstance(array, Lazy):
+    spec = param_spec(path, len(array.shape))
+    if isinstance(array, LazyArray):
         return _read(mesh, array, spec, dtype)
     return _put(mesh, array.astype(dtype) if isinstance(array, np.ndarray) and dtype else array, spec)
 
 
-def _read(mesh: Mesh, array: Lazy, spec: Spec, dtype: Any) -> Any:
+def _read(mesh: Mesh, array: LazyArray, spec: Spec, dtype: Any) -> Any:
     sharding = _sharding(mesh, array.shape, spec)
     owners: dict[tuple[tuple[int, int], ...], set[int]] = defaultdict(set)  # of each place, the processes that hold it
     places: Mapping[Any, Any] = sharding.devices_indices_map(array.shape)
@@ -225,17 +229,17 @@ def _read(mesh: Mesh, array: Lazy, spec: Spec, dtype: Any) -> Any:
     mine = [place for place, processes in owners.items() if here in processes]
     box = tuple(slice(min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*mine, strict=True))
     owned = [tuple(slice(*axis) for axis in place) for place in mine if min(owners[place]) == here]
-    part = array.share(box, [box] if len(owned) == len(owners) else owned)
+    part = array.read_shard(box, [box] if len(owned) == len(owners) else owned)
     part = part.astype(dtype or part.dtype, copy=False)
 
     def piece(index: Any) -> np.ndarray:
         bounds = (slice(*axis.indices(n)[:2]) for axis, n in zip(index, array.shape, strict=True))
-        return part[within(tuple(bounds), box)]
+        return part[relative_slices(tuple(bounds), box)]
 
     return jax.make_array_from_callback(array.shape, sharding, piece)
 
 
-def _put(mesh: Mesh, array: Like, spec: Spec, rows: int | None = None) -> Any:
+def _put(mesh: Mesh, array: ArrayOrShape, spec: Spec, rows: int | None = None) -> Any:
     shape = array.shape if rows is None else (rows, *array.shape[1:])
     sharding = _sharding(mesh, shape, spec)
     if isinstance(array, jax.ShapeDtypeStruct):
@@ -266,7 +270,7 @@ def _own_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
     return np.flatnonzero(own)
 
 
-def on_host(array: Array) -> np.ndarray:
+def to_host(array: Array) -> np.ndarray:
     """A copy of the whole array in the memory of every process; they ask for it together."""
     if not (array.is_fully_addressable or array.is_fully_replicated):
         assert isinstance(array.sharding, NamedSharding)
@@ -275,7 +279,7 @@ def on_host(array: Array) -> np.ndarray:
     return np.array(array)
 
 
-def own_part(array: Array) -> np.ndarray:
+def local_rows(array: Array) -> np.ndarray:
     """The rows that this process has of an array that is split by rows over all devices."""
     rows = {shard.index[0].indices(len(array))[0]: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(rows[start]) for start in sorted(rows)])
@@ -297,21 +301,21 @@ def _dividing(axes: str | tuple[str, ...] | None, n: int, sizes: Mapping[str, in
     return tuple(chosen) or None
 
 
-def parameter_spec(path: str, ndim: int) -> Spec:
+def param_spec(path: str, ndim: int) -> Spec:
     """The row of the table for a parameter, with or without the axis of the layers in front."""
-    found = [spec for pattern, spec in TABLE if re.fullmatch(pattern, path)]
+    found = [spec for pattern, spec in PARAM_SPECS if re.fullmatch(pattern, path)]
     if len(found) != 1:
         raise KeyError(f"{path}: {len(found)} rows of the table fit it, not one")
     return (None,) * (ndim - len(found[0])) + found[0]
 
 
-def split_widths(shapes: Mapping[str, Any]) -> dict[str, set[int]]:
+def sharded_sizes(shapes: Mapping[str, Any]) -> dict[str, set[int]]:
     """What `fsdp` and `model` should divide: the sizes of all axes that they split, of parameters by path."""
     found = defaultdict(set)
     for path, x in shapes.items():
-        for axes, n in zip(parameter_spec(path, len(x.shape)), x.shape, strict=True):
+        for axes, n in zip(param_spec(path, len(x.shape)), x.shape, strict=True):
             if axes:
-                found[MODEL if axes == MODEL else "fsdp"].add(n)
+                found[MODEL_AXIS if axes == MODEL_AXIS else "fsdp"].add(n)
     return dict(found)
 
 
@@ -320,7 +324,7 @@ def split_widths(shapes: Mapping[str, Any]) -> dict[str, set[int]]:
 _gathered_before = contextvars.ContextVar("gathered_before", default=False)
 
 
-def split(x: Array, *spec: Any) -> Array:
+def constrain(x: Array, *spec: Any) -> Array:
     """`x` split so, as far as its shape allows; on no mesh and on one device it is `x`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
@@ -336,18 +340,18 @@ def gathered(path: str, x: Array, dtype: Any) -> Array:
     """
     if jax.sharding.get_abstract_mesh().size <= 1 or _gathered_before.get():
         return x
-    stored = parameter_spec(path, x.ndim)
-    used = tuple(axes if axes == MODEL else None for axes in stored)
+    stored = param_spec(path, x.ndim)
+    used = tuple(axes if axes == MODEL_AXIS else None for axes in stored)
 
     def gather(x: Array) -> Array:
         # The barrier keeps XLA from sending what it would convert back again
         x = jax.lax.optimization_barrier(x.astype(dtype) if is_matrix(path) else x)
-        return split(split(x, *stored), *used)  # in two steps: XLA would rather gather earlier
+        return constrain(constrain(x, *stored), *used)  # in two steps: XLA would rather gather earlier
 
     def scatter(g: Array) -> Array:
         # XLA sums each part of a product where it is stored; what is looked up it would split activations for
-        g = split(g, *used) if path.endswith("embedding") else g
-        return split(g, *stored).astype(x.dtype)
+        g = constrain(g, *used) if path.endswith("embedding") else g
+        return constrain(g, *stored).astype(x.dtype)
 
     and_back = jax.custom_vjp(gather)
     and_back.defvjp(lambda x: (gather(x), None), lambda _, g: (scatter(g),))
@@ -355,7 +359,7 @@ def gathered(path: str, x: Array, dtype: Any) -> Array:
 
 
 @contextlib.contextmanager
-def gathered_before() -> Iterator[None]:
+def params_gathered() -> Iterator[None]:
     """What is traced within the block finds its parameters `gathered` already: a loop need not do so in each round."""
     token = _gathered_before.set(True)
     try:
@@ -369,12 +373,12 @@ def is_matrix(path: str) -> bool:
     return path.endswith(("kernel", "reader/embed/embedding"))
 
 
-def parameters_are_split() -> bool:
+def params_are_sharded() -> bool:
     """Whether a program on this mesh has to gather them."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return any(sizes.get(axis, 1) > 1 for axis in SHARD)
+    return any(sizes.get(axis, 1) > 1 for axis in PARAM_AXES)
 
 
-def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+def save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint` that keeps everything for the gradient but gathered parameters."""
     return bool(primitive.name != "sharding_constraint")

@@ -20,24 +20,24 @@ from pathlib import Path
 import numpy as np
 from shapes import contriever_folder, t5_folder
 
-from atlas_jax import cli
-from atlas_jax.arrays import Index, Lazy
-from atlas_jax.checkpoints.torch_writer import write_torch
-from atlas_jax.checkpoints.weights import Exported, Linked, entries, flat_shapes
+from atlas_jax.checkpoints.formats.torch_writer import write_torch
+from atlas_jax.checkpoints.weights import ExportedArray, StackedViews, param_shapes, weight_entries
+from atlas_jax.commands.main import main as atlas
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
+from atlas_jax.storage.lazy_array import Slices, LazyArray
 
 BLOCK = np.random.default_rng(0).normal(size=1 << 22).astype(np.float32)
 
 
-class Random(Lazy):
+class Random(LazyArray):
     """Numbers out of a block, each array from another place in it."""
 
     def __init__(self, shape: tuple[int, ...], at: int):
         self.shape, self.dtype, self.at = shape, np.dtype(np.float32), at
 
-    def read(self, index: Index = ()) -> np.ndarray:
+    def read(self, index: Slices = ()) -> np.ndarray:
         return np.resize(np.roll(BLOCK, self.at), self.shape)[index]
 
 
@@ -48,12 +48,12 @@ def make(folder: Path, name: str, layers: int) -> list[str]:
     cfg = AtlasConfig(reader, retriever)
     found, firsts = {}, {}
     shapes = {
-        path: Linked([np.broadcast_to(np.float32(0), s.shape)], s.dtype, stacked=False)
-        for path, s in flat_shapes(cfg).items()
+        path: StackedViews([np.broadcast_to(np.float32(0), s.shape)], s.dtype, stacked=False)
+        for path, s in param_shapes(cfg).items()
     }
-    for e in entries(cfg):
+    for e in weight_entries(cfg):
         key = e.path, e.layer
-        firsts.setdefault(key, Random(Exported(shapes[e.path], e).shape, len(firsts)))
+        firsts.setdefault(key, Random(ExportedArray(shapes[e.path], e).shape, len(firsts)))
         found[e.name] = firsts[key]
     folder.mkdir(parents=True)
     write_torch(folder / "model.pth.tar", found, {"step": 1, "opt": None}, lambda count: None)
@@ -92,7 +92,7 @@ def child(limit: float, argv: list[str]) -> int:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    status = cli.main(["convert", *argv])
+    status = atlas(["convert", *argv])
     done.set()
     thread.join()
     print(f"peak {memory()['VmHWM']:.2f} GB, of which never more than {max(anonymous):.2f} GB anonymous")

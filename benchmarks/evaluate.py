@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shapes import SAMPLE, contriever_folder, t5_folder
 
-from atlas_jax import cli
+from atlas_jax.commands.main import main as atlas
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
 
@@ -56,7 +56,7 @@ def main() -> None:
             "checkpoint_dir": work,
         }
         argv = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-        if cli.main(["evaluate", *argv, "--write_results"]):
+        if atlas(["evaluate", *argv, "--write_results"]):
             sys.exit(2)
         run = work / "benchmark"
         found = json.loads((run / "questions-step-1.metrics.json").read_text())

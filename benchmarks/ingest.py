@@ -20,22 +20,22 @@ from pathlib import Path
 
 import numpy as np
 
-from atlas_jax import cli
-from atlas_jax.checkpoints.plain_pickle import load_pickle
+import atlas_jax
+from atlas_jax.checkpoints.formats.safe_pickle import load_pickle
 from atlas_jax.data.reader_inputs import ReaderText, render
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.mesh import make_mesh
-from atlas_jax.retrieval.convert import convert, write_vectors
 from atlas_jax.retrieval.faiss_index import FaissIndex
 from atlas_jax.retrieval.flat_index import FlatIndex
-from atlas_jax.retrieval.index_folder import Origin, read_about, read_vectors
-from atlas_jax.retrieval.passages import build_passages
-from atlas_jax.retrieval.shards import Shards
+from atlas_jax.retrieval.formats.convert import convert, write_vectors
+from atlas_jax.retrieval.formats.index_folder import Origin, read_about, read_vectors
+from atlas_jax.retrieval.formats.torch_shards import TorchShards
+from atlas_jax.retrieval.passage_store import build_passages
 
-sys.path.insert(0, str(Path(cli.__file__).parents[1]))
-from tests.checkpoints import pickles
+sys.path.insert(0, str(Path(atlas_jax.__file__).parents[1]))
+from tests.checkpoints.formats import pickles
 
-SAMPLE = Path(cli.__file__).parent / "sample"
+SAMPLE = Path(atlas_jax.__file__).parent / "sample"
 DIM, SHARDS = 768, 4
 ENCODER_FORMAT = "{query} title: {title} context: {text}"
 RETRIEVER_FORMAT = "{title} {text}"
@@ -84,7 +84,7 @@ def ingest(passages: str, folder: Path, rounds: int) -> None:
 def index(passages: str, count: int, folder: Path, rounds: int) -> None:
     """Published shards into our form; both kinds of index opened."""
     shards, ours, copy, vectors = (folder / name for name in ("shards", "ours", "copy", "vectors.npy"))
-    publish(shards, parse(passages), count)
+    export_torch_shards(shards, parse(passages), count)
     files = sorted(shards.glob("embeddings.*"))
     copy.mkdir()
 
@@ -93,14 +93,14 @@ def index(passages: str, count: int, folder: Path, rounds: int) -> None:
 
     compare(
         "vectors of shards in, against a copy of their files",
-        lambda: write_vectors(Shards(shards), vectors),
+        lambda: write_vectors(TorchShards(shards), vectors),
         lambda: [shutil.copyfile(file, copy / file.name) for file in files],
         rounds,
         cold,
     )
     compare(
         "shards in, against a copy of the vectors and the parser of the passages",
-        lambda: convert(Shards(shards), ours, Origin()),
+        lambda: convert(TorchShards(shards), ours, Origin()),
         lambda: [
             *(shutil.copyfile(file, copy / file.name) for file in files),
             *(len(load_pickle(file)) for file in shards.glob("passages.*")),
@@ -145,7 +145,7 @@ def parse(passages: str) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
-def publish(folder: Path, rows: list[dict], count: int) -> None:
+def export_torch_shards(folder: Path, rows: list[dict], count: int) -> None:
     """Random vectors and as many of these passages in the published form."""
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -23,9 +23,9 @@ import numpy as np
 from flax import nnx
 from shapes import contriever_folder, t5_folder
 
-from atlas_jax import cli
-from atlas_jax.checkpoints.safetensors_file import write_safetensors
+from atlas_jax.checkpoints.formats.safetensors_file import write_safetensors
 from atlas_jax.checkpoints.weights import export_weights
+from atlas_jax.commands.main import main as atlas
 from atlas_jax.models.atlas import Atlas, AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
@@ -75,7 +75,7 @@ def main() -> None:
         }
         run(work, "reading", base | reading | steps(given.reading_steps, 1), ["--shuffle", "--use_file_passages"])
         trained = ["--model_path", str(work / "reading/checkpoint/latest"), "--output", str(work / "read")]
-        cli.main(["convert", *trained, "--to", "huggingface"])
+        atlas(["convert", *trained, "--to", "huggingface"])
         flags = base | {
             "reader_model_type": work / "read/reader",
             "train_data": work / "learnt.jsonl",
@@ -154,7 +154,7 @@ def make_data(given: argparse.Namespace, work: Path) -> None:
 def run(work: Path, name: str, flags: dict[str, object], switches: Sequence[str]) -> None:
     """Trains, and prints the curve."""
     argv = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    if cli.main(["train", "--name", name, *argv, *switches, "--write_results"]):
+    if atlas(["train", "--name", name, *argv, *switches, "--write_results"]):
         sys.exit(2)
     lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
     every, total = int(str(flags["eval_freq"])), int(str(flags["total_steps"]))

@@ -27,7 +27,7 @@ GB = 1e9
 
 def plan(size: str, machine: str, passages: int) -> dict[str, Any]:
     """What the command says; of its last line, if it refuses."""
-    command = [sys.executable, "-m", "atlas_jax.cli", "plan", "--json", "--topology", machine]
+    command = [sys.executable, "-m", "atlas_jax", "plan", "--json", "--topology", machine]
     command += ["--reader_model_type", f"google/t5-{size}-lm-adapt", "--passages_count", str(passages), *FLAGS.split()]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)

@@ -17,17 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
-from atlas_jax import cli
+import atlas_jax
 from atlas_jax.checkpoints.restore import restore, retriever_fingerprint
 from atlas_jax.config import Config, IndexConfig, ModelConfig, RetrievalConfig, TaskConfig, TextConfig
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.evaluation.loop import place
 from atlas_jax.mesh import make_mesh
-from atlas_jax.retrieval.embed import Embedder
-from atlas_jax.retrieval.library import open_library
+from atlas_jax.retrieval.embedder import Embedder
+from atlas_jax.retrieval.passage_index import open_passage_index
 from atlas_jax.retrieval.search import Search
 
-SAMPLE = Path(cli.__file__).parent / "sample"
+SAMPLE = Path(atlas_jax.__file__).parent / "sample"
 KINDS = (("flat", None), ("ivfflat", None), ("ivfsq", None), ("ivfpq", 64), ("pq", 64))
 
 
@@ -61,7 +61,7 @@ def main() -> None:
         )
         fingerprint = retriever_fingerprint(weights.params)
         start = time.perf_counter()
-        library = open_library(config, passages, [fingerprint], mesh, Path(temporary))
+        library = open_passage_index(config, passages, [fingerprint], mesh, Path(temporary))
         seconds = time.perf_counter() - start - passages.program.compile_seconds
         count = library.index.count
         print(json.dumps({"passages": count, "built_in_seconds": seconds, "passages_per_second": count / seconds}))
@@ -75,7 +75,7 @@ def main() -> None:
             options = IndexConfig(
                 load_index_path=str(saved), index_mode="faiss", faiss_index_type=kind, faiss_code_size=code_size
             )
-            index = open_library(
+            index = open_passage_index(
                 dataclasses.replace(config, index=options), passages, [fingerprint], mesh, Path(temporary)
             ).index
             folder.mkdir()

@@ -4,11 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-from atlas_jax import cli
+import atlas_jax
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
 
-SAMPLE = Path(cli.__file__).parent / "sample"
+SAMPLE = Path(atlas_jax.__file__).parent / "sample"
 
 
 def t5_folder(shape: T5Config, folder: Path) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from shapes import SAMPLE, contriever_folder, t5_folder
 
-from atlas_jax import cli
+from atlas_jax.commands.main import main as atlas
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
 
@@ -64,7 +64,7 @@ def main() -> None:
         argv = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
         switches = () if given.reader_only else ("train_retriever", "query_side_retriever_training")
         remat = ("use_gradient_checkpoint_reader", "use_gradient_checkpoint_retriever")
-        if cli.main(["train", *argv, *(f"--{switch}" for switch in (*switches, *remat))]):
+        if atlas(["train", *argv, *(f"--{switch}" for switch in (*switches, *remat))]):
             sys.exit(2)
         run = work / "benchmark"
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -58,7 +58,7 @@ class Question:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class DecoderOutput:
     """The option chosen for one question: from its original form alone, and from all permutations."""
 
     key: Key
@@ -74,7 +74,7 @@ class Row:
     correct: int = 0
     debiased_correct: int = 0
 
-    def add(self, question: Question, prediction: Prediction) -> None:
+    def add(self, question: Question, prediction: DecoderOutput) -> None:
         self.questions += 1
         self.correct += prediction.original == question.answer
         self.debiased_correct += prediction.debiased == question.answer
@@ -163,7 +163,7 @@ def read_gold(path: Path) -> list[Question]:
     return questions
 
 
-def read_prediction(row: Mapping[str, Any]) -> Prediction:
+def read_prediction(row: Mapping[str, Any]) -> DecoderOutput:
     """One row of a prediction file; raises KeyError, TypeError or ValueError if it is none."""
     key = question_key(row["metadata"])
     # Reference: its older prediction files misspell the field.
@@ -177,10 +177,10 @@ def read_prediction(row: Mapping[str, Any]) -> Prediction:
         raise ValueError(f"`choice_logits` {logits} cannot be compared")
     if not isinstance(debiased, str):
         raise TypeError("`generation` is not a letter")
-    return Prediction(key, max(logits, key=logits.__getitem__), debiased)
+    return DecoderOutput(key, max(logits, key=logits.__getitem__), debiased)
 
 
-def read_predictions(paths: Sequence[Path]) -> dict[Key, list[Prediction]]:
+def read_predictions(paths: Sequence[Path]) -> dict[Key, list[DecoderOutput]]:
     """The predictions for each question, in file order: a question asked twice has two."""
     remedy = "evaluate again with --task multiple_choice --write_results"
     predictions = collections.defaultdict(list)
@@ -225,7 +225,7 @@ def find_files(folder: Path, domains: Sequence[str], step: int, split: str | Non
 
 
 def score(
-    questions: Sequence[Question], predictions: Mapping[Key, Sequence[Prediction]], gold_path: Path, source: Path
+    questions: Sequence[Question], predictions: Mapping[Key, Sequence[DecoderOutput]], gold_path: Path, source: Path
 ) -> dict[str, Row]:
     """The counts of each domain that has questions.
 

@@ -7,7 +7,7 @@
 makes $DATA_DIR/corpora/wiki/enwiki-dec2018/{text-list-100-sec,infobox}.jsonl.
 """
 
-from published import Catalogue, leave, main
+from published import Catalogue, exit_while_compiling, main
 
 CATALOGUE = Catalogue(
     kind="corpus",
@@ -27,4 +27,4 @@ Next, in atlas evaluate or atlas train, which embed the passages first (--save_i
 )
 
 if __name__ == "__main__":
-    leave(main(CATALOGUE, __doc__))
+    exit_while_compiling(main(CATALOGUE, __doc__))

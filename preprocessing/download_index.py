@@ -7,7 +7,7 @@
 makes $DATA_DIR/indices/atlas/wiki/xxl/{embeddings,passages}.N.pt, N from 0 to 127, where launch/mmlu/*.sh look for it.
 """
 
-from published import Catalogue, leave, main
+from published import Catalogue, exit_while_compiling, main
 
 CATALOGUE = Catalogue(
     kind="index",
@@ -30,4 +30,4 @@ Next, in atlas evaluate or atlas train, with the model whose retriever built it:
 )
 
 if __name__ == "__main__":
-    leave(main(CATALOGUE, __doc__))
+    exit_while_compiling(main(CATALOGUE, __doc__))

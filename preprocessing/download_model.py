@@ -7,7 +7,7 @@
 makes $DATA_DIR/models/atlas/xxl/model.pth.tar, where launch/mmlu/*.sh look for it.
 """
 
-from published import Catalogue, leave, main
+from published import Catalogue, exit_while_compiling, main
 
 CATALOGUE = Catalogue(
     kind="model",
@@ -32,4 +32,4 @@ or convert it once, and neither PyTorch's file nor the tokenizers are needed lat
 )
 
 if __name__ == "__main__":
-    leave(main(CATALOGUE, __doc__))
+    exit_while_compiling(main(CATALOGUE, __doc__))

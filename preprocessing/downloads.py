@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from atlas_jax.errors import UserError
-from atlas_jax.files import sync
+from atlas_jax.storage.files import fsync
 
 CHUNK = 1 << 20
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between attempts: doubled after each, up to the longest
@@ -233,9 +233,9 @@ class Part:
                 f"{self._target}: came with SHA-256 {entry.sha256}, not manifest.json's {sha256}, and was thrown away; "
                 "run again, and if it stays so and you trust the server, take the file out of manifest.json"
             )
-        sync(self._path)
+        fsync(self._path)
         os.replace(self._path, self._target)
-        sync(self._target.parent)
+        fsync(self._target.parent)
         return entry
 
     def close(self) -> None:

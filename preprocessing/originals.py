@@ -15,7 +15,7 @@ from typing import IO, Any
 from downloads import Server, fetch
 
 from atlas_jax.errors import UserError
-from atlas_jax.progress import progress
+from atlas_jax.runtime.progress import progress
 
 DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 

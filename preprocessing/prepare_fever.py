@@ -25,7 +25,7 @@ from originals import integers, json_line, original, script, write_lines
 
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError
-from atlas_jax.files import new_file
+from atlas_jax.storage.files import atomic_file
 
 URL = "https://fever.ai/download/fever/"
 ORIGINALS = {"train": "train.jsonl", "dev": "shared_task_dev.jsonl", "test": "shared_task_test.jsonl"}
@@ -71,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             said.append(f"{place}: {count:,} claims{', kept; --overwrite brings it anew' if kept else ''}")
         train = paths[folder / "train.jsonl"]
         few = [json_line(row) for number, row in read_claims(train, "train") if number in FEW]
-        write_lines(drafts.enter_context(new_file(few_place)), few)
+        write_lines(drafts.enter_context(atomic_file(few_place)), few)
         for place, path in paths.items():
             if path != place:
-                shutil.copyfile(path, drafts.enter_context(new_file(place)))
+                shutil.copyfile(path, drafts.enter_context(atomic_file(place)))
     rest = len(FEW) - len(few)
     said.append(f"{few_place}: {len(few)} claims{f'; {train} ends before the other {rest}' if rest else ''}")
     said.append(f"use them: atlas train --task fever --train_data {few_place} --eval_data {folder}/dev.jsonl")

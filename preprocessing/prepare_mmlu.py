@@ -36,7 +36,7 @@ from typing import IO
 from originals import json_line, original, script, tar_files, write_lines
 
 from atlas_jax.errors import UserError
-from atlas_jax.files import new_folder
+from atlas_jax.storage.files import atomic_folder
 
 URL = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
 SPLITS = ("auxiliary_train", "dev", "val", "test")
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         made = settings(data)
         with contextlib.ExitStack() as folders:
             for setting, files in made.items():
-                folder = new_folder(root / setting, "choose another --output_directory", replace=True)
+                folder = atomic_folder(root / setting, "choose another --output_directory", replace=True)
                 draft = folders.enter_context(folder)
                 for name, lines in files.items():
                     write_lines(draft / name, lines)

@@ -31,8 +31,8 @@ from originals import integers, json_line, original, script, tar_files, write_li
 
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError
-from atlas_jax.files import new_folder
-from atlas_jax.progress import progress
+from atlas_jax.runtime.progress import progress
+from atlas_jax.storage.files import atomic_folder
 
 INDEX_URL = "https://dl.fbaipublicfiles.com/FiD/data/dataindex.tar.gz"
 NQ_URL = "https://raw.githubusercontent.com/google-research-datasets/natural-questions/master/nq_open/"
@@ -59,7 +59,7 @@ FEW = {  # the 64 training questions of the paper, in their order: numbers in th
     ),
 }
 
-Found = dict[int, str]  # questions by their number in an original, each as its line of JSON
+RetrievedPassages = dict[int, str]  # questions by their number in an original, each as its line of JSON
 
 
 def read_index(archive: Path, dataset: str) -> dict[str, list[int]]:
@@ -86,14 +86,14 @@ def numbers(raw: bytes, where: str) -> list[int]:
     return found
 
 
-def read_nq(originals: Mapping[str, Path], wanted: Mapping[str, set[int]]) -> dict[str, Found]:
+def read_nq(originals: Mapping[str, Path], wanted: Mapping[str, set[int]]) -> dict[str, RetrievedPassages]:
     return {
         which: pick(((f"{path}:{line}", row) for line, row in read_rows(path)), wanted[which], nq_row, str(path))
         for which, path in originals.items()
     }
 
 
-def read_triviaqa(archive: Path, wanted: Mapping[str, set[int]]) -> dict[str, Found]:
+def read_triviaqa(archive: Path, wanted: Mapping[str, set[int]]) -> dict[str, RetrievedPassages]:
     found = {}
     with tar_files(archive) as files:
         for path, file in files:
@@ -134,9 +134,9 @@ def texts(value: Any) -> list[str]:
 
 def pick(
     rows: Iterable[tuple[str, Any]], wanted: set[int], convert: Callable[[Any], dict[str, Any]], where: str
-) -> Found:
+) -> RetrievedPassages:
     """Of the (place, row) in an original, those with the wanted numbers."""
-    found: Found = {}
+    found: RetrievedPassages = {}
     count = 0
     with progress(where, "questions") as more:
         for place, row in rows:
@@ -284,7 +284,7 @@ def prepare(dataset: str, args: argparse.Namespace) -> None:
         place = output / "triviaqa_data.tar"
         found = read_triviaqa(original(args.triviaqa_tar, "--triviaqa_tar", TRIVIAQA_URL, place), wanted)
 
-    with new_folder(folder, "choose another --output_directory", replace=args.overwrite) as draft:
+    with atomic_folder(folder, "choose another --output_directory", replace=args.overwrite) as draft:
         for name, which in FILES.items():
             write_lines(draft / f"{name}.jsonl", (found[which][number] for number in index[name]))
     sizes = ", ".join(f"{name}.jsonl {len(index[name]):,}" for name in FILES)

@@ -24,7 +24,7 @@ from originals import json_line, original, script, write_lines
 
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError
-from atlas_jax.files import new_file
+from atlas_jax.storage.files import atomic_file
 
 URL = "https://storage.googleapis.com/gresearch/templama/"
 ORIGINALS = {"train": "train.json", "valid": "val.json", "test": "test.json"}
@@ -33,14 +33,14 @@ YEARS = ("2017", "2020")
 
 def changed_questions(path: Path) -> dict[str, list[str]]:
     """The lines of each year's file."""
-    by_query: dict[str, list[dict[str, Any]]] = {}
+    group_by_query: dict[str, list[dict[str, Any]]] = {}
     for line, row in read_rows(path):
         check(row, f"{path}:{line}")
         if row["date"] in YEARS:
-            by_query.setdefault(row["query"], []).append(row)
+            group_by_query.setdefault(row["query"], []).append(row)
 
     lines: dict[str, list[str]] = {year: [] for year in YEARS}
-    for first, *later in by_query.values():
+    for first, *later in group_by_query.values():
         changed = [row for row in later if not {*names(row)} & {*names(first)}]
         for row in [first, *changed] if changed else []:
             lines[row["date"]].append(json_line(question(row)))
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for year, lines in changed_questions(path).items():
                 made[folder / f"temp_lama.{split}.{year}.jsonl"] = lines
         for place, lines in made.items():
-            write_lines(drafts.enter_context(new_file(place)), lines)
+            write_lines(drafts.enter_context(atomic_file(place)), lines)
     for place, lines in made.items():
         print(f"{place}: {len(lines):,} questions")
     train = folder / f"temp_lama.train.{YEARS[0]}.jsonl"

@@ -34,7 +34,7 @@ from downloads import Entry, FileError, More, Server, Version, chunks, fetch, in
 from tqdm import tqdm
 
 from atlas_jax.errors import UserError
-from atlas_jax.files import write_json
+from atlas_jax.storage.files import write_json
 
 BASE_URL = "https://dl.fbaipublicfiles.com/atlas"
 MANIFEST = "manifest.json"
@@ -221,7 +221,7 @@ class Lines(io.TextIOBase):
 
 @contextlib.contextmanager
 def bytes_progress(what: str, total: int, initial: int = 0) -> Iterator[More]:
-    """Like `atlas_jax.progress`, of bytes, some of which are there already, for several threads."""
+    """Like `atlas_jax.runtime.progress`, of bytes, some of which are there already, for several threads."""
     look: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
     if not sys.stderr.isatty():
         look = {"file": Lines(), "bar_format": LINE, "mininterval": SECONDS_PER_LINE, "maxinterval": SECONDS_PER_LINE}
@@ -327,7 +327,7 @@ def main(catalogue: Catalogue, about: str, argv: Sequence[str] | None = None) ->
     return status
 
 
-def leave(status: int) -> NoReturn:
+def exit_while_compiling(status: int) -> NoReturn:
     """Ends the process now: Python would wait for a thread that waits for a byte."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

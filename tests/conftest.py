@@ -23,9 +23,9 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-from atlas_jax.cpu_threads import give_threads
+from atlas_jax.runtime.cpu_threads import set_cpu_threads
 
-give_threads()
+set_cpu_threads()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and what it starts would ignore it
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("atlas_jax", "beartype.beartype")  # from here on, each import of ours checks its annotations
@@ -103,7 +103,7 @@ def tiny_weights(tiny_config):
 @pytest.fixture(scope="session")
 def processes():
     """Starts several processes of one run."""
-    from tests.several import Processes
+    from tests.runtime.processes import Processes
 
     with Processes() as found:
         yield found

@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from atlas_jax.arrays import Either
+from atlas_jax.checkpoints.formats.safetensors_file import write_safetensors
+from atlas_jax.checkpoints.formats.torch_writer import Attributes, write_torch
 from atlas_jax.checkpoints.pretrained import read_json
 from atlas_jax.checkpoints.restore import PUBLISHED
-from atlas_jax.checkpoints.safetensors_file import write_safetensors
 from atlas_jax.checkpoints.store import REMEDY, Weights, check_room, writing
-from atlas_jax.checkpoints.torch_writer import Attributes, write_torch
-from atlas_jax.checkpoints.weights import Exported, entries, retriever_names
+from atlas_jax.checkpoints.weights import ExportedArray, retriever_names, weight_entries
 from atlas_jax.data.tokens import Tokenizer
-from atlas_jax.files import new_folder, sync, write_json
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
+from atlas_jax.storage.files import atomic_folder, fsync, write_json
+from atlas_jax.storage.lazy_array import ArrayLike
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def write_huggingface(folder: Path, weights: Weights, tell: Tell) -> None:
     UserError if it cannot be written. There is no such folder yet.
     """
     cfg, arrays = weights.cfg, exported(weights.params, weights.cfg, aliases=False)
-    with new_folder(folder, REMEDY) as draft:
+    with atomic_folder(folder, REMEDY) as draft:
         check_room(draft, folder, size(arrays))
         if cfg.reader:
             part = _below("reader.", arrays)
@@ -40,8 +40,8 @@ def write_huggingface(folder: Path, weights: Weights, tell: Tell) -> None:
             if cfg.retriever:
                 name, part = "retriever" if ours == "encoder" else ours, _below(f"retriever.{theirs}.", arrays)
                 _model(draft / name, retriever_json(cfg.retriever), weights.retriever_tokenizer, part, tell)
-        sync(*draft.rglob("*"), draft)
-    sync(folder.parent)
+        fsync(*draft.rglob("*"), draft)
+    fsync(folder.parent)
     if cfg.retriever and cfg.retriever.norm == "atlas":
         logger.warning(
             "%s: the retriever was trained with Atlas's own layer norm; transformers' BertModel computes the standard "
@@ -63,28 +63,28 @@ def write_reference(folder: Path, weights: Weights, tell: Tell) -> None:
             arrays[f"retriever.{theirs}.embeddings.position_ids"] = positions
     options = {"query_side_retriever_training": weights.cfg.untied}
     nothing = dict.fromkeys(("optimizer", "retr_optimizer", "scheduler", "retr_scheduler"))
-    with new_folder(folder, REMEDY) as draft:
+    with atomic_folder(folder, REMEDY) as draft:
         check_room(draft, folder, size(arrays))
         about = {"step": weights.step, **nothing, "opt": Attributes(options)}
         write_torch(draft / PUBLISHED, arrays, about, tell)
-        sync(draft / PUBLISHED, draft)
-    sync(folder.parent)
+        fsync(draft / PUBLISHED, draft)
+    fsync(folder.parent)
 
 
-def exported(params: Mapping[str, Either], cfg: AtlasConfig, *, aliases: bool) -> dict[str, Either]:
+def exported(params: Mapping[str, ArrayLike], cfg: AtlasConfig, *, aliases: bool) -> dict[str, ArrayLike]:
     """The reference's names and arrays, unread; `aliases` are second names of the same objects."""
-    found: dict[str, Either] = {}
-    firsts: dict[str, Either] = {}
-    for e in entries(cfg):
+    found: dict[str, ArrayLike] = {}
+    firsts: dict[str, ArrayLike] = {}
+    for e in weight_entries(cfg):
         if not e.alias:
-            found[e.name] = Exported(params[e.path], e)
+            found[e.name] = ExportedArray(params[e.path], e)
             firsts.setdefault(e.path, found[e.name])
         elif aliases:
             found[e.name] = firsts[e.path]
     return found
 
 
-def size(arrays: Mapping[str, Either]) -> int:
+def size(arrays: Mapping[str, ArrayLike]) -> int:
     """Bytes of all arrays, those of two names once."""
     return sum(array.nbytes for array in {id(array): array for array in arrays.values()}.values())
 
@@ -138,7 +138,7 @@ def retriever_json(cfg: ContrieverConfig) -> dict[str, Any]:
 
 
 def _model(
-    folder: Path, config: dict[str, Any], tokenizer: Tokenizer | None, arrays: Mapping[str, Either], tell: Tell
+    folder: Path, config: dict[str, Any], tokenizer: Tokenizer | None, arrays: Mapping[str, ArrayLike], tell: Tell
 ) -> None:
     folder.mkdir()
     if tokenizer:
@@ -160,5 +160,5 @@ def _for_older_transformers(path: Path) -> None:
     write_json(path, config)
 
 
-def _below(prefix: str, arrays: Mapping[str, Either]) -> dict[str, Either]:
+def _below(prefix: str, arrays: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

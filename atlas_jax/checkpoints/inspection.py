@@ -17,7 +17,7 @@ from atlas_jax.checkpoints.pretrained import (
     weights_file,
 )
 from atlas_jax.checkpoints.restore import PUBLISHED, open_published
-from atlas_jax.checkpoints.weights import flat_shapes, is_untied
+from atlas_jax.checkpoints.weights import is_untied, param_shapes
 from atlas_jax.errors import UserError
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS, T5Config
@@ -64,7 +64,7 @@ def lines(facts: Facts, indent: str = "") -> list[str]:
 
 def _ours(folder: Path) -> Facts:
     cfg, step = store.load_config(folder)
-    shapes = flat_shapes(cfg)
+    shapes = param_shapes(cfg)
     return {
         "kind": "a checkpoint of ours",
         "step": step,

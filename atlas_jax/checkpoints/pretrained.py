@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from atlas_jax.checkpoints.safetensors_file import open_safetensors
-from atlas_jax.checkpoints.torch_file import load_torch
+from atlas_jax.checkpoints.formats.safetensors_file import open_safetensors
+from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.errors import UserError
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS, T5Config

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from atlas_jax.arrays import Either, read
 from atlas_jax.checkpoints import store
+from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.checkpoints.pretrained import folder_weights, reader_config, retriever_config, weights_file
 from atlas_jax.checkpoints.store import Weights
-from atlas_jax.checkpoints.torch_file import load_torch
-from atlas_jax.checkpoints.weights import is_untied, link_weights, plain_names
+from atlas_jax.checkpoints.weights import is_untied, map_weights, strip_module_prefix
 from atlas_jax.config import Config
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.mesh import in_host_memory
 from atlas_jax.models.atlas import Atlas, AtlasConfig
+from atlas_jax.storage.lazy_array import ArrayLike, read
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def model_shapes(config: Config) -> AtlasConfig:
     return _shapes(config, untied=False)
 
 
-def retriever_fingerprint(params: Mapping[str, Either]) -> str:
+def retriever_fingerprint(params: Mapping[str, ArrayLike]) -> str:
     """What tells one passage encoder from another: a digest of its parameters, whatever file they came from."""
     digest = hashlib.sha256()
     encoders = sorted(path for path in params if re.match(r"retriever/(passage_)?encoder/", path))
@@ -104,7 +104,7 @@ def open_published(file: Path) -> tuple[dict[str, np.ndarray], int]:
         raise UserError(f"{file}: holds no `model` of named tensors; is this an Atlas checkpoint?")
     if type(step) is not int:
         raise UserError(f"{file}: its `step` is {step!r:.40}, no whole number; is this an Atlas checkpoint?")
-    return plain_names({str(name): array for name, array in model.items()}), step
+    return strip_module_prefix({str(name): array for name, array in model.items()}), step
 
 
 def _published(file: Path, config: Config) -> Weights:
@@ -113,7 +113,7 @@ def _published(file: Path, config: Config) -> Weights:
         source = {name: array for name, array in source.items() if not name.startswith("retriever.")}
     cfg = _shapes(config, untied=is_untied(source))
     tokenizers = _tokenizers(config)  # before the minutes that weights take
-    return Weights(link_weights(source, cfg, where=str(file)), cfg, *tokenizers, step=step)
+    return Weights(map_weights(source, cfg, where=str(file)), cfg, *tokenizers, step=step)
 
 
 def _ours(folder: Path, config: Config) -> Weights:
@@ -138,7 +138,7 @@ def _fresh(config: Config) -> Weights:
     """A T5 and an encoder that never met; a part without weights is random."""
     cfg = _shapes(config, untied=False)
     tokenizers = _tokenizers(config)
-    params: dict[str, Either] = {}
+    params: dict[str, ArrayLike] = {}
     if not config.retrieval.retrieve_only:
         part = AtlasConfig(cfg.reader, None)
         params |= _part(config.model.reader_model_type, "reader.", part, config.run.seed)
@@ -148,12 +148,12 @@ def _fresh(config: Config) -> Weights:
     return Weights(params, cfg, *tokenizers)
 
 
-def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Mapping[str, Either]:
+def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Mapping[str, ArrayLike]:
     """One of the two models from a folder's own weights, else random."""
     source = folder_weights(name)
     if source is not None:
         named = {prefix + key: array for key, array in source.items()}
-        return link_weights(named, cfg, where=str(weights_file(name)))
+        return map_weights(named, cfg, where=str(weights_file(name)))
     with in_host_memory():
         flat = nnx.to_flat_state(nnx.state(Atlas(cfg, rngs=nnx.Rngs(seed)), nnx.Param))
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.store import Memory, Weights
+from atlas_jax.checkpoints.store import ResumeState, Weights
 from atlas_jax.errors import UserError
-from atlas_jax.exchange import ours
-from atlas_jax.files import new_file
+from atlas_jax.runtime.process_group import process_group
+from atlas_jax.storage.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 STEP = r"step-(0|[1-9][0-9]*)"  # the name of a checkpoint
 
 
-class AnotherRun(UserError):
+class DifferentRun(UserError):
     """A checkpoint is whole, but the run cannot go on from it, and not from an older one either."""
 
 
@@ -43,7 +43,7 @@ class RunCheckpoints:
         self._damaged: set[Path] = set()  # found by reading; the sizes of files may not tell
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
-        ours().lead(lambda: _sweep(folder))
+        process_group().run_on_first(lambda: _sweep(folder))
 
     def restore(
         self, read: Callable[[Path], T], verify: Callable[[T], None] = lambda found: None
@@ -51,22 +51,22 @@ class RunCheckpoints:
         """What `read` makes of the newest checkpoint that it does not refuse with a UserError; None if there is none.
 
         Nor may `verify` refuse it, in which the processes take part together. UserError if there are some but all are
-        refused, or one of them with `AnotherRun`.
+        refused, or one of them with `DifferentRun`.
         """
         found: list[T] = []
 
         def keep(folder: Path) -> None:
             found.append(read(folder))
 
-        names = ours().lead(lambda: [folder.name for folder in self._newest_first()])
+        names = process_group().run_on_first(lambda: [folder.name for folder in self._newest_first()])
         refusals = []
         for name, older in itertools.zip_longest(names, names[1:]):
             folder = self.folder / name
             try:
-                ours().everyone(functools.partial(keep, folder))
+                process_group().run_on_all(functools.partial(keep, folder))
                 verify(found[-1])
                 return found[-1], folder
-            except AnotherRun:
+            except DifferentRun:
                 raise
             except (OSError, UserError) as error:
                 found.clear()  # it may be large
@@ -78,13 +78,13 @@ class RunCheckpoints:
             raise UserError(f"{self.folder}: none of its checkpoints can be read; the newest: {refusals[0]}")
         return None
 
-    def save(self, step: int, weights: Weights, memory: Memory | None = None) -> None:
+    def save(self, step: int, weights: Weights, resume_state: ResumeState | None = None) -> None:
         """Starts to write `step-{step}`, once the save before is done; the arrays must not change until `wait`.
 
         Not being able to write is logged, and the older checkpoints stay.
         """
         self.wait()
-        self._saving = self._pool.submit(self._save, dataclasses.replace(weights, step=step), memory)
+        self._saving = self._pool.submit(self._save, dataclasses.replace(weights, step=step), resume_state)
 
     def wait(self) -> bool:
         """Whether the last save, which has ended now, succeeded."""
@@ -95,7 +95,7 @@ class RunCheckpoints:
     def remove(self) -> None:
         """Removes all of them."""
         self.wait()
-        if ours().index:
+        if process_group().index:
             return
         for folder in self._newest_first():
             shutil.rmtree(folder, ignore_errors=True)
@@ -112,20 +112,20 @@ class RunCheckpoints:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _save(self, weights: Weights, memory: Memory | None) -> None:
+    def _save(self, weights: Weights, resume_state: ResumeState | None) -> None:
         folder = self.folder / f"step-{weights.step}"
         try:
-            store.save(folder, weights, memory)
+            store.save(folder, weights, resume_state)
         except (OSError, UserError) as error:
             self.failed = f"step {weights.step} was not saved: {error}"
             logger.error("%s; the older checkpoints stay and the run goes on", self.failed)
             return
         self.failed = None
         self._damaged.discard(folder)
-        if ours().index:
+        if process_group().index:
             return
         try:
-            with new_file(self.folder / "latest") as link:
+            with atomic_file(self.folder / "latest") as link:
                 link.symlink_to(folder.name)
         except UserError as error:  # a file system without links
             logger.warning("%s is saved, but %s", folder, error)

@@ -15,29 +15,29 @@ from typing import Any
 
 import numpy as np
 
-from atlas_jax.arrays import Either, Share, read
-from atlas_jax.checkpoints.checksum import checksum
-from atlas_jax.checkpoints.orbax_arrays import (
+from atlas_jax.checkpoints.formats.checksum import checksum
+from atlas_jax.checkpoints.formats.orbax_arrays import (
     Stored,
     Sums,
+    combine_checksums,
     create_arrays,
-    damaged,
-    digits,
-    line,
+    damaged_error,
+    first_line,
     open_arrays,
     write_arrays,
 )
 from atlas_jax.checkpoints.pretrained import read_json
-from atlas_jax.checkpoints.weights import flat_shapes
+from atlas_jax.checkpoints.weights import param_shapes
 from atlas_jax.config import OUR_CHECKPOINT
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
-from atlas_jax.exchange import ours
-from atlas_jax.files import sync, write_json
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
-from atlas_jax.shared_files import new_shared_folder
+from atlas_jax.runtime.process_group import process_group
+from atlas_jax.storage.files import fsync, write_json
+from atlas_jax.storage.lazy_array import ArrayLike, LocalShards, read
+from atlas_jax.storage.shared_files import atomic_shared_folder
 
 FORMAT = 2
 CHANNEL = "checkpoint"  # on which the processes of a run speak of this
@@ -51,7 +51,7 @@ OF_THE_RUN = ("dropout", "dtype", "for_cpu")  # fields of a shape that the run c
 class Weights:
     """Everything that a run needs of a model: parameters, shapes, and the tokenizers that it was trained with."""
 
-    params: Mapping[str, Either]  # float32, by our paths, in memory or still in files
+    params: Mapping[str, ArrayLike]  # float32, by our paths, in memory or still in files
     cfg: AtlasConfig
     tokenizer: Tokenizer  # the reader's
     retriever_tokenizer: Tokenizer | None
@@ -68,16 +68,16 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class ResumeState:
     """What a training run needs besides the weights to go on as if it had not stopped."""
 
-    arrays: Mapping[str, Either]  # the optimizers' moments and the like, by name
+    arrays: Mapping[str, ArrayLike]  # the optimizers' moments and the like, by name
     about: dict[str, Any]  # the position in the data, counters: what JSON holds
 
-    def load(self, prefix: str = "") -> "Memory":
+    def load(self, prefix: str = "") -> "ResumeState":
         """The arrays whose name begins so are read into memory."""
         arrays = {name: read(array) if name.startswith(prefix) else array for name, array in self.arrays.items()}
-        return Memory(arrays, self.about)
+        return ResumeState(arrays, self.about)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -97,7 +97,7 @@ def is_whole(folder: Path) -> bool:
 def save(
     folder: Path,
     weights: Weights,
-    memory: Memory | None = None,
+    resume_state: ResumeState | None = None,
     tell: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Writes the folder, which appears when it is complete and on the disk; an existing one is replaced then.
@@ -106,22 +106,22 @@ def save(
     being able to write is a `UserError`. All processes of a run take part, each with its pieces; process 0 does the
     rest. If one of them cannot write, that is an error on all, and nothing appears.
     """
-    trees: dict[str, Mapping[str, Either]] = {"params": weights.params}
-    if memory:
-        trees["training"] = memory.arrays
+    trees: dict[str, Mapping[str, ArrayLike]] = {"params": weights.params}
+    if resume_state:
+        trees["training"] = resume_state.arrays
     arrays = {name: tree for name, tree in trees.items() if tree}
-    exchange = ours()
-    with new_shared_folder(folder, REMEDY, CHANNEL) as draft:
-        exchange.lead(lambda: _create(draft, folder, arrays), CHANNEL)
+    exchange = process_group()
+    with atomic_shared_folder(folder, REMEDY, CHANNEL) as draft:
+        exchange.run_on_first(lambda: _create(draft, folder, arrays), CHANNEL)
         mine = {name: _mine(tree, all_else=exchange.index == 0) for name, tree in arrays.items()}
-        sums = exchange.everyone(lambda: _write(draft, folder, mine, tell), CHANNEL)
+        sums = exchange.run_on_all(lambda: _write(draft, folder, mine, tell), CHANNEL)
         checksums: dict[str, Any] = {name: {} for name in trees}
-        checksums |= {name: digits(tree, [one[name] for one in sums]) for name, tree in arrays.items()}
-        exchange.lead(lambda: _describe(draft, folder, weights, memory, checksums), CHANNEL)
-    exchange.lead(lambda: sync(folder.parent), CHANNEL)
+        checksums |= {name: combine_checksums(tree, [one[name] for one in sums]) for name, tree in arrays.items()}
+        exchange.run_on_first(lambda: _describe(draft, folder, weights, resume_state, checksums), CHANNEL)
+    exchange.run_on_first(lambda: fsync(folder.parent), CHANNEL)
 
 
-def _create(draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, Either]]) -> None:
+def _create(draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, ArrayLike]]) -> None:
     check_room(draft, folder, sum(array.nbytes for tree in arrays.values() for array in tree.values()))
     with writing(folder):
         for name, tree in arrays.items():
@@ -129,29 +129,31 @@ def _create(draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, Either]
 
 
 def _write(
-    draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, Either]], tell: Callable[[int], object]
+    draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, ArrayLike]], tell: Callable[[int], object]
 ) -> dict[str, Sums]:
     with writing(folder):
         return {name: write_arrays(draft / name, tree, tell) for name, tree in arrays.items()}
 
 
-def _describe(draft: Path, folder: Path, weights: Weights, memory: Memory | None, checksums: dict[str, Any]) -> None:
+def _describe(
+    draft: Path, folder: Path, weights: Weights, resume_state: ResumeState | None, checksums: dict[str, Any]
+) -> None:
     """Writes everything but arrays, and sees to it that all of it is on the disk."""
     with writing(folder):
         for name, tokenizer in (("reader", weights.tokenizer), ("retriever", weights.retriever_tokenizer)):
             if tokenizer:
                 tokenizer.save(draft / name)
-    if memory:
-        write_json(draft / ABOUT_TRAINING, memory.about)
+    if resume_state:
+        write_json(draft / ABOUT_TRAINING, resume_state.about)
         checksums = checksums | {ABOUT_TRAINING: _of_file(draft / ABOUT_TRAINING)}
     about = {"format": FORMAT, "step": weights.step, "index": weights.index, **_shapes(weights.cfg)}
     write_json(draft / OUR_CHECKPOINT, about | {"files": _sizes(draft), "checksums": checksums})
-    sync(*draft.rglob("*"), draft)
+    fsync(*draft.rglob("*"), draft)
 
 
-def _mine(tree: Mapping[str, Either], *, all_else: bool) -> dict[str, Either]:
+def _mine(tree: Mapping[str, ArrayLike], *, all_else: bool) -> dict[str, ArrayLike]:
     """Arrays that this process writes of: those that are spread, and on process 0 all else."""
-    return {name: array for name, array in tree.items() if all_else or isinstance(array, Share)}
+    return {name: array for name, array in tree.items() if all_else or isinstance(array, LocalShards)}
 
 
 def check_room(draft: Path, folder: Path, needed: int) -> None:
@@ -169,7 +171,7 @@ def writing(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # Orbax, TensorStore and tokenizers raise every kind
-        raise UserError(f"{folder}: cannot be written ({line(error)}); {REMEDY}") from None
+        raise UserError(f"{folder}: cannot be written ({first_line(error)}); {REMEDY}") from None
 
 
 def load_config(folder: Path) -> tuple[AtlasConfig, int]:
@@ -186,7 +188,7 @@ def load_config(folder: Path) -> tuple[AtlasConfig, int]:
             raise TypeError(f"step {step!r}")
         return cfg, step
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({line(error)}); write the checkpoint again") from None
+        raise UserError(f"{path}: damaged ({first_line(error)}); write the checkpoint again") from None
 
 
 def load(folder: Path) -> Weights:
@@ -199,25 +201,27 @@ def open_checkpoint(folder: Path) -> Weights:
     cfg, step = load_config(folder)
     _check_whole(folder)
     try:
-        wanted = flat_shapes(cfg)
+        wanted = param_shapes(cfg)
     except Exception as error:  # numbers that make no model
-        raise UserError(f"{folder / OUR_CHECKPOINT}: damaged ({line(error)}); write the checkpoint again") from None
+        raise UserError(
+            f"{folder / OUR_CHECKPOINT}: damaged ({first_line(error)}); write the checkpoint again"
+        ) from None
     index = _field(folder, "index", str | None)
     params = _open(folder, "params", wanted)
     retriever_tokenizer = Tokenizer.load(folder / "retriever") if cfg.retriever else None
     return Weights(params, cfg, Tokenizer.load(folder / "reader"), retriever_tokenizer, step, index)
 
 
-def load_memory(folder: Path) -> Memory | None:
+def load_resume_state(folder: Path) -> ResumeState | None:
     """What a training run left beside the weights, its arrays unread, if it did; UserError if that is damaged."""
     _check_whole(folder)
     checksums = _field(folder, "checksums", dict)
     if "training" not in checksums:
         return None
     if checksums.get(ABOUT_TRAINING) != _of_file(folder / ABOUT_TRAINING):
-        raise damaged(folder / ABOUT_TRAINING)
+        raise damaged_error(folder / ABOUT_TRAINING)
     arrays = _open(folder, "training") if checksums["training"] else {}  # Orbax keeps no empty folder
-    return Memory(arrays, read_json(folder / ABOUT_TRAINING))
+    return ResumeState(arrays, read_json(folder / ABOUT_TRAINING))
 
 
 def _open(folder: Path, tree: str, wanted: Mapping[str, Any] | None = None) -> dict[str, Stored]:

@@ -33,10 +33,10 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes, dict]
         yield line, raw, _parse(path, line, raw)
 
 
-class Rows(Sequence[dict]):
+class JsonlRows(Sequence[dict]):
     """A JSON-lines file by row number: one scan for the line offsets, each row parsed when it is asked for.
 
-    Reads are positional (`pread`), so threads may share one `Rows`.
+    Reads are positional (`pread`), so threads may share one `JsonlRows`.
     """
 
     def __init__(self, path: str | os.PathLike[str]):

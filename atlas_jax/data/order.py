@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Place(NamedTuple):
+class EpochPosition(NamedTuple):
     """An example's number among all, and the epoch that it is read in."""
 
     epoch: int
@@ -25,9 +25,9 @@ class Order:
         self.shuffle = shuffle
         self._permutation = functools.lru_cache(maxsize=2)(self._make)
 
-    def __getitem__(self, position: int) -> Place:
+    def __getitem__(self, position: int) -> EpochPosition:
         epoch, place = divmod(position, self.count)
-        return Place(epoch, int(self._permutation(epoch)[place]) if self.shuffle else place)
+        return EpochPosition(epoch, int(self._permutation(epoch)[place]) if self.shuffle else place)
 
     def _make(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.count)

@@ -8,15 +8,15 @@ from atlas_jax.config import TextConfig
 from atlas_jax.data.reader_inputs import ReaderText
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.step import CHOICE_POSITION, ReaderBatch
-from atlas_jax.exchange import ours
-from atlas_jax.mesh import Like, own_rows, put_batch, put_passages
-from atlas_jax.retrieval.sources import Found
+from atlas_jax.mesh import ArrayOrShape, local_row_indices, put_batch, put_passages
+from atlas_jax.retrieval.passage_source import RetrievedPassages
+from atlas_jax.runtime.process_group import process_group
 from atlas_jax.tasks import Example
 
 MAX_TARGET = 2**14  # tokens of a target where --target_maxlength sets no limit
 
 
-class ReaderBatches:
+class ReaderBatcher:
     """Makes batches of `size` rows; what examples do not fill holds nothing.
 
     Each process makes only the rows that its devices work on, `own`, and all agree on how long the longest text is.
@@ -27,18 +27,20 @@ class ReaderBatches:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.size = size
-        self.own = own_rows(mesh, size)
+        self.own = local_row_indices(mesh, size)
         self._join = ReaderText(tokenizer, text.encoder_format, text.text_maxlength)
 
-    def mine(self, examples: Sequence[Example], found: Found) -> tuple[list[Example], Found]:
+    def local_examples(
+        self, examples: Sequence[Example], found: RetrievedPassages
+    ) -> tuple[list[Example], RetrievedPassages]:
         """Of a batch what this process makes."""
         rows = self.own[self.own < len(examples)]
-        return [examples[row] for row in rows], found._replace(numbers=found.numbers[rows], there=found.there[rows])
+        return [examples[row] for row in rows], found._replace(numbers=found.numbers[rows], valid=found.valid[rows])
 
-    def passages(self, queries: Sequence[str], found: Found) -> list[list[int]]:
+    def passages(self, queries: Sequence[str], found: RetrievedPassages) -> list[list[int]]:
         """The ids of each query with each of its passages, row after row; none where there is no passage."""
         texts = [ids for row in self._join.encode(queries, found.numbers, found.store) for ids in row]
-        return [ids if there else [] for ids, there in zip(texts, found.there.reshape(-1), strict=True)]
+        return [ids if valid else [] for ids, valid in zip(texts, found.valid.reshape(-1), strict=True)]
 
     def prompts(self, queries: Sequence[str]) -> list[list[int]]:
         """What the decoder is given to go on from; empty without --decoder_prompt_format."""
@@ -53,7 +55,7 @@ class ReaderBatches:
         ids, mask = pad([*passages, *[[]] * (empty * n)], length, self.tokenizer.pad_id)
         maximum = self.text.target_maxlength
         targets = self.tokenizer.target_ids([self._target(example) for example in examples], maximum)
-        (longest,) = ours().agree(max(CHOICE_POSITION + 1, *map(len, targets), 0))
+        (longest,) = process_group().all_max(max(CHOICE_POSITION + 1, *map(len, targets), 0))
         target, target_mask = pad(
             [*targets, *[[]] * empty], bucket(longest, max(longest, maximum or MAX_TARGET)), self.tokenizer.pad_id
         )
@@ -70,7 +72,12 @@ class ReaderBatches:
 
 
 def put_reader_batch(
-    mesh: Mesh, passages: Like, mask: Like, target: Like, target_mask: Like, rows: int | None = None
+    mesh: Mesh,
+    passages: ArrayOrShape,
+    mask: ArrayOrShape,
+    target: ArrayOrShape,
+    target_mask: ArrayOrShape,
+    rows: int | None = None,
 ) -> ReaderBatch:
     """The arrays on the devices, see `put_batch`."""
     read = (put_passages(mesh, array, rows) for array in (passages, mask))

@@ -13,33 +13,33 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from atlas_jax.config import Config
-from atlas_jax.data.jsonl import Rows
+from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
-from atlas_jax.evaluation.batches import ReaderBatches
+from atlas_jax.evaluation.batches import ReaderBatcher
 from atlas_jax.evaluation.generation import FREE, Generation
-from atlas_jax.evaluation.step import ReaderBatch, Reading, read
-from atlas_jax.exchange import ours
-from atlas_jax.mesh import batch_rows, put_batch, replicate
+from atlas_jax.evaluation.step import ReaderBatch, ReaderOutput, read
+from atlas_jax.mesh import global_batch_size, put_batch, replicate
 from atlas_jax.models.fid import FiD
-from atlas_jax.prefetch import prefetch
-from atlas_jax.programs import Program
-from atlas_jax.progress import progress
-from atlas_jax.retrieval.sources import Found, Source
+from atlas_jax.retrieval.passage_source import PassageSource, RetrievedPassages
+from atlas_jax.runtime.compiled import CompiledFunction
+from atlas_jax.runtime.prefetch import prefetch
+from atlas_jax.runtime.process_group import process_group
+from atlas_jax.runtime.progress import progress
 from atlas_jax.tasks import Example, Record, Task
 
 
-class Work(NamedTuple):
+class PendingBatch(NamedTuple):
     """A batch on its way: of each example its row, and the arrays, all of fixed size."""
 
     rows: list[int]
     examples: list[Example]
-    found: Found
+    found: RetrievedPassages
     batch: ReaderBatch | None  # none: nothing reads
     prompts: list[list[int]]  # what the decoder is given of each example; empty without --decoder_prompt_format
     prompt: Array | None  # the same, on the devices
 
 
-class Judged(NamedTuple):
+class ScoredExample(NamedTuple):
     """An example after reading: its row, its record, its scores."""
 
     row: int
@@ -62,7 +62,7 @@ class Result:
 class Evaluator:
     """Evaluates files with one model; compiles once for each length bucket, over all files."""
 
-    def __init__(self, config: Config, task: Task, source: Source, tokenizer: Tokenizer, mesh: Mesh):
+    def __init__(self, config: Config, task: Task, source: PassageSource, tokenizer: Tokenizer, mesh: Mesh):
         self.config = config
         self.task = task
         self.source = source
@@ -73,11 +73,11 @@ class Evaluator:
         self.generation = generation(config, tokenizer.pad_id, tokenizer.suffix[0], vocabulary)
         letters = [tokenizer.finish(ids)[0] for ids in tokenizer.ids(list(task.choices))]
         self.choices = replicate(mesh, np.asarray(letters, np.int32))
-        self.size = batch_rows(mesh, config.run.per_gpu_batch_size)
-        self.batches = ReaderBatches(config.text, tokenizer, mesh, self.size)
-        self._read: Program | None = None
+        self.size = global_batch_size(mesh, config.run.per_gpu_batch_size)
+        self.batches = ReaderBatcher(config.text, tokenizer, mesh, self.size)
+        self._read: CompiledFunction | None = None
 
-    def __call__(self, rows: Rows, reader: FiD | None, write: Callable[[str], object] | None = None) -> Result:
+    def __call__(self, rows: JsonlRows, reader: FiD | None, write: Callable[[str], object] | None = None) -> Result:
         """Scores the rows; hands a line of JSON for each to `write`."""
         program, state = self._program(reader)
         start, compiled = time.perf_counter(), self._compile_seconds()
@@ -103,7 +103,7 @@ class Evaluator:
             sum(program.count for program in self._programs()),
         )
 
-    def _program(self, reader: FiD | None) -> tuple[Program | None, Any]:
+    def _program(self, reader: FiD | None) -> tuple[CompiledFunction | None, Any]:
         """The reader's program, made once, and the reader's present parameters."""
         if reader is None:
             return None, None
@@ -111,24 +111,26 @@ class Evaluator:
             self._read = reader_program(reader, self.generation, self.mesh)
         return self._read, nnx.state(reader)
 
-    def _programs(self) -> list[Program]:
+    def _programs(self) -> list[CompiledFunction]:
         return [*self.source.programs, *([self._read] if self._read else [])]
 
     def _compile_seconds(self) -> float:
         return sum(program.compile_seconds for program in self._programs())
 
-    def _readings(self, rows: Rows, program: Program | None, state: Any) -> Iterator[tuple[Work, Reading | None]]:
+    def _readings(
+        self, rows: JsonlRows, program: CompiledFunction | None, state: Any
+    ) -> Iterator[tuple[PendingBatch, ReaderOutput | None]]:
         """Each batch with what the reader makes of it.
 
         While the reader is busy with one batch, the host prepares the next and the caller looks at the one before. All
         work for the devices is given to them here, by one thread and in one order, as collectives want it.
         """
 
-        def start(work: Work) -> tuple[Work, Reading | None]:
+        def start(work: PendingBatch) -> tuple[PendingBatch, ReaderOutput | None]:
             return work, program(state, work.batch, self.choices, work.prompt) if program else None
 
-        done: tuple[Work, Reading | None] | None = None
-        ready: Work | None = None
+        done: tuple[PendingBatch, ReaderOutput | None] | None = None
+        ready: PendingBatch | None = None
         for numbers, examples in prefetch(self._examples(rows)):
             find = self.source.start(examples, self.config.retrieval.n_context)
             under_way = start(ready) if ready else None
@@ -141,7 +143,7 @@ class Evaluator:
         if ready:
             yield start(ready)
 
-    def _examples(self, rows: Rows) -> Iterator[tuple[list[int], list[Example]]]:
+    def _examples(self, rows: JsonlRows) -> Iterator[tuple[list[int], list[Example]]]:
         """Batches of examples in the order of the rows, and the row of each."""
         pending: list[tuple[int, Example]] = []
         for number in range(len(rows)):
@@ -150,31 +152,35 @@ class Evaluator:
                 taken, pending = pending[: self.size], pending[self.size :]
                 yield [row for row, _ in taken], [example for _, example in taken]
 
-    def _prepare(self, rows: list[int], examples: list[Example], found: Found, *, reads: bool) -> Work:
+    def _prepare(
+        self, rows: list[int], examples: list[Example], found: RetrievedPassages, *, reads: bool
+    ) -> PendingBatch:
         if not reads:
-            return Work(rows, examples, found, None, [], None)
+            return PendingBatch(rows, examples, found, None, [], None)
         prompts = self.batches.prompts([example.query for example in examples])
-        mine, theirs = self.batches.mine(examples, found)
+        local_examples, local_passages = self.batches.local_examples(examples, found)
         own = [prompts[row] for row in self.batches.own if row < len(prompts)]
-        passages = self.batches.passages([example.query for example in mine], theirs)
-        (longest,) = ours().agree(max(map(len, passages), default=0))
+        passages = self.batches.passages([example.query for example in local_examples], local_passages)
+        (longest,) = process_group().all_max(max(map(len, passages), default=0))
         length = bucket(longest, self.config.text.text_maxlength)
-        batch = self.batches.batch(mine, passages, own, length, found.numbers.shape[1])
+        batch = self.batches.batch(local_examples, passages, own, length, found.numbers.shape[1])
         prompt = None
         if prompts:
             longest = bucket(max(map(len, prompts)), self.generation.max_length)
             given = pad([*own, *[[]] * (len(self.batches.own) - len(own))], longest, FREE)[0]
             prompt = put_batch(self.mesh, given, self.size)
-        return Work(rows, examples, found, batch, prompts, prompt)
+        return PendingBatch(rows, examples, found, batch, prompts, prompt)
 
-    def _judged(self, rows: Rows, program: Program | None, state: Any, *, write: bool) -> Iterator[Judged]:
+    def _judged(
+        self, rows: JsonlRows, program: CompiledFunction | None, state: Any, *, write: bool
+    ) -> Iterator[ScoredExample]:
         """Every example of every row, judged, in order."""
         for work, reading in self._readings(rows, program, state):
-            host = None if reading is None else Reading(*map(np.asarray, reading))
+            host = None if reading is None else ReaderOutput(*map(np.asarray, reading))
             for i in range(len(work.examples)):
                 yield self._judge(work, host, i, write=write)
 
-    def _judge(self, work: Work, reading: Reading | None, i: int, *, write: bool) -> Judged:
+    def _judge(self, work: PendingBatch, reading: ReaderOutput | None, i: int, *, write: bool) -> ScoredExample:
         """Example `i` of a batch: its record, with the reference's fields, and its scores."""
         example = work.examples[i]
         record: Record = {"query": example.query, "answers": example.answers}
@@ -185,16 +191,16 @@ class Evaluator:
             scores = self.task.score(record["generation"], example.answers)
             scores["eval_loss"] = float(reading.loss[i]) / max(int(reading.loss_tokens[i]), 1)
         if write and not (reading and self.config.run.dont_write_passages):
-            record["passages"] = work.found.store.take(work.found.numbers[i][work.found.there[i]])
+            record["passages"] = work.found.store.take(work.found.numbers[i][work.found.valid[i]])
         if example.metadata is not None:
             record["metadata"] = example.metadata
         if reading and self.task.choices:
             record["choice_logits"] = dict(zip(self.task.choices, reading.choice_logits[i].tolist(), strict=True))
         if example.id is not None:
             record["id"] = example.id
-        return Judged(work.rows[i], record, scores)
+        return ScoredExample(work.rows[i], record, scores)
 
-    def _total(self, orders: list[Judged], totals: dict[str, list[float]]) -> Record:
+    def _total(self, orders: list[ScoredExample], totals: dict[str, list[float]]) -> Record:
         """A row's scores put to the others; returns its line."""
         records = [judged.record for judged in orders]
         line, of_row = self.task.finish(records) if totals else (records[0], {})
@@ -218,10 +224,10 @@ def generation(config: Config, pad_id: int, eos_id: int, vocabulary: int | None 
     )
 
 
-def reader_program(reader: FiD, cfg: Generation, mesh: Mesh) -> Program:
+def reader_program(reader: FiD, cfg: Generation, mesh: Mesh) -> CompiledFunction:
     """What reads a batch, for the reader's state."""
     graph, _ = nnx.split(reader)
-    return Program(
+    return CompiledFunction(
         "reader",
         lambda state, batch, choices, prompt: read(nnx.merge(graph, state), batch, choices, prompt, cfg),
         mesh,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.fid import FiD
-from atlas_jax.models.t5 import KeyValues, Source
+from atlas_jax.models.t5 import EncodedSource, KeyValues
 
 FREE = -1  # in a prompt: the search chooses this token
 
@@ -29,7 +29,7 @@ class Generation:
     vocabulary: int | None = None  # only tokens below it are chosen
 
 
-def generate(reader: FiD, source: Source, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
+def generate(reader: FiD, source: EncodedSource, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
     """The start token, the answer, padding up to `max_length`."""
     return (greedy if cfg.beams == 1 else beam_search)(reader, source, cfg, prompt)
 
@@ -61,7 +61,7 @@ class _Greedy(NamedTuple):
     done: Bool[Array, " b"]
 
 
-def greedy(reader: FiD, source: Source, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
+def greedy(reader: FiD, source: EncodedSource, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
     """The likeliest next token until `</s>`."""
     batch = source.mask.shape[0]
 
@@ -91,7 +91,7 @@ class _Beams(NamedTuple):
     done: Bool[Array, " b"]  # no beam can beat what has ended
 
 
-def beam_search(reader: FiD, source: Source, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
+def beam_search(reader: FiD, source: EncodedSource, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
     """The answer of the best log-probability / length^penalty that a search with `beams` beams meets.
 
     As Hugging Face's (version 4.49) without early stopping: each step looks at the best 2w continuations, ends the ones

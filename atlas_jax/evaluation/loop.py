@@ -11,25 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from atlas_jax.arrays import Either
-from atlas_jax.checkpoints.orbax_arrays import verify
+from atlas_jax.checkpoints.formats.orbax_arrays import verify_shards
 from atlas_jax.checkpoints.restore import restore, retriever_fingerprint
 from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import Config
-from atlas_jax.data.jsonl import Rows
+from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator, Result
-from atlas_jax.exchange import ours
-from atlas_jax.files import new_file, write_json
-from atlas_jax.mesh import check_mesh, is_matrix, is_one_cpu, make_mesh, put_parameter, split_widths
+from atlas_jax.mesh import check_mesh, is_matrix, is_single_cpu, make_mesh, put_parameter, sharded_sizes
 from atlas_jax.models.atlas import Atlas
 from atlas_jax.models.fid import FiD
-from atlas_jax.programs import keep_programs
-from atlas_jax.retrieval.finder import Finder
-from atlas_jax.retrieval.library import check_library
-from atlas_jax.retrieval.sources import FromRows, Source
-from atlas_jax.shared_files import shared_scratch
+from atlas_jax.retrieval.passage_index import check_passage_index
+from atlas_jax.retrieval.passage_retriever import PassageRetriever
+from atlas_jax.retrieval.passage_source import PassageSource, RowPassages
+from atlas_jax.runtime.compiled import enable_compilation_cache
+from atlas_jax.runtime.process_group import process_group
+from atlas_jax.storage.files import atomic_file, write_json
+from atlas_jax.storage.lazy_array import ArrayLike
+from atlas_jax.storage.shared_files import shared_scratch
 from atlas_jax.tasks import Task, make_task
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
     """
     task = make_task(config)
     files = checked_files(config.run.eval_data, task)
-    check_library(config)
-    keep_programs(config.run.compile_cache)
+    check_passage_index(config)
+    enable_compilation_cache(config.run.compile_cache)
     check_mesh(config.run.mesh)  # before the weights are read
     weights = restore(config)
     mesh = evaluation_mesh(config, weights)
@@ -60,19 +60,19 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
         }
 
 
-def evaluate_file(evaluator: Evaluator, rows: Rows, reader: FiD | None, run: Path, stem: str) -> Result:
+def evaluate_file(evaluator: Evaluator, rows: JsonlRows, reader: FiD | None, run: Path, stem: str) -> Result:
     """Evaluates one file; writes its scores, and with --write_results its predictions, as `stem` into `run`.
 
     All processes know them, process 0 writes.
     """
-    writes = evaluator.config.run.write_results and ours().index == 0
+    writes = evaluator.config.run.write_results and process_group().index == 0
     with _predictions(run / f"{stem}.jsonl", write=writes) as write:
         result = evaluator(rows, reader, write)
     report(run / f"{stem}.metrics.json", Path(rows.path).name, result)
     return result
 
 
-def checked_files(paths: Sequence[str], task: Task) -> dict[str, Rows]:
+def checked_files(paths: Sequence[str], task: Task) -> dict[str, JsonlRows]:
     """The files to evaluate, by what their results are called."""
     return {name: checked_rows(path, task) for name, path in zip(result_names(paths), paths, strict=True)}
 
@@ -87,12 +87,12 @@ def result_names(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def checked_rows(path: str, task: Task) -> Rows:
+def checked_rows(path: str, task: Task) -> JsonlRows:
     """The rows of a file, once every one of them is known to fit the task; each process looks at some of them."""
-    rows = Rows(path)
+    rows = JsonlRows(path)
 
     def first_wrong() -> tuple[int, str] | None:
-        for number in range(ours().index, len(rows), ours().count):
+        for number in range(process_group().index, len(rows), process_group().count):
             try:
                 task.check(rows[number])
             except UserError as error:
@@ -101,14 +101,14 @@ def checked_rows(path: str, task: Task) -> Rows:
                 return number, str(rows.error(number, str(error)))
         return None
 
-    if wrong := [found for found in ours().everyone(first_wrong) if found]:
+    if wrong := [found for found in process_group().run_on_all(first_wrong) if found]:
         raise UserError(min(wrong)[1])
     return rows
 
 
 def evaluation_mesh(config: Config, weights: Weights) -> Mesh:
     """The devices of a run, and how they share its work."""
-    widths = split_widths(weights.params)
+    widths = sharded_sizes(weights.params)
     if weights.cfg.reader:
         widths |= {"passages": {config.retrieval.n_context}}
     count = sum(array.size for array in weights.params.values())
@@ -124,21 +124,21 @@ def place(weights: Weights, config: Config, mesh: Mesh) -> Atlas:
     """The model on the mesh in --precision: matrices in the compute type, norms and biases in float32."""
     dtype = compute_type(config)
 
-    def put(path: str, array: Either) -> jax.Array:
+    def put(path: str, array: ArrayLike) -> jax.Array:
         placed: jax.Array = put_parameter(mesh, path, array, dtype if is_matrix(path) else None)
         return placed
 
-    model = build_model(weights.params, weights.cfg.computing(dtype=dtype, for_cpu=is_one_cpu(mesh)), put)
-    verify(weights.params)
+    model = build_model(weights.params, weights.cfg.computing(dtype=dtype, for_cpu=is_single_cpu(mesh)), put)
+    verify_shards(weights.params)
     return model
 
 
-def passage_source(config: Config, weights: Weights, model: Atlas, mesh: Mesh, scratch: Path) -> Source:
+def passage_source(config: Config, weights: Weights, model: Atlas, mesh: Mesh, scratch: Path) -> PassageSource:
     """Where examples get their passages from: the index, or their own rows."""
     if model.retriever is None or weights.retriever_tokenizer is None:
-        return FromRows()
+        return RowPassages()
     fingerprints = [retriever_fingerprint(weights.params), *([weights.index] if weights.index else [])]
-    finder = Finder(config, model.retriever, weights.retriever_tokenizer, mesh, scratch, fingerprints)
+    finder = PassageRetriever(config, model.retriever, weights.retriever_tokenizer, mesh, scratch, fingerprints)
     if model.reader is not None:
         finder.prepare(weights.tokenizer)
     return finder.source
@@ -150,7 +150,7 @@ def _predictions(path: Path, *, write: bool) -> Iterator[Callable[[str], object]
     if not write:
         yield None
         return
-    with new_file(path) as draft, draft.open("w", encoding="utf-8") as out:
+    with atomic_file(path) as draft, draft.open("w", encoding="utf-8") as out:
         yield out.write
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.evaluation.generation import Generation, Prompt, generate
-from atlas_jax.mesh import gathered_before
+from atlas_jax.mesh import params_gathered
 from atlas_jax.models.fid import FiD, shift_right
 
 
@@ -21,7 +21,7 @@ class ReaderBatch(NamedTuple):
     target_mask: Bool[Array, "b t"]  # the tokens that count for the loss
 
 
-class Reading(NamedTuple):
+class ReaderOutput(NamedTuple):
     """What the reader makes of it; on the devices, then on the host."""
 
     loss: Float[Array | np.ndarray, " b"]  # cross-entropy, summed over the tokens that count
@@ -33,13 +33,13 @@ class Reading(NamedTuple):
 CHOICE_POSITION = 1  # the decoder position whose logits tell the letter: position 0 is the sentinel's
 
 
-def read(reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Prompt, cfg: Generation) -> Reading:
+def read(reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Prompt, cfg: Generation) -> ReaderOutput:
     """Loss of the targets, logits of the choices, and a generated answer, out of one pass of the encoder."""
     reader, source = reader.gathered(reader.encode(batch.passages, batch.mask))
-    with gathered_before():
+    with params_gathered():
         logits, _ = reader.decode(shift_right(batch.target, cfg.pad_id), source)
         generated = generate(reader, source, cfg, prompt)
-    return Reading(
+    return ReaderOutput(
         token_losses(logits, batch.target, batch.target_mask).sum(-1),
         batch.target_mask.sum(-1),
         jnp.take(logits[:, CHOICE_POSITION], choices, axis=-1),

@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.dropout import dropout
-from atlas_jax.models.stack import Block, scan, stack, whole
-from atlas_jax.models.t5 import MASKED, row_by_row
+from atlas_jax.models.stack import StackedLayer, gather_module, scan, stack
+from atlas_jax.models.t5 import MASKED, map_rows
 
 MAX_LENGTH = 512  # positions that BERT has
 
@@ -54,7 +54,7 @@ class LayerNorm(nnx.Module):
         return (y * self.scale.reshape(1, 1, -1) + self.bias.reshape(1, 1, -1)).astype(self.cfg.dtype)
 
 
-class BertLayer(Block):
+class BertLayer(StackedLayer):
     """Self-attention and MLP, each followed by a residual and a norm."""
 
     def __init__(self, cfg: ContrieverConfig, *, rngs: nnx.Rngs):
@@ -109,14 +109,14 @@ class Contriever(nnx.Module):
     ) -> Float[Array, "b d"]:
         """Float32 vectors; a text without a token has the vector 0."""
         cfg = self.cfg
-        words = whole(self.words, "retriever/encoder/words/", jnp.float32)
-        positions = whole(self.positions, "retriever/encoder/positions/", jnp.float32).embedding
+        words = gather_module(self.words, "retriever/encoder/words/", jnp.float32)
+        positions = gather_module(self.positions, "retriever/encoder/positions/", jnp.float32).embedding
         x = words(ids) + positions[None, : ids.shape[1]] + self.token_types.embedding[None, :1]
         x = dropout(self.embed_norm(x), cfg.dropout, rngs)
 
         def body(layer: BertLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:
             if cfg.for_cpu and rngs is None:
-                return row_by_row(layer, x, mask), None
+                return map_rows(layer, x, mask), None
             return layer(x, mask, rngs=rngs), None
 
         x, _ = scan(body, self.layers, x, rngs=rngs, remat=remat)

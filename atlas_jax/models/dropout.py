@@ -12,10 +12,10 @@ def dropout(x: Float[Array, "b *rest"], rate: float, rngs: nnx.Rngs | None) -> F
     """Inverted dropout with a key of `rngs`; the identity without them. `x` has three axes or more."""
     if rngs is None or rate == 0.0:
         return x
-    return jnp.where(kept(rngs.dropout(), rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)
+    return jnp.where(keep_mask(rngs.dropout(), rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
-def kept(key: Key[Array, ""], rate: float, shape: tuple[int, ...]) -> Bool[Array, "b *rest"]:
+def keep_mask(key: Key[Array, ""], rate: float, shape: tuple[int, ...]) -> Bool[Array, "b *rest"]:
     """Which elements stay, each with a probability of 1 - `rate` up to 2^-17.
 
     Each row of the leading axis has a key of its own, so a CPU may draw one after the other in its cache, six times as

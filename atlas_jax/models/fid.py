@@ -7,19 +7,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from atlas_jax.mesh import BATCH, parameters_are_split, split
-from atlas_jax.models.stack import whole
-from atlas_jax.models.t5 import CrossAttention, Decoder, Encoder, KeyValues, Source, T5Config, Unread
+from atlas_jax.mesh import BATCH_AXES, constrain, params_are_sharded
+from atlas_jax.models.stack import gather_module
+from atlas_jax.models.t5 import CrossAttention, Decoder, EncodedSource, Encoder, EncoderStates, KeyValues, T5Config
 
 
-class Prediction(NamedTuple):
+class DecoderOutput(NamedTuple):
     """What the decoder says of a target."""
 
     logits: Float[Array, "r t v"]  # float32
     looks: CrossAttention | None  # in sum over the layers, if asked for
 
 
-def by_query(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]:
+def group_by_query(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]:
     """Rows of passages back to the passages of each query."""
     return x.reshape(-1, n, *x.shape[1:])
 
@@ -63,17 +63,17 @@ class FiD(nnx.Module):
         """The encoder's states of every passage (query and passage are one text)."""
         b, n, length = passages.shape
         rows = self._embedded(passages.reshape(b * n, length))
-        states = by_query(self.encoder(rows, mask.reshape(b * n, length), rngs=rngs, remat=remat), n)
-        return split(states, BATCH, "passages")
+        states = group_by_query(self.encoder(rows, mask.reshape(b * n, length), rngs=rngs, remat=remat), n)
+        return constrain(states, BATCH_AXES, "passages")
 
-    def encode(self, passages: Int[Array, "b n l"], mask: Bool[Array, "b n l"]) -> Source:
+    def encode(self, passages: Int[Array, "b n l"], mask: Bool[Array, "b n l"]) -> EncodedSource:
         """Reads the passages once, for any number of uses by the decoder."""
         return self.decoder.source(fuse(self.states(passages, mask)), mask.reshape(mask.shape[0], -1))
 
     def decode(
         self,
         inputs: Int[Array, "r t"],
-        source: Source,
+        source: EncodedSource,
         *,
         past: KeyValues | list[KeyValues] | None = None,
         position: Int[Array, ""] | int = 0,
@@ -85,40 +85,40 @@ class FiD(nnx.Module):
         x, present = self.decoder(self._embedded(inputs), source, past=past, position=position)
         return self._logits(x), present
 
-    def gathered(self, source: Source) -> tuple["FiD", Source]:
-        """The reader, and what it has encoded, for use within `mesh.gathered_before`."""
-        if not parameters_are_split():
+    def gathered(self, source: EncodedSource) -> tuple["FiD", EncodedSource]:
+        """The reader, and what it has encoded, for use within `mesh.params_gathered`."""
+        if not params_are_sharded():
             return self, source
-        reader = whole(self, "reader/", self.cfg.dtype)
+        reader = gather_module(self, "reader/", self.cfg.dtype)
         return reader, source._replace(layers=reader.decoder.layers)
 
-    def predict(
+    def teacher_forced(
         self,
         inputs: Int[Array, "r t"],
-        source: Unread,
+        source: EncoderStates,
         *,
         rngs: nnx.Rngs | None = None,
         remat: bool = False,
         looks: bool = False,
-    ) -> Prediction:
+    ) -> DecoderOutput:
         """Logits for whole targets over states that nothing else reads: what training wants.
 
         Several rows of inputs may go with each row of the source, one after the other.
         """
-        x, seen = self.decoder.read_once(self._embedded(inputs), source, rngs=rngs, remat=remat, looks=looks)
-        return Prediction(self._logits(x), seen)
+        x, seen = self.decoder.teacher_forced(self._embedded(inputs), source, rngs=rngs, remat=remat, looks=looks)
+        return DecoderOutput(self._logits(x), seen)
 
     def _embedded(self, ids: Int[Array, "r t"]) -> Float[Array, "r t d"]:
-        return whole(self.embed, "reader/embed/", self.cfg.dtype)(ids)
+        return gather_module(self.embed, "reader/embed/", self.cfg.dtype)(ids)
 
     def _logits(self, x: Float[Array, "r t d"]) -> Float[Array, "r t v"]:
         if self.lm_head is not None:
-            return whole(self.lm_head, "reader/lm_head/", jnp.float32)(x)  # its gradient is made in float32
+            return gather_module(self.lm_head, "reader/lm_head/", jnp.float32)(x)  # its gradient is made in float32
         # T5 1.0: the embedding is the output matrix too, scaled as in Mesh TensorFlow
-        kernel = whole(self.embed, "reader/embed/", self.cfg.dtype).embedding[...].astype(x.dtype)
+        kernel = gather_module(self.embed, "reader/embed/", self.cfg.dtype).embedding[...].astype(x.dtype)
         return jnp.einsum("btd,vd->btv", x * self.cfg.d_model**-0.5, kernel, preferred_element_type=jnp.float32)
 
-    def empty_cache(self, source: Source, rows: int, length: int) -> KeyValues | list[KeyValues]:
+    def empty_cache(self, source: EncodedSource, rows: int, length: int) -> KeyValues | list[KeyValues]:
         """A decoder cache for `length` positions of so many rows, nothing filled."""
 
         def empty(x: Float[Array, "*depth b h s k"]) -> Float[Array, "*depth r h m k"]:

@@ -10,13 +10,13 @@ from flax import nnx
 from atlas_jax import mesh
 
 
-class Block(nnx.Module):
+class StackedLayer(nnx.Module):
     """A layer of many."""
 
     dtype: Any  # that its matrices are used in
 
 
-Layer = TypeVar("Layer", bound=Block)
+Layer = TypeVar("Layer", bound=StackedLayer)
 Module = TypeVar("Module", bound=nnx.Module)
 Carry = TypeVar("Carry")
 
@@ -26,19 +26,19 @@ def stack(make_layer: Callable[[nnx.Rngs], Layer], depth: int, *, rngs: nnx.Rngs
     return nnx.split_rngs(splits=depth)(nnx.vmap(make_layer, in_axes=0, out_axes=0))(rngs)
 
 
-def apart(layers: Layer) -> list[Layer]:
+def unstack(layers: Layer) -> list[Layer]:
     """The stacked layers one by one, each with a copy of its parameters."""
     graph, params = nnx.split(layers)
     return [nnx.merge(graph, jax.tree.map(operator.itemgetter(n), params)) for n in range(_depth(params))]
 
 
-def whole(module: Module, path: str, dtype: Any) -> Module:
+def gather_module(module: Module, path: str, dtype: Any) -> Module:
     """The module for use on a mesh, with whole parameters; `path` is where it is in the model."""
     graph, params = nnx.split(module)
-    return nnx.merge(graph, _whole(params, path, dtype))
+    return nnx.merge(graph, _gather_params(params, path, dtype))
 
 
-def _whole(params: Any, prefix: str, dtype: Any) -> Any:
+def _gather_params(params: Any, prefix: str, dtype: Any) -> Any:
     def of(path: tuple[Any, ...], variable: Any) -> Any:
         return variable.replace(mesh.gathered(prefix + "/".join(map(str, path)), variable[...], dtype))
 
@@ -71,13 +71,13 @@ def scan(
 
     def step(carry: Carry, slices: tuple[Any, Any, Any]) -> tuple[Carry, Any]:
         params, key, x = slices
-        layer = nnx.merge(graph, _whole(params, "", layers.dtype))
+        layer = nnx.merge(graph, _gather_params(params, "", layers.dtype))
         return body(layer, carry, x, None if key is None else nnx.Rngs(dropout=key))
 
     if remat:
         step = jax.checkpoint(step)
-    elif mesh.parameters_are_split():
-        step = jax.checkpoint(step, policy=mesh.all_but_gathered)
+    elif mesh.params_are_sharded():
+        step = jax.checkpoint(step, policy=mesh.save_all_but_gathered)
     return jax.lax.scan(step, carry, (params, keys, xs))
 
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from atlas_jax.mesh import ROWS, split
+from atlas_jax.mesh import ROW_AXES, constrain
 from atlas_jax.models.dropout import dropout
-from atlas_jax.models.stack import Block, apart, scan, stack
+from atlas_jax.models.stack import StackedLayer, scan, stack, unstack
 
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -70,7 +70,7 @@ class KeyValues(NamedTuple):
     values: Float[Array, "*depth b h s k"]
 
 
-class Source(NamedTuple):
+class EncodedSource(NamedTuple):
     """What the decoder reads, and its layers, stacked or apart, with the keys and values of each."""
 
     layers: "DecoderLayer | list[DecoderLayer]"
@@ -78,7 +78,7 @@ class Source(NamedTuple):
     mask: Bool[Array, "b s"]
 
 
-class Unread(NamedTuple):
+class EncoderStates(NamedTuple):
     """What the decoder reads once: each layer makes its keys and values when its turn comes, and drops them."""
 
     states: Float[Array, "b s d"]
@@ -101,7 +101,7 @@ class LayerOutput(NamedTuple):
     looks: CrossAttention | None  # if asked for
 
 
-def row_by_row(function: Callable[..., Array], *args: Any) -> Array:
+def map_rows(function: Callable[..., Array], *args: Any) -> Array:
     """`function` of arrays with the same leading axis, computed for one row after the other."""
     return jax.lax.map(lambda row: function(*jax.tree.map(lambda x: x[None], row))[0], args)
 
@@ -185,7 +185,7 @@ def _norm(cfg: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(cfg.d_model, epsilon=cfg.layer_norm_epsilon, dtype=cfg.dtype, rngs=rngs)
 
 
-class EncoderLayer(Block):
+class EncoderLayer(StackedLayer):
     """Self-attention and MLP, each behind a norm and beside a residual."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
@@ -203,13 +203,13 @@ class EncoderLayer(Block):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "b s d"]:
-        x = split(x, ROWS)
+        x = constrain(x, ROW_AXES)
         y = self.attn_norm(x)
         x = x + dropout(self.attn(y, self.attn.keys_values(y), bias, mask, rngs=rngs), self.rate, rngs)
         return x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs)
 
 
-class DecoderLayer(Block):
+class DecoderLayer(StackedLayer):
     """Causal self-attention, attention over the encoder's states, MLP."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
@@ -312,7 +312,7 @@ class Encoder(nnx.Module):
 
         def body(layer: EncoderLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:
             if self.for_cpu and rngs is None:
-                return row_by_row(lambda x, mask: layer(x, bias, mask), x, mask[:, None]), None
+                return map_rows(lambda x, mask: layer(x, bias, mask), x, mask[:, None]), None
             return layer(x, bias, mask[:, None], rngs=rngs), None
 
         x, _ = scan(body, self.layers, dropout(x, self.rate, rngs), rngs=rngs, remat=remat)
@@ -329,17 +329,17 @@ class Decoder(nnx.Module):
         self.rate = cfg.dropout
         self.for_cpu = cfg.for_cpu
 
-    def source(self, states: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Source:
+    def source(self, states: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> EncodedSource:
         """The encoder's states as every layer reads them."""
-        layers = apart(self.layers) if self.for_cpu else self.layers
+        layers = unstack(self.layers) if self.for_cpu else self.layers
         xs = [None] * len(layers) if isinstance(layers, list) else None
         _, cross = scan(lambda layer, _, __, ___: (None, layer.cross_attn.keys_values(states)), layers, None, xs)
-        return Source(layers, cross, mask)
+        return EncodedSource(layers, cross, mask)
 
     def __call__(
         self,
         x: Float[Array, "r t d"],
-        source: Source,
+        source: EncodedSource,
         *,
         past: KeyValues | list[KeyValues] | None = None,
         position: Int[Array, ""] | int = 0,
@@ -367,10 +367,10 @@ class Decoder(nnx.Module):
         x, present = scan(body, source.layers, x, xs)
         return self.final_norm(x), present
 
-    def read_once(
+    def teacher_forced(
         self,
         x: Float[Array, "r t d"],
-        source: Unread,
+        source: EncoderStates,
         *,
         rngs: nnx.Rngs | None = None,
         remat: bool = False,

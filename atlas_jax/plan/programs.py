@@ -11,20 +11,20 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.checkpoints.pretrained import reader_config, retriever_config
-from atlas_jax.checkpoints.weights import build_model, flat_shapes
+from atlas_jax.checkpoints.weights import build_model, param_shapes
 from atlas_jax.config import Config
 from atlas_jax.data.tokens import bucket
 from atlas_jax.evaluation.batches import put_reader_batch
 from atlas_jax.evaluation.evaluator import generation, reader_program
-from atlas_jax.mesh import batch_rows, put_parameter, put_rows, replicate
+from atlas_jax.mesh import global_batch_size, put_parameter, put_rows, replicate
 from atlas_jax.models.atlas import Atlas, AtlasConfig
-from atlas_jax.programs import Program
-from atlas_jax.retrieval.embed import Side, encoder_program, encoder_rows
+from atlas_jax.retrieval.embedder import Side, encoder_program, encoder_rows
 from atlas_jax.retrieval.flat_index import best_rows, chunk_rows, padded_queries, padded_rows
+from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.tasks import make_task
-from atlas_jax.training.batches import put_learning_batch
+from atlas_jax.training.batches import put_training_batch
 from atlas_jax.training.loop import step_config, step_program, training_mesh
-from atlas_jax.training.resume import begin, put_state
+from atlas_jax.training.resume import init_state, put_state
 from atlas_jax.training.step import Batch, StepConfig, TrainState
 
 PAD_ID, EOS_ID = 0, 1  # of every published T5
@@ -60,9 +60,9 @@ class Plan(NamedTuple):
 def make_plan(config: Config, mesh: Mesh, passages: int) -> Plan:
     """The run of these flags on a mesh, with an index of so many passages; 0: none."""
     model = _shapes(config)
-    params = {path: put_parameter(mesh, path, shape) for path, shape in flat_shapes(model).items()}
+    params = {path: put_parameter(mesh, path, shape) for path, shape in param_shapes(model).items()}
     cfg = step_config(config, model, mesh, PAD_ID, EOS_ID)
-    state = put_state(mesh, jax.eval_shape(functools.partial(begin, config), params))
+    state = put_state(mesh, jax.eval_shape(functools.partial(init_state, config), params))
     atlas = build_model(params, cfg.model)
     index = _index(atlas, mesh, passages) if config.index.index_mode == "flat" else None
     resident = {"parameters": _nbytes(params), "optimizer": _nbytes(state) - _nbytes(params)}
@@ -110,7 +110,7 @@ def _steps(
     if atlas.retriever is None:
         return
     longest = config.text.retriever_maxlength
-    rows = batch_rows(mesh, config.run.per_gpu_batch_size)
+    rows = global_batch_size(mesh, config.run.per_gpu_batch_size)
     many = encoder_rows(mesh, longest, config.index.per_gpu_embedder_batch_size)
     sides: tuple[tuple[Side, int], ...] = (("query", rows), ("passage", many))
     for side, texts in sides:
@@ -121,7 +121,9 @@ def _steps(
         yield _search(config, mesh, index, rows, passages)
 
 
-def _step(program: Program, state: Any, arguments: tuple[Any, ...], uses: tuple[str, ...], tokens: int) -> Step:
+def _step(
+    program: CompiledFunction, state: Any, arguments: tuple[Any, ...], uses: tuple[str, ...], tokens: int
+) -> Step:
     compiling = functools.partial(program.prepare, state, *arguments)
     return Step(program.name, compiling, uses, _nbytes(arguments), tokens)
 
@@ -141,15 +143,15 @@ def _search(config: Config, mesh: Mesh, index: Shape, rows: int, passages: int) 
 
 def _batch(config: Config, mesh: Mesh, n: int = 0) -> Batch:
     """The largest batch: every text as long as it may be, of `n` passages a query or as many as training has."""
-    rows, length = batch_rows(mesh, config.run.per_gpu_batch_size), config.text.text_maxlength
+    rows, length = global_batch_size(mesh, config.run.per_gpu_batch_size), config.text.text_maxlength
     n = n or config.passages_a_query
     target = bucket(limit := config.text.target_maxlength or TARGET_TOKENS, limit)
     read = put_reader_batch(mesh, *_masked(rows, n, length), *_masked(rows, target))
     lengths = Shape((rows,), jnp.int32)
     if not config.distill.train_retriever:
-        return put_learning_batch(mesh, read, lengths)
+        return put_training_batch(mesh, read, lengths)
     longest = config.text.retriever_maxlength
-    return put_learning_batch(mesh, read, lengths, *_masked(rows, longest), *_masked(rows, n, longest))
+    return put_training_batch(mesh, read, lengths, *_masked(rows, longest), *_masked(rows, n, longest))
 
 
 def _masked(*shape: int) -> tuple[Shape, Shape]:

@@ -11,13 +11,20 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int64
 
 from atlas_jax.config import Config
-from atlas_jax.files import new_folder
-from atlas_jax.mapped import release
-from atlas_jax.mesh import batch_rows
-from atlas_jax.progress import progress
-from atlas_jax.retrieval.embed import Embedder
-from atlas_jax.retrieval.index_folder import PASSAGES, describe, origin_of, read_about, read_vectors, share
-from atlas_jax.retrieval.library import faiss_of
+from atlas_jax.mesh import global_batch_size
+from atlas_jax.retrieval.embedder import Embedder
+from atlas_jax.retrieval.formats.index_folder import (
+    PASSAGES,
+    link_tree,
+    origin_of,
+    read_about,
+    read_vectors,
+    write_about,
+)
+from atlas_jax.retrieval.passage_index import build_faiss_index
+from atlas_jax.runtime.progress import progress
+from atlas_jax.storage.files import atomic_folder
+from atlas_jax.storage.mapped_file import release_pages
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +58,7 @@ def from_passages(folder: Path, count: int, seed: int) -> Queries:
 
 def from_questions(embedder: Embedder, questions: Sequence[str]) -> Queries:
     """Questions as the retriever embeds them."""
-    rows = batch_rows(embedder.mesh, 8)
+    rows = global_batch_size(embedder.mesh, 8)
     batches = [questions[start : start + rows] for start in range(0, len(questions), rows)]
     vectors = [np.asarray(embedder.queries(batch, rows))[: len(batch)] for batch in batches]
     return Queries(np.concatenate(vectors), np.full(len(questions), -1))
@@ -64,20 +71,22 @@ def compress(source: Path, output: Path, config: Config, queries: Queries, k: in
     """
     about = read_about(source)
     vectors = read_vectors(source, about)
-    with new_folder(output, "choose another --output", replace=True) as draft:
-        index = faiss_of(vectors, config)
-        describe(draft, index.save(draft), origin_of(about))
-        share(source / PASSAGES, draft / PASSAGES, copy=True)
+    with atomic_folder(output, "choose another --output", replace=True) as draft:
+        index = build_faiss_index(vectors, config)
+        write_about(draft, index.save(draft), origin_of(about))
+        link_tree(source / PASSAGES, draft / PASSAGES, copy=True)
     logger.info("wrote %s", output)
-    wanted, before = exact(vectors, queries, k)
+    wanted, before = exact_search(vectors, queries, k)
     start = time.perf_counter()
-    found = without(index.search(queries.vectors, k + 1).numbers, queries.own)
+    found = drop_own_passage(index.search(queries.vectors, k + 1).numbers, queries.own)
     after = 1e3 * (time.perf_counter() - start) / len(found)
     recall = float(np.mean([np.isin(a, b).mean() for a, b in zip(found, wanted, strict=True)]))
-    return Cost(1.0, before, size(source)), Cost(recall, after, size(output))
+    return Cost(1.0, before, index_bytes(source)), Cost(recall, after, index_bytes(output))
 
 
-def exact(vectors: Float16[np.ndarray, "p d"], queries: Queries, k: int) -> tuple[Int64[np.ndarray, "q {k}"], float]:
+def exact_search(
+    vectors: Float16[np.ndarray, "p d"], queries: Queries, k: int
+) -> tuple[Int64[np.ndarray, "q {k}"], float]:
     """The best k passages of each query, by exact search in float32, and the milliseconds a query took."""
     start = time.perf_counter()
     parts = []
@@ -89,17 +98,19 @@ def exact(vectors: Float16[np.ndarray, "p d"], queries: Queries, k: int) -> tupl
             scores, numbers = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
             best = np.argsort(-scores, axis=1, kind="stable")[:, : k + 1]
             parts = [(np.take_along_axis(scores, best, axis=1), np.take_along_axis(numbers, best, axis=1))]
-            release(vectors)
+            release_pages(vectors)
             more(len(chunk))
-    return without(parts[0][1], queries.own), 1e3 * (time.perf_counter() - start) / len(queries.own)
+    return drop_own_passage(parts[0][1], queries.own), 1e3 * (time.perf_counter() - start) / len(queries.own)
 
 
-def without(numbers: Int64[np.ndarray, "q found"], own: Int64[np.ndarray, " q"]) -> Int64[np.ndarray, "q found-1"]:
+def drop_own_passage(
+    numbers: Int64[np.ndarray, "q found"], own: Int64[np.ndarray, " q"]
+) -> Int64[np.ndarray, "q found-1"]:
     """All but the query's own passage or, where that was not found, all but the last."""
     order = np.argsort(numbers == own[:, None], axis=1, kind="stable")
     return np.take_along_axis(numbers, order[:, :-1], axis=1)
 
 
-def size(folder: Path) -> int:
+def index_bytes(folder: Path) -> int:
     """Bytes of an index without its passages."""
     return sum(file.stat().st_size for file in folder.glob("*") if file.is_file())

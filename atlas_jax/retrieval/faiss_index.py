@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, Int32, Int64, UInt8
 
 from atlas_jax.errors import UserError
-from atlas_jax.mapped import release
 from atlas_jax.retrieval.interface import (
     REBUILD,
     SearchResult,
@@ -21,6 +20,7 @@ from atlas_jax.retrieval.interface import (
     create_array,
     read_array,
 )
+from atlas_jax.storage.mapped_file import release_pages
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def _float32_rows(embeddings: Float16[np.ndarray, "p d"], rows: Int64[np.ndarray
             raise UserError(
                 "a passage vector is not finite: the passage encoder has diverged; start from earlier weights"
             )
-        release(embeddings)
+        release_pages(embeddings)
     return vectors
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from atlas_jax.exchange import ours
-from atlas_jax.mesh import on_host
-from atlas_jax.retrieval.embed import Embedder
+from atlas_jax.mesh import to_host
+from atlas_jax.retrieval.embedder import Embedder
 from atlas_jax.retrieval.flat_index import FlatIndex
 from atlas_jax.retrieval.interface import Index, SearchResult
-from atlas_jax.retrieval.passages import PassageTokens
+from atlas_jax.retrieval.passage_store import PassageTokens
+from atlas_jax.runtime.process_group import process_group
 
 
 class Search:
@@ -64,8 +64,8 @@ class Rerank:
         unique, place = np.unique(numbers, return_inverse=True)
         embed = self.passages
         out = np.empty((len(unique), embed.dim), np.float32)
-        parts = np.array_split(unique, ours().count)
+        parts = np.array_split(unique, process_group().count)
         for part, vectors in list(embed.batches(self.tokens, parts, self.batch)):  # all under way, then awaited
             there = part >= 0
-            out[np.searchsorted(unique, part[there])] = on_host(vectors)[there]
+            out[np.searchsorted(unique, part[there])] = to_host(vectors)[there]
         return out[place]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from atlas_jax.data.tokens import Tokenizer
-from atlas_jax.evaluation.metrics import exact_match
+from atlas_jax.tasks.metrics import exact_match
 
 Row = Mapping[str, Any]
 Record = dict[str, Any]  # one line of a predictions file

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from atlas_jax.data.tokens import Tokenizer
-from atlas_jax.evaluation.metrics import exact_match
 from atlas_jax.tasks.base import Example, Record, Row, file_passages, need
+from atlas_jax.tasks.metrics import exact_match
 
 Permutations = Literal["single", "cyclic", "all"]
 TIE = 1e-6  # options this near are equal and the first is chosen: rounding, which batches change, decides nothing

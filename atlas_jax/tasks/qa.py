@@ -5,8 +5,8 @@ import random
 from collections.abc import Sequence
 
 from atlas_jax.data.tokens import Tokenizer
-from atlas_jax.evaluation.metrics import exact_match, f1, normalize
 from atlas_jax.tasks.base import Example, Record, Row, check_lists, file_passages, need
+from atlas_jax.tasks.metrics import exact_match, f1, normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from atlas_jax.config import Config
-from atlas_jax.data.jsonl import Rows
+from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.order import Order
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
-from atlas_jax.evaluation.batches import ReaderBatches
+from atlas_jax.evaluation.batches import ReaderBatcher
 from atlas_jax.evaluation.step import ReaderBatch
-from atlas_jax.exchange import ours
-from atlas_jax.mesh import Like, batch_rows, put_batch, put_passages
-from atlas_jax.retrieval.sources import Found
+from atlas_jax.mesh import ArrayOrShape, global_batch_size, put_batch, put_passages
+from atlas_jax.retrieval.passage_source import RetrievedPassages
+from atlas_jax.runtime.process_group import process_group
 from atlas_jax.tasks import Example, Task
 from atlas_jax.training.step import Batch, RetrieverBatch
 
@@ -25,7 +25,7 @@ ELSEWHERE = Example(query="", target=None, answers=[])  # an example that anothe
 class TrainingExamples:
     """The examples of all training files, in the order of training: a pure function of the position."""
 
-    def __init__(self, config: Config, task: Task, files: Sequence[Rows], tokenizer: Tokenizer):
+    def __init__(self, config: Config, task: Task, files: Sequence[JsonlRows], tokenizer: Tokenizer):
         self._task, self._files, self._tokenizer = task, files, tokenizer
         self._starts = list(itertools.accumulate(map(len, files), initial=0))
         self._rows = self._starts[-1]
@@ -44,35 +44,37 @@ class TrainingExamples:
             yield [self[start + row] if row in own else ELSEWHERE for row in range(size)]
 
 
-class Batches:
+class TrainingBatcher:
     """Makes the arrays of a step. All texts of a batch are padded to one length, so a length is a program."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, retriever_tokenizer: Tokenizer | None, mesh: Mesh):
-        self.size = batch_rows(mesh, config.run.per_gpu_batch_size)
+        self.size = global_batch_size(mesh, config.run.per_gpu_batch_size)
         self._text, self._mesh = config.text, mesh
-        self._reader = ReaderBatches(config.text, tokenizer, mesh, self.size)
+        self._reader = ReaderBatcher(config.text, tokenizer, mesh, self.size)
         self.own = frozenset(self._reader.own.tolist())
         self._retriever_tokenizer = retriever_tokenizer
 
-    def __call__(self, examples: Sequence[Example], found: Found, *, retriever: bool) -> Batch:
+    def __call__(self, examples: Sequence[Example], found: RetrievedPassages, *, retriever: bool) -> Batch:
         """With the retriever's side where it learns."""
         n = found.numbers.shape[1]
-        mine, found = self._reader.mine(examples, found)
-        queries = [example.query for example in mine]
+        local_examples, found = self._reader.local_examples(examples, found)
+        queries = [example.query for example in local_examples]
         prompts, passages = self._reader.prompts(queries), self._reader.passages(queries, found)
         sides = self._retriever_ids(queries, found) if retriever else ([], [])
-        (longest,) = ours().agree(max(map(len, [*passages, *sides[0], *sides[1]])))
+        (longest,) = process_group().all_max(max(map(len, [*passages, *sides[0], *sides[1]])))
         length = bucket(longest, self._text.text_maxlength)
-        read = self._reader.batch(mine, passages, prompts, length, n)
+        read = self._reader.batch(local_examples, passages, prompts, length, n)
         of_queries = np.asarray([min(len(ids), length) for ids in self._reader.tokenizer.ids(queries)], np.int32)
         if self._retriever_tokenizer is None or not retriever:
-            return put_learning_batch(self._mesh, read, of_queries, rows=self.size)
+            return put_training_batch(self._mesh, read, of_queries, rows=self.size)
         shorter = min(length, self._text.retriever_maxlength)
         asked, given = (pad(ids, shorter, self._retriever_tokenizer.pad_id) for ids in sides)
-        passages_too = [array.reshape(len(mine), n, shorter) for array in given]
-        return put_learning_batch(self._mesh, read, of_queries, *asked, *passages_too, rows=self.size)
+        passages_too = [array.reshape(len(local_examples), n, shorter) for array in given]
+        return put_training_batch(self._mesh, read, of_queries, *asked, *passages_too, rows=self.size)
 
-    def _retriever_ids(self, queries: Sequence[str], found: Found) -> tuple[list[list[int]], list[list[int]]]:
+    def _retriever_ids(
+        self, queries: Sequence[str], found: RetrievedPassages
+    ) -> tuple[list[list[int]], list[list[int]]]:
         """The retriever's ids of the queries, and of their passages, row after row."""
         tokenizer = self._retriever_tokenizer
         assert tokenizer is not None
@@ -88,8 +90,8 @@ class Batches:
         return self._text.retriever_format
 
 
-def put_learning_batch(
-    mesh: Mesh, read: ReaderBatch, query_lengths: Like, *sides: Like, rows: int | None = None
+def put_training_batch(
+    mesh: Mesh, read: ReaderBatch, query_lengths: ArrayOrShape, *sides: ArrayOrShape, rows: int | None = None
 ) -> Batch:
     """The arrays on the devices; `sides` are the retriever's queries and passages, if it learns, each with its mask."""
     lengths = put_batch(mesh, query_lengths, rows)

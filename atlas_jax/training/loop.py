@@ -16,29 +16,29 @@ from jaxtyping import Array, Int, Key
 
 from atlas_jax.checkpoints.restore import model_shapes
 from atlas_jax.checkpoints.run_checkpoints import RunCheckpoints
-from atlas_jax.checkpoints.store import Memory
-from atlas_jax.checkpoints.weights import build_model, flat_shapes
+from atlas_jax.checkpoints.store import ResumeState
+from atlas_jax.checkpoints.weights import build_model, param_shapes
 from atlas_jax.config import Config, to_dict
-from atlas_jax.data.jsonl import Rows
+from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator
 from atlas_jax.evaluation.loop import checked_files, checked_rows, compute_type, evaluate_file
-from atlas_jax.exchange import ours
-from atlas_jax.interrupts import Interrupted, Interrupts, requeue
-from atlas_jax.mesh import is_one_cpu, make_mesh, replicate, split_widths
+from atlas_jax.mesh import is_single_cpu, make_mesh, replicate, sharded_sizes
 from atlas_jax.models.atlas import Atlas, AtlasConfig
-from atlas_jax.programs import Program, keep_programs
-from atlas_jax.retrieval.library import check_library
-from atlas_jax.shared_files import shared_scratch
+from atlas_jax.retrieval.passage_index import check_passage_index
+from atlas_jax.runtime.compiled import CompiledFunction, enable_compilation_cache
+from atlas_jax.runtime.interrupts import Interrupted, Interrupts, requeue
+from atlas_jax.runtime.process_group import process_group
+from atlas_jax.storage.shared_files import shared_scratch
 from atlas_jax.tasks import make_task
-from atlas_jax.training.batches import Batches, TrainingExamples
+from atlas_jax.training.batches import TrainingBatcher, TrainingExamples
 from atlas_jax.training.clock import Clock, Seconds
-from atlas_jax.training.live_index import LiveIndex
+from atlas_jax.training.index_refresh import RefreshableIndex
+from atlas_jax.training.lookahead import Lookahead, ReadyBatch, can_look_ahead
 from atlas_jax.training.optimizer import rate
-from atlas_jax.training.report import Report
-from atlas_jax.training.resume import Start, begin_or_go_on, snapshot
+from atlas_jax.training.reporting import MetricsReporter
+from atlas_jax.training.resume import Start, restore_or_init, snapshot
 from atlas_jax.training.step import Batch, Metrics, StepConfig, TrainState, train_step
-from atlas_jax.training.upcoming import Ready, Upcoming, may_look_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -52,23 +52,23 @@ def train(config: Config, run: Path) -> None:
     """
     files = [checked_rows(path, make_task(config, train=True)) for path in config.run.train_data]
     evaluated = checked_files(config.run.eval_data, make_task(config))
-    check_library(config)
-    keep_programs(config.run.compile_cache)
+    check_passage_index(config)
+    enable_compilation_cache(config.run.compile_cache)
     with contextlib.ExitStack() as stack:
-        interrupts = stack.enter_context(Interrupts(later=ours().count > 1))
-        ours().asked_to_stop = interrupts.first
+        interrupts = stack.enter_context(Interrupts(later=process_group().count > 1))
+        process_group().stop_signal = interrupts.first
         stack.push(_requeue)
         stack.enter_context(_alone(run))
         scratch = stack.enter_context(shared_scratch(config.run_folder, SCRATCH))
         checkpoints = stack.enter_context(RunCheckpoints(config.run_folder / "checkpoint", config.run.keep))
         mesh = training_mesh(config, model_shapes(config))
-        start, state = begin_or_go_on(config, checkpoints, mesh)
+        start, state = restore_or_init(config, checkpoints, mesh)
         done, total = start.progress, config.optim.total_steps
         if done.step >= total:
             logger.info("step %d of %d: the run is finished", done.step, total)
         if done.step < total or config.index.save_index_path or _unscored(run, evaluated, done.step):
             trainer = Trainer(config, run, start, state, files, evaluated, mesh, scratch)
-            report = Report(run, total, config.run.log_freq, done.step, done.pending)
+            report = MetricsReporter(run, total, config.run.log_freq, done.step, done.pending)
             trainer.run(stack.enter_context(report), checkpoints, interrupts)
         if config.run.keep == 0:
             checkpoints.remove()
@@ -111,8 +111,8 @@ class Trainer:
         run: Path,
         start: Start,
         state: TrainState,
-        files: Sequence[Rows],
-        evaluated: Mapping[str, Rows],
+        files: Sequence[JsonlRows],
+        evaluated: Mapping[str, JsonlRows],
         mesh: Mesh,
         scratch: Path,
     ):
@@ -121,29 +121,29 @@ class Trainer:
         self.weights = dataclasses.replace(start.weights, params={})  # they are in the state, once
         tokenizer, retriever_tokenizer = start.weights.tokenizer, start.weights.retriever_tokenizer
         self.cfg = step_config(config, start.weights.cfg, mesh, tokenizer.pad_id, tokenizer.suffix[0])
-        self.index = LiveIndex(config, start, mesh, scratch)
-        self.batches = Batches(config, tokenizer, retriever_tokenizer, mesh)
+        self.index = RefreshableIndex(config, start, mesh, scratch)
+        self.batches = TrainingBatcher(config, tokenizer, retriever_tokenizer, mesh)
         self.evaluator = Evaluator(config, make_task(config), self.index.source, tokenizer, mesh)
         self.evaluated = evaluated
         self.programs = {update: step_program(self.cfg, mesh, update=update) for update in (True, False)}
         compiling = *self.programs.values(), *self.index.source.programs
         self.clock = Clock(lambda: sum(program.compile_seconds for program in compiling))
         examples = TrainingExamples(config, make_task(config, train=True), files, tokenizer)
-        self.upcoming = Upcoming(config, examples, self.index, self.batches, self.clock, self.progress.position)
+        self.upcoming = Lookahead(config, examples, self.index, self.batches, self.clock, self.progress.position)
         self.key = replicate(mesh, jax.random.key(config.run.seed))
-        self.saved = self.progress.step if start.memory else -1
+        self.saved = self.progress.step if start.resume_state else -1
         self.bad_in_a_row = 0
         self._untold: list[Untold] = []
         self._between: Seconds = {}  # what came since the last step, which the next one reports
 
-    def run(self, report: Report, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
+    def run(self, report: MetricsReporter, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
         """Until the last step."""
         freq, total = self.config.run, self.config.optim.total_steps
         try:
             if self.progress.step and (self.progress.step % freq.eval_freq == 0 or self.progress.step == total):
                 self.evaluate(report, interrupts, only_missing=True)  # which a stop may have cut short
             with contextlib.closing(self.upcoming):
-                ready: Ready | None = None
+                ready: ReadyBatch | None = None
                 while self.progress.step < total:
                     ready = self.step(ready, report, interrupts)
                     if self.bad_in_a_row >= freq.max_bad_steps:
@@ -164,7 +164,7 @@ class Trainer:
         """The model with the present parameters."""
         return build_model(self.state.params, self.cfg.model)
 
-    def step(self, ready: Ready | None, report: Report, interrupts: Interrupts) -> Ready | None:
+    def step(self, ready: ReadyBatch | None, report: MetricsReporter, interrupts: Interrupts) -> ReadyBatch | None:
         """One training step, with what is ready for it; returns the same for the next step, where that is possible.
 
         Passages are found by the retriever that the step before left. Where this step leaves it as it is, the next
@@ -176,11 +176,11 @@ class Trainer:
                 with self._timed("refresh_index"):
                     self.index.refresh(self.model(), self.state.params)
             self._wait()
-            ready = self.upcoming.look(self.model(), step)()
-        ahead = step < self.config.optim.total_steps and may_look_ahead(self.config, step)
+            ready = self.upcoming.begin(self.model(), step)()
+        ahead = step < self.config.optim.total_steps and can_look_ahead(self.config, step)
         if ahead and self.index.waits:
             self._wait()
-        look = self.upcoming.look(self.model(), step + 1) if ahead else None
+        look = self.upcoming.begin(self.model(), step + 1) if ahead else None
         program = self.programs[step % self.config.optim.accumulation_steps == 0]
         with self.clock(ready.seconds):
             arguments = ready.batch, self.key, replicate(self.mesh, np.asarray(step, np.int32))
@@ -209,7 +209,7 @@ class Trainer:
         yield
         self._between[f"runtime/{what}"] = time.perf_counter() - began
 
-    def _tell(self, report: Report, but: int = 0) -> None:
+    def _tell(self, report: MetricsReporter, but: int = 0) -> None:
         """Reports the steps that are done, but for the last few."""
         while len(self._untold) > but:
             step, metrics, seconds, before = self._untold.pop(0)
@@ -225,7 +225,7 @@ class Trainer:
                 values["lr_retriever"] = rate(optim, optim.lr_retriever, updates)
             report.step(step, values | seconds | before | {"skipped_steps": self.progress.skipped})
 
-    def save(self, report: Report, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
+    def save(self, report: MetricsReporter, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
         """Hands the state over to be written while the run goes on."""
         if self.saved == self.progress.step and not checkpoints.failed:
             return
@@ -237,7 +237,7 @@ class Trainer:
             )
             self.progress.pending = report.pending()
             self.progress.index, self.progress.loaded = self.index.fingerprint, self.index.loaded
-            memory = Memory(
+            resume_state = ResumeState(
                 arrays | self.index.arrays(),
                 {
                     "progress": dataclasses.asdict(self.progress),
@@ -246,10 +246,10 @@ class Trainer:
                 },
             )
             weights = dataclasses.replace(weights, index=self.progress.index)
-            checkpoints.save(self.progress.step, weights, memory)
+            checkpoints.save(self.progress.step, weights, resume_state)
             self.saved = self.progress.step
 
-    def evaluate(self, report: Report, interrupts: Interrupts, *, only_missing: bool = False) -> None:
+    def evaluate(self, report: MetricsReporter, interrupts: Interrupts, *, only_missing: bool = False) -> None:
         """Scores the files of --eval_data with the present parameters."""
         step, run = self.progress.step, self.run_folder
         with interrupts.held():
@@ -264,7 +264,7 @@ class Trainer:
             result = evaluate_file(self.evaluator, rows, model.reader, run, _stem(name, step))
             report.scores(step, Path(rows.path).name, result.scores)
 
-    def _give_up(self, report: Report, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
+    def _give_up(self, report: MetricsReporter, checkpoints: RunCheckpoints, interrupts: Interrupts) -> None:
         bad, step = self.bad_in_a_row, self.progress.step
         self.save(report, checkpoints, interrupts)
         checkpoints.wait()
@@ -279,20 +279,20 @@ def _stem(name: str, step: int) -> str:
     return f"{name}-step-{step}"
 
 
-def _unscored(run: Path, evaluated: Mapping[str, Rows], step: int) -> list[str]:
+def _unscored(run: Path, evaluated: Mapping[str, JsonlRows], step: int) -> list[str]:
     """Files of --eval_data whose scores of a step the run's folder lacks."""
     lacks = [name for name in evaluated if not (run / f"{_stem(name, step)}.metrics.json").exists()]
-    return ours().lead(lambda: lacks)
+    return process_group().run_on_first(lambda: lacks)
 
 
 def training_mesh(config: Config, model: AtlasConfig, described: Sequence[Any] | None = None) -> Mesh:
     """The devices of a run, or those described, and how they share its work."""
     passages = {config.passages_a_query, config.retrieval.n_context}  # to learn from, and to be evaluated with
-    widths = split_widths(flat_shapes(model)) | {"passages": passages}
+    widths = sharded_sizes(param_shapes(model)) | {"passages": passages}
     return make_mesh(config.run.mesh, widths=widths, described=described)
 
 
-def step_program(cfg: StepConfig, mesh: Mesh, *, update: bool) -> Program:
+def step_program(cfg: StepConfig, mesh: Mesh, *, update: bool) -> CompiledFunction:
     """A step that changes the parameters, or one that only adds up gradients.
 
     It takes the state, a batch, the run's key and the number of the step, from which the step's own key is made.
@@ -304,14 +304,14 @@ def step_program(cfg: StepConfig, mesh: Mesh, *, update: bool) -> Program:
         return train_step(state, batch, jax.random.fold_in(key, number), cfg, update=update)
 
     name = "train step" if update else "gradient step"
-    return Program(name, step, mesh, donate=True, gather=True)
+    return CompiledFunction(name, step, mesh, donate=True, gather=True)
 
 
 def step_config(config: Config, model: AtlasConfig, mesh: Mesh, pad_id: int, eos_id: int) -> StepConfig:
     """What is constant over the run."""
     rate = config.model.dropout
     return StepConfig(
-        model.computing(dtype=compute_type(config), dropout=rate, for_cpu=is_one_cpu(mesh)),
+        model.computing(dtype=compute_type(config), dropout=rate, for_cpu=is_single_cpu(mesh)),
         config.optim,
         config.distill.gold,
         config.distill.temperature_score,

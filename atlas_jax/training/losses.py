@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.evaluation.step import token_losses
-from atlas_jax.mesh import ROWS, split
+from atlas_jax.mesh import ROW_AXES, constrain
 from atlas_jax.models.fid import FiD, fuse, shift_right
-from atlas_jax.models.t5 import Unread
+from atlas_jax.models.t5 import EncoderStates
 
 TOKENS_OF_A_PASSAGE = 256  # Reference: cross-attention sums are divided by this, however long a passage is
 
@@ -21,14 +21,14 @@ def mean_loss(losses: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Ar
     return losses.sum(-1) / jnp.maximum(mask.sum(-1), 1)
 
 
-def each_alone(
+def single_passage_logits(
     reader: FiD, states: Float[Array, "b n l d"], mask: Bool[Array, "b n l"], target: Int[Array, "b t"], pad_id: int
 ) -> Float[Array, "b n t v"]:
     """Logits of the target given one passage at a time."""
     b, n, length, d = states.shape
-    source = Unread(states.reshape(b * n, length, d), mask.reshape(b * n, 1, length))
-    inputs = split(jnp.repeat(shift_right(target, pad_id), n, axis=0), ROWS)
-    logits = reader.predict(inputs, source).logits
+    source = EncoderStates(states.reshape(b * n, length, d), mask.reshape(b * n, 1, length))
+    inputs = constrain(jnp.repeat(shift_right(target, pad_id), n, axis=0), ROW_AXES)
+    logits = reader.teacher_forced(inputs, source).logits
     return logits.reshape(b, n, *logits.shape[1:])
 
 
@@ -50,7 +50,7 @@ def attention_gold(
     return total / (TOKENS_OF_A_PASSAGE * layers * target_mask.sum(-1, keepdims=True))
 
 
-def left_out_gold(
+def leave_one_out_gold(
     reader: FiD,
     states: Float[Array, "b n l d"],
     mask: Bool[Array, "b n l"],
@@ -62,11 +62,11 @@ def left_out_gold(
     (b, n, length), t = mask.shape, target.shape[1]
     others = mask[:, None] & ~jnp.eye(n, dtype=bool)[None, :, :, None]  # "b left_out n l"
     per_target = jnp.broadcast_to(others.reshape(b, n, 1, n * length), (b, n, t, n * length))
-    source = Unread(fuse(states), per_target.reshape(b, n * t, n * length))
+    source = EncoderStates(fuse(states), per_target.reshape(b, n * t, n * length))
     inputs, targets, target_masks = (
         jnp.repeat(x, n, axis=0) for x in (shift_right(target, pad_id), target, target_mask)
     )
-    losses = token_losses(reader.predict(inputs, source).logits, targets, target_masks)
+    losses = token_losses(reader.teacher_forced(inputs, source).logits, targets, target_masks)
     return mean_loss(losses, target_masks).reshape(b, n)
 
 

@@ -18,14 +18,14 @@ FLOOR = 0.1  # the share of the highest rate at which the linear schedule starts
 NOT_ZERO = 1e-6  # Reference: added to the norm that the clip divides by
 
 
-class Learner(NamedTuple):
+class TrainableParams(NamedTuple):
     """Parameters that learn, and what their AdamW remembers."""
 
     params: Params
     moments: optax.ScaleByAdamState
 
 
-def share_of_rate(cfg: OptimConfig, update: Any, xp: Any = jnp) -> Any:
+def schedule(cfg: OptimConfig, update: Any, xp: Any = jnp) -> Any:
     """The share of the highest learning rate that the update after `update` others takes.
 
     Reference: the three schedules as they are, of which `cosine` and `fixed` start at 0. `xp` is the array module:
@@ -46,17 +46,17 @@ def share_of_rate(cfg: OptimConfig, update: Any, xp: Any = jnp) -> Any:
 
 def rate(cfg: OptimConfig, highest: float, updates: int) -> float:
     """The learning rate after so many updates, as a number to log."""
-    return highest * float(share_of_rate(cfg, np.float64(updates), np))
+    return highest * float(schedule(cfg, np.float64(updates), np))
 
 
-def start(params: Params) -> Learner:
+def init_optimizer(params: Params) -> TrainableParams:
     """Parameters that have not learnt yet."""
-    return Learner(params, optax.scale_by_adam().init(params))
+    return TrainableParams(params, optax.scale_by_adam().init(params))
 
 
-def learn(
-    cfg: OptimConfig, learner: Learner, gradients: Params, rate: Float[Array, ""], good: Bool[Array, ""]
-) -> Learner:
+def adamw_update(
+    cfg: OptimConfig, learner: TrainableParams, gradients: Params, rate: Float[Array, ""], good: Bool[Array, ""]
+) -> TrainableParams:
     """One update of AdamW (arXiv 1711.05101), or none unless `good`."""
     params, before = learner
     moments = optax.ScaleByAdamState(
@@ -72,7 +72,7 @@ def learn(
     def after(p: Array, mean: Array, square: Array) -> Array:
         return jnp.where(good, p - rate * (mean / (jnp.sqrt(square) + cfg.epsilon) + cfg.weight_decay * p), p)
 
-    return Learner(jax.tree.map(after, params, means, squares), moments)
+    return TrainableParams(jax.tree.map(after, params, means, squares), moments)
 
 
 def clip_factor(cfg: OptimConfig, norm: Float[Array, ""]) -> Float[Array, ""]:

@@ -14,16 +14,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from atlas_jax.arrays import Either, Lazy, Share
-from atlas_jax.arrays import read as read_array
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.orbax_arrays import verify
+from atlas_jax.checkpoints.formats.orbax_arrays import verify_shards
 from atlas_jax.checkpoints.restore import restore
-from atlas_jax.checkpoints.run_checkpoints import AnotherRun, RunCheckpoints
-from atlas_jax.checkpoints.store import Memory, Weights
+from atlas_jax.checkpoints.run_checkpoints import DifferentRun, RunCheckpoints
+from atlas_jax.checkpoints.store import ResumeState, Weights
 from atlas_jax.config import Config, to_dict
-from atlas_jax.mesh import Like, batch_rows, put_parameter, replicate
-from atlas_jax.training.optimizer import start
+from atlas_jax.mesh import ArrayOrShape, global_batch_size, put_parameter, replicate
+from atlas_jax.storage.lazy_array import ArrayLike, LazyArray, LocalShards
+from atlas_jax.storage.lazy_array import read as read_array
+from atlas_jax.training.optimizer import init_optimizer
 from atlas_jax.training.step import TrainState
 
 logger = logging.getLogger(__name__)
@@ -65,27 +65,27 @@ class Start:
     """What a run begins or goes on with."""
 
     weights: Weights
-    memory: Memory | None  # none: it begins
+    resume_state: ResumeState | None  # none: it begins
 
     @property
     def progress(self) -> Progress:
         """Where it is."""
-        return Progress(**self.memory.about["progress"]) if self.memory else Progress()
+        return Progress(**self.resume_state.about["progress"]) if self.resume_state else Progress()
 
     @property
     def index_params(self) -> dict[str, np.ndarray]:
         """The passage encoder that built the index, where that was done in the run."""
-        arrays = self.memory.arrays if self.memory else {}
+        arrays = self.resume_state.arrays if self.resume_state else {}
         return {path.removeprefix(INDEX): read_array(x) for path, x in arrays.items() if path.startswith(INDEX)}
 
 
-def begin_or_go_on(config: Config, checkpoints: RunCheckpoints, mesh: Mesh) -> tuple[Start, TrainState]:
+def restore_or_init(config: Config, checkpoints: RunCheckpoints, mesh: Mesh) -> tuple[Start, TrainState]:
     """The newest whole checkpoint of this run, or else what the flags name; and the state on the devices."""
 
     def read(folder: Path) -> tuple[Start, TrainState]:
-        memory = store.load_memory(folder)
-        start = Start(store.open_checkpoint(folder).load("retriever/"), memory and memory.load(INDEX))
-        check_same_run(start, config, folder, batch_rows(mesh, config.run.per_gpu_batch_size))
+        resume_state = store.load_resume_state(folder)
+        start = Start(store.open_checkpoint(folder).load("retriever/"), resume_state and resume_state.load(INDEX))
+        check_same_run(start, config, folder, global_batch_size(mesh, config.run.per_gpu_batch_size))
         return start, make_state(config, start, mesh)
 
     if found := checkpoints.restore(read, _verify):
@@ -99,28 +99,30 @@ def begin_or_go_on(config: Config, checkpoints: RunCheckpoints, mesh: Mesh) -> t
 
 def _verify(found: tuple[Start, TrainState]) -> None:
     start, _ = found
-    verify(start.weights.params)
-    verify(start.memory.arrays if start.memory else {})
+    verify_shards(start.weights.params)
+    verify_shards(start.resume_state.arrays if start.resume_state else {})
 
 
 def check_same_run(found: Start, config: Config, folder: Path, queries: int) -> None:
     """Refuses to go on with flags, or with `queries` a step, that make it another run."""
     now = to_dict(config)
-    before = found.memory.about["flags"] if found.memory else {}
+    before = found.resume_state.about["flags"] if found.resume_state else {}
     differing = {flag: value for flag, value in before.items() if flag not in MAY_DIFFER and _plain(now[flag]) != value}
     for flag in [flag for flag in SHAPES_THE_REST if flag in differing]:
         logger.warning(
             "--%s was %s until step %d, now it is %s", flag, differing.pop(flag), found.weights.step, now[flag]
         )
-    before_queries = found.memory.about.get("queries", queries) if found.memory else queries  # older runs do not say
+    before_queries = (
+        found.resume_state.about.get("queries", queries) if found.resume_state else queries
+    )  # older runs do not say
     if before_queries != queries:
-        raise AnotherRun(
+        raise DifferentRun(
             f"{folder}: a run of {before_queries} queries a step, not {queries}; go on with "
             f"{layout(before_queries, jax.device_count())}, or choose another --name"
         )
     if differing:
         said = ", ".join(f"--{flag} {now[flag]} (was {value})" for flag, value in differing.items())
-        raise AnotherRun(f"{folder}: a run with other flags: {said}; choose another --name, or remove this folder")
+        raise DifferentRun(f"{folder}: a run with other flags: {said}; choose another --name, or remove this folder")
 
 
 def layout(queries: int, devices: int) -> str:
@@ -147,10 +149,10 @@ def make_state(config: Config, found: Start, mesh: Mesh) -> TrainState:
     """The state on the devices: as it was, or at the start."""
     params = found.weights.params
     float32 = {path: jax.ShapeDtypeStruct(x.shape, np.float32) for path, x in params.items()}
-    shapes = jax.eval_shape(functools.partial(begin, config), float32)
+    shapes = jax.eval_shape(functools.partial(init_state, config), float32)
     state: TrainState = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)  # no memory: nobody writes to them
-    if found.memory is not None and found.progress.step < config.optim.total_steps:
-        state = _remember(state, found.memory.arrays, found.weights.step)
+    if found.resume_state is not None and found.progress.step < config.optim.total_steps:
+        state = _remember(state, found.resume_state.arrays, found.weights.step)
     return put_state(mesh, _with_params(state, params))
 
 
@@ -165,7 +167,7 @@ def _with_params(state: TrainState, params: Mapping[str, Any]) -> TrainState:
     )
 
 
-def begin(config: Config, params: Mapping[str, Array]) -> TrainState:
+def init_state(config: Config, params: Mapping[str, Array]) -> TrainState:
     """The state of a run that has not learnt yet."""
     parts = {
         part: {path: x for path, x in params.items() if path.startswith(part) and learns(config, path)}
@@ -174,8 +176,8 @@ def begin(config: Config, params: Mapping[str, Array]) -> TrainState:
     learning = parts["reader/"] | parts["retriever/"]
     zeros = {path: jnp.zeros_like(x) for path, x in learning.items()} if config.optim.accumulation_steps > 1 else None
     return TrainState(
-        start(parts["reader/"]),
-        start(parts["retriever/"]) if parts["retriever/"] else None,
+        init_optimizer(parts["reader/"]),
+        init_optimizer(parts["retriever/"]) if parts["retriever/"] else None,
         {path: x for path, x in params.items() if path not in learning},
         zeros,
         jnp.int32(0),
@@ -187,32 +189,32 @@ def put_state(mesh: Mesh, state: TrainState) -> TrainState:
     return jax.tree_util.tree_map_with_path(functools.partial(_put, mesh), state)
 
 
-def _put(mesh: Mesh, keys: tuple[Any, ...], x: Like | Lazy) -> Any:
+def _put(mesh: Mesh, keys: tuple[Any, ...], x: ArrayOrShape | LazyArray) -> Any:
     """A leaf of the state: below a parameter's path what is as large as it, else a number."""
     if isinstance(keys[-1], jax.tree_util.DictKey):
         return put_parameter(mesh, keys[-1].key, x)
-    return replicate(mesh, read_array(x) if isinstance(x, Lazy) else x)
+    return replicate(mesh, read_array(x) if isinstance(x, LazyArray) else x)
 
 
-def snapshot(state: TrainState, weights: Weights, *, weights_only: bool) -> tuple[Weights, dict[str, Either]]:
+def snapshot(state: TrainState, weights: Weights, *, weights_only: bool) -> tuple[Weights, dict[str, ArrayLike]]:
     """Copies on the host of what this process has to save: the weights, and what else the state holds, by name."""
-    params = {path: Share(x) for path, x in state.params.items()}
-    arrays = {} if weights_only else {name: Share(x) for name, x in _named(_besides(state))[0].items()}
+    params = {path: LocalShards(x) for path, x in state.params.items()}
+    arrays = {} if weights_only else {name: LocalShards(x) for name, x in _named(_besides(state))[0].items()}
     parts = weights.cfg, weights.tokenizer, weights.retriever_tokenizer, weights.step, weights.index
     return Weights(params, *parts), dict(arrays)
 
 
-def _remember(state: TrainState, arrays: Mapping[str, Either], step: int) -> TrainState:
+def _remember(state: TrainState, arrays: Mapping[str, ArrayLike], step: int) -> TrainState:
     """The state with these arrays besides its parameters."""
     names, structure = _named(_besides(state))
     if not any(name in arrays for name in names):
-        raise AnotherRun(
+        raise DifferentRun(
             f"step {step}: this run was finished and kept its weights only; go on from them with --model_path and "
             "another --name, or next time train with --save_optimizer"
         )
     for name, x in names.items():
         if name not in arrays or arrays[name].shape != x.shape:
-            raise AnotherRun(f"step {step}: its checkpoint has no {name} of this shape; is it one of this run?")
+            raise DifferentRun(f"step {step}: its checkpoint has no {name} of this shape; is it one of this run?")
     found = jax.tree.unflatten(structure, [arrays[name] for name in names])
     return state._replace(
         reader=state.reader._replace(moments=found["reader"]),

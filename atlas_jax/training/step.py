@@ -12,20 +12,20 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import GoldMode, OptimConfig
 from atlas_jax.evaluation.step import ReaderBatch, token_losses
-from atlas_jax.mesh import ROWS, split
+from atlas_jax.mesh import ROW_AXES, constrain
 from atlas_jax.models.atlas import Atlas, AtlasConfig, Retriever
 from atlas_jax.models.fid import FiD, fuse, shift_right
-from atlas_jax.models.t5 import Unread
+from atlas_jax.models.t5 import EncoderStates
 from atlas_jax.training.attention_stats import correlations
 from atlas_jax.training.losses import (
     attention_gold,
-    each_alone,
     emdr_loss,
     kl_to_gold,
-    left_out_gold,
+    leave_one_out_gold,
     perplexity_gold,
+    single_passage_logits,
 )
-from atlas_jax.training.optimizer import Learner, Params, clip_factor, learn, share_of_rate
+from atlas_jax.training.optimizer import Params, TrainableParams, adamw_update, clip_factor, schedule
 
 Metrics = dict[str, Array]
 
@@ -50,8 +50,8 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """All that a step changes."""
 
-    reader: Learner
-    retriever: Learner | None  # none: it does not learn
+    reader: TrainableParams
+    retriever: TrainableParams | None  # none: it does not learn
     frozen: Params  # what does not learn
     gradients: Params | None  # with --accumulation_steps, their sum since the last update
     updates: Int[Array, ""]  # how many there were: the schedules go by them
@@ -106,11 +106,11 @@ def train_step(
         kept = {path: jnp.where(good, total, 0.0) for path, total in gradients.items()}
         return state._replace(gradients=kept), metrics
 
-    share, factor = share_of_rate(cfg.optim, state.updates.astype(jnp.float32)), clip_factor(cfg.optim, norm)
+    share, factor = schedule(cfg.optim, state.updates.astype(jnp.float32)), clip_factor(cfg.optim, norm)
 
-    def learnt(learner: Learner, highest: float) -> Learner:
+    def learnt(learner: TrainableParams, highest: float) -> TrainableParams:
         clipped = {path: factor * gradients[path] for path in learner.params}
-        return learn(cfg.optim, learner, clipped, highest * share, good)
+        return adamw_update(cfg.optim, learner, clipped, highest * share, good)
 
     after = state._replace(
         reader=learnt(state.reader, cfg.optim.lr),
@@ -128,17 +128,17 @@ def joint_loss(model: Atlas, batch: Batch, rngs: nnx.Rngs | None, cfg: StepConfi
     assert reader is not None
     n = min(cfg.n_context, read.passages.shape[1])
     states = reader.states(read.passages[:, :n], read.mask[:, :n], rngs=rngs, remat=cfg.remat_reader)
-    source = Unread(fuse(states), read.mask[:, :n].reshape(len(read.mask), 1, -1))
+    source = EncoderStates(fuse(states), read.mask[:, :n].reshape(len(read.mask), 1, -1))
     inputs = shift_right(read.target, cfg.pad_id)
     stats = cfg.stats and batch.retriever is not None
-    logits, looks = reader.predict(inputs, source, rngs=rngs, remat=cfg.remat_reader, looks=stats)
+    logits, looks = reader.teacher_forced(inputs, source, rngs=rngs, remat=cfg.remat_reader, looks=stats)
     losses = token_losses(logits, read.target, read.target_mask)
     reader_loss = losses.sum() / jnp.maximum(read.target_mask.sum(), 1)
     metrics = {"loss/reader_loss": reader_loss}
     if batch.retriever is None or model.retriever is None:
         return reader_loss, metrics
     scores = retriever_scores(model.retriever, batch.retriever, rngs, cfg)
-    retriever_loss, gold = distance(_stopped(reader), states, scores, read, cfg)
+    retriever_loss, gold = retriever_loss_and_gold(_stopped(reader), states, scores, read, cfg)
     if looks is not None and gold is not None:
         metrics |= correlations(
             jax.lax.stop_gradient(looks),
@@ -158,13 +158,13 @@ def retriever_scores(
     """What the retriever thinks of each passage: q.p / sqrt(d)."""
     b, n, _ = batch.passages.shape
     queries = retriever(batch.queries, batch.query_mask, side="query", rngs=rngs, remat=cfg.remat_retriever)
-    rows = (split(x.reshape(b * n, -1), ROWS) for x in (batch.passages, batch.passage_mask))
+    rows = (constrain(x.reshape(b * n, -1), ROW_AXES) for x in (batch.passages, batch.passage_mask))
     noise = None if cfg.query_side else rngs
     passages = retriever(*rows, side="passage", rngs=noise, remat=cfg.remat_retriever).reshape(b, n, -1)
     return jnp.einsum("bd,bnd->bn", queries, passages) * queries.shape[-1] ** -0.5
 
 
-def distance(
+def retriever_loss_and_gold(
     reader: FiD, states: Float[Array, "b m l d"], scores: Float[Array, "b n"], read: ReaderBatch, cfg: StepConfig
 ) -> tuple[Float[Array, ""], Float[Array, "b n"] | None]:
     """The retriever's loss, and the judgement, which for EMDR2 is not one number a passage.
@@ -179,16 +179,16 @@ def distance(
         states = jnp.concatenate([states, reader.states(rest, read.mask[:, states.shape[1] :])], axis=1)
     match cfg.gold:
         case "emdr":
-            logits = each_alone(reader, states, read.mask, read.target, cfg.pad_id)
+            logits = single_passage_logits(reader, states, read.mask, read.target, cfg.pad_id)
             return emdr_loss(scores, logits, read.target, read.target_mask, *temperatures), None
         case "ppmean":
-            logits = each_alone(reader, states, read.mask, read.target, cfg.pad_id)
+            logits = single_passage_logits(reader, states, read.mask, read.target, cfg.pad_id)
             gold = perplexity_gold(logits, read.target, read.target_mask)
         case "loop":
-            gold = left_out_gold(reader, states, read.mask, read.target, read.target_mask, cfg.pad_id)
+            gold = leave_one_out_gold(reader, states, read.mask, read.target, read.target_mask, cfg.pad_id)
         case "evalnormsum":
-            source = Unread(fuse(states), read.mask.reshape(len(read.mask), 1, -1))
-            looks = reader.predict(shift_right(read.target, cfg.pad_id), source, looks=True).looks
+            source = EncoderStates(fuse(states), read.mask.reshape(len(read.mask), 1, -1))
+            looks = reader.teacher_forced(shift_right(read.target, cfg.pad_id), source, looks=True).looks
             assert looks is not None
             gold = attention_gold(looks.norms, read.mask, read.target_mask, reader.cfg.num_decoder_layers)
     return kl_to_gold(scores, gold, *temperatures), gold

@@ -25,7 +25,7 @@ if [ -n "${IMAGE:-}" ]; then
 fi
 export ATLAS="${LAUNCH[*]} atlas" SCORES=${SCORES:-$TABLE}
 
-# The first process puts the job back into the queue (atlas_jax/interrupts.py); in a container, which has no scontrol, this
+# The first process puts the job back into the queue (atlas_jax/runtime/interrupts.py); in a container, which has no scontrol, this
 # shell does, when all processes have ended.
 back_to_queue() {
   if [ "$1" -eq 138 ] && [ -n "${IMAGE:-}" ]; then

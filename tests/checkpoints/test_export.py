@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from atlas_jax.checkpoints.export import reader_json, retriever_json, write_huggingface, write_reference
-from atlas_jax.checkpoints.plain_pickle import Names, unpickle
+from atlas_jax.checkpoints.formats.safe_pickle import Names, unpickle
+from atlas_jax.checkpoints.formats.safetensors_file import open_safetensors, write_safetensors
+from atlas_jax.checkpoints.formats.torch_reader import load_torch
+from atlas_jax.checkpoints.formats.torch_writer import ALIGNMENT, Attributes, dump, write_torch
 from atlas_jax.checkpoints.pretrained import reader_config, retriever_config
-from atlas_jax.checkpoints.safetensors_file import open_safetensors, write_safetensors
 from atlas_jax.checkpoints.store import Weights
-from atlas_jax.checkpoints.torch_file import load_torch
-from atlas_jax.checkpoints.torch_writer import ALIGNMENT, Attributes, dump, write_torch
 from atlas_jax.errors import UserError
-from atlas_jax.files import write_json
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
+from atlas_jax.storage.files import write_json
 
 ALLOWED = {  # of what a pickle may name, all that ours do; torch.load(weights_only=True) allows each
     *("torch FloatStorage", "torch LongStorage", "torch HalfStorage"),

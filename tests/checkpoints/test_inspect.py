@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atlas_jax import arrays
-from atlas_jax.checkpoints import convert, orbax_arrays, store
+from atlas_jax.checkpoints import store
+from atlas_jax.checkpoints.formats import orbax_arrays
+from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.checkpoints.inspection import inspect, lines
-from atlas_jax.checkpoints.torch_file import load_torch
-from atlas_jax.checkpoints.weights import entries
+from atlas_jax.checkpoints.weights import weight_entries
+from atlas_jax.commands import convert
 from atlas_jax.errors import UserError
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
-from tests.checkpoints import pickles
+from atlas_jax.storage import lazy_array
+from tests.checkpoints.formats import pickles
 from tests.checkpoints.test_weights import their_shape
 
 
@@ -28,7 +30,7 @@ def unread(monkeypatch):
     def read(*_):
         raise AssertionError("an array is read")
 
-    for module, name in ((orbax_arrays.Stored, "read"), (arrays.Linked, "read"), (arrays, "copy_into")):
+    for module, name in ((orbax_arrays.Stored, "read"), (lazy_array.StackedViews, "read"), (lazy_array, "copy_into")):
         monkeypatch.setattr(module, name, read)
 
 
@@ -53,8 +55,8 @@ def test_the_reference(golden, name):
 @pytest.mark.parametrize("trained", [False, True])
 def test_ours(tiny_weights, tmp_path, trained):
     """The same numbers from atlas.json; an optimizer, a missing file and a missing tokenizer are told."""
-    memory = store.Memory({"mu": np.ones(3, np.float32)}, {}) if trained else None
-    store.save(tmp_path / "ours", dataclasses.replace(tiny_weights, step=7), memory)
+    resume_state = store.ResumeState({"mu": np.ones(3, np.float32)}, {}) if trained else None
+    store.save(tmp_path / "ours", dataclasses.replace(tiny_weights, step=7), resume_state)
     facts = inspect(tmp_path / "ours")
     assert (facts["kind"], facts["step"], facts["optimizer"]) == ("a checkpoint of ours", 7, trained)
     assert facts["parameters"] == sum(array.size for array in tiny_weights.params.values())
@@ -91,8 +93,8 @@ def test_published_shapes_have_names(tmp_path, monkeypatch, name):
     cfg = AtlasConfig(T5_CONFIGS[name], ContrieverConfig(), untied=True)
     number = np.zeros((), np.float32)
     shared = np.broadcast_to(number, their_shape("reader.shared.weight", cfg))
-    model = {e.name: np.broadcast_to(number, their_shape(e.name, cfg)) for e in entries(cfg)}
-    model |= {e.name: shared for e in entries(cfg) if e.path == "reader/embed/embedding"}
+    model = {e.name: np.broadcast_to(number, their_shape(e.name, cfg)) for e in weight_entries(cfg)}
+    model |= {e.name: shared for e in weight_entries(cfg) if e.path == "reader/embed/embedding"}
     if not T5_CONFIGS[name].tied:
         model["reader.lm_head.weight"] = np.broadcast_to(np.ones((), np.float32), shared.shape)
     monkeypatch.setattr("atlas_jax.checkpoints.inspection.open_published", lambda file: (model, 5))

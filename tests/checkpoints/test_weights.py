@@ -8,16 +8,16 @@ import einops
 import numpy as np
 import pytest
 
+from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.checkpoints.pretrained import KNOWN_RETRIEVERS, folder_weights, reader_config, retriever_config
-from atlas_jax.checkpoints.torch_file import load_torch
 from atlas_jax.checkpoints.weights import (
     UNUSED,
-    entries,
     export_weights,
-    flat_shapes,
     import_weights,
     is_untied,
-    plain_names,
+    param_shapes,
+    strip_module_prefix,
+    weight_entries,
 )
 from atlas_jax.config import READERS
 from atlas_jax.errors import UserError
@@ -73,7 +73,7 @@ def refusal(source: dict[str, np.ndarray], cfg: AtlasConfig) -> str:
 def numbered(source: dict[str, np.ndarray], cfg: AtlasConfig) -> tuple[dict[str, np.ndarray], int]:
     """The same shapes filled with 1, 2, 3, ..., no number twice but in aliases; and the last number."""
     filled, count = {}, 0
-    paths = {e.name: (e.path, e.layer) for e in entries(cfg)}
+    paths = {e.name: (e.path, e.layer) for e in weight_entries(cfg)}
     aliased: dict[object, np.ndarray] = {}
     for name, array in source.items():
         if name not in paths:
@@ -94,7 +94,7 @@ def test_every_number_arrives_exactly_once(golden, name):
     cfg = shapes(golden, name)
     source, count = numbered(weights(golden, name), cfg)
     params = import_weights(source, cfg, where="FILE")
-    assert {path: array.shape for path, array in params.items()} == {p: s.shape for p, s in flat_shapes(cfg).items()}
+    assert {path: array.shape for path, array in params.items()} == {p: s.shape for p, s in param_shapes(cfg).items()}
     arrived = np.sort(np.concatenate([array.reshape(-1) for array in params.values()]))
     np.testing.assert_array_equal(arrived, 1 + np.arange(count, dtype=np.float32))
 
@@ -103,24 +103,28 @@ def test_every_number_arrives_exactly_once(golden, name):
 def test_every_name_is_used_exactly_once(golden, name):
     """The table has each array of the file once; what it has besides are names known to be unused, or aliases."""
     cfg, source = shapes(golden, name), weights(golden, name)
-    wanted = Counter(e.name for e in entries(cfg))
+    wanted = Counter(e.name for e in weight_entries(cfg))
     assert set(wanted.values()) == {1}
     assert {key for key in source if key not in wanted} == {key for key in source if key.endswith("position_ids")}
-    assert {e.name for e in entries(cfg) if e.name not in source} <= {e.name for e in entries(cfg) if e.alias}
+    assert {e.name for e in weight_entries(cfg) if e.name not in source} <= {
+        e.name for e in weight_entries(cfg) if e.alias
+    }
     assert is_untied(source) == cfg.untied
-    places = Counter((e.path, e.layer) for e in entries(cfg) if not e.alias)
+    places = Counter((e.path, e.layer) for e in weight_entries(cfg) if not e.alias)
     assert set(places.values()) == {1}
     layers = Counter(path for path, layer in places if layer is not None)
-    assert {p: s.shape[0] for p, s in flat_shapes(cfg).items() if p in layers} == layers
-    assert {path for path, _ in places} == set(flat_shapes(cfg))
+    assert {p: s.shape[0] for p, s in param_shapes(cfg).items() if p in layers} == layers
+    assert {path for path, _ in places} == set(param_shapes(cfg))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_key_that_is_missing_or_too_many_is_named(golden, name, monkeypatch):
     """Without any one key, and with any one more, the import is refused and says which; aliases may be absent."""
-    monkeypatch.setattr("atlas_jax.checkpoints.weights.flat_shapes", functools.cache(flat_shapes))  # for speed
+    monkeypatch.setattr("atlas_jax.checkpoints.weights.param_shapes", functools.cache(param_shapes))  # for speed
     cfg, source = shapes(golden, name), weights(golden, name)
-    optional = {e.name for e in entries(cfg) if e.alias} | {key for key in source if key.endswith("position_ids")}
+    optional = {e.name for e in weight_entries(cfg) if e.alias} | {
+        key for key in source if key.endswith("position_ids")
+    }
     assert len(optional) == 4 if cfg.untied else 3
     for key in source:
         rest = {other: array for other, array in source.items() if other != key}
@@ -144,7 +148,7 @@ def test_many_keys_are_counted(golden):
 @pytest.mark.parametrize("name", ["initial", "fixed_queryside"])
 def test_a_changed_shape_is_refused_with_both_shapes(golden, name, monkeypatch):
     """Any one array a little longer or with an axis more is refused, and the line has its shape and the right one."""
-    monkeypatch.setattr("atlas_jax.checkpoints.weights.flat_shapes", functools.cache(flat_shapes))  # for speed
+    monkeypatch.setattr("atlas_jax.checkpoints.weights.param_shapes", functools.cache(param_shapes))  # for speed
     cfg, source = shapes(golden, name), weights(golden, name)
     for key, array in source.items():
         if key.endswith("position_ids"):
@@ -188,11 +192,11 @@ def test_data_parallel_prefixes_give_the_same(golden):
         lambda key: "module." + key.replace(".", ".module.", 1),
     ):
         wrapped = {wrap(key): array for key, array in source.items()}
-        assert list(plain_names(wrapped)) == list(source)
-        assert all(a is b for a, b in zip(plain_names(wrapped).values(), source.values(), strict=True))
-    assert list(plain_names({"reader.my_module.weight": np.zeros(1)})) == ["reader.my_module.weight"]
+        assert list(strip_module_prefix(wrapped)) == list(source)
+        assert all(a is b for a, b in zip(strip_module_prefix(wrapped).values(), source.values(), strict=True))
+    assert list(strip_module_prefix({"reader.my_module.weight": np.zeros(1)})) == ["reader.my_module.weight"]
     untied = weights(golden, "fixed_queryside")
-    assert is_untied(plain_names({f"module.{key}": array for key, array in untied.items()}))
+    assert is_untied(strip_module_prefix({f"module.{key}": array for key, array in untied.items()}))
 
 
 def test_an_alias_that_differs_is_refused(golden):
@@ -264,13 +268,13 @@ def their_shape(name: str, cfg: AtlasConfig) -> tuple[int, ...]:
 def test_every_published_shape_fits(name):
     """The layout of each entry brings PyTorch's shape to ours, for every published size; no array is made for it."""
     cfg = AtlasConfig(T5_CONFIGS[name], CONTRIEVER, untied=True)
-    ours = flat_shapes(cfg)
-    for e in entries(cfg):
+    ours = param_shapes(cfg)
+    for e in weight_entries(cfg):
         array = np.broadcast_to(np.float32(0), their_shape(e.name, cfg))  # a view of one number
         there = einops.rearrange(array, e.layout, **e.sizes).shape
         wanted = ours[e.path].shape
         assert there == (wanted if e.layer is None else wanted[1:]), e.name
-    assert {e.path for e in entries(cfg)} == set(ours)
+    assert {e.path for e in weight_entries(cfg)} == set(ours)
 
 
 def test_their_shapes_are_the_files(golden):
@@ -287,14 +291,14 @@ def test_published_sizes(name):
     """The number of parameters of each published T5 is the published one."""
     cfg = AtlasConfig(T5_CONFIGS[name], None)
     same = name.removesuffix("-lm-adapt").replace("google/t5-", "google/t5-v1_1-") if "lm-adapt" in name else name
-    assert sum(shape.size for shape in flat_shapes(cfg).values()) == PUBLISHED[same]
+    assert sum(shape.size for shape in param_shapes(cfg).values()) == PUBLISHED[same]
 
 
 def test_the_contriever_has_the_published_size():
     """110 million parameters: BERT base without its pooler."""
-    assert sum(shape.size for shape in flat_shapes(AtlasConfig(None, CONTRIEVER)).values()) == 108_891_648
+    assert sum(shape.size for shape in param_shapes(AtlasConfig(None, CONTRIEVER)).values()) == 108_891_648
     untied = AtlasConfig(None, CONTRIEVER, untied=True)
-    assert sum(shape.size for shape in flat_shapes(untied).values()) == 2 * 108_891_648
+    assert sum(shape.size for shape in param_shapes(untied).values()) == 2 * 108_891_648
 
 
 def test_the_names_of_flags_and_of_shapes_are_the_same():

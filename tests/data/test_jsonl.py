@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atlas_jax.data import jsonl
-from atlas_jax.data.jsonl import MAX_LINE_BYTES, Rows, read_rows
+from atlas_jax.data.jsonl import MAX_LINE_BYTES, JsonlRows, read_rows
 from atlas_jax.errors import UserError
 
 MESSY = b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": "\xc3\xa9\xe2\x80\xa8"}\n\t\n{"a": 3}'
@@ -64,7 +64,7 @@ def test_rows_before_a_bad_line_are_delivered(tmp_path):
 
 def test_missing_files_and_folders(tmp_path):
     """Both readers name the path and the remedy."""
-    for read in (lambda path: list(read_rows(path)), Rows):
+    for read in (lambda path: list(read_rows(path)), JsonlRows):
         with pytest.raises(UserError, match=r"nothing\.jsonl: no such file; check the path"):
             read(tmp_path / "nothing.jsonl")
         with pytest.raises(UserError, match=r"is a folder; name a \.jsonl file"):
@@ -98,7 +98,7 @@ def test_memory_is_one_line(tmp_path):
 def test_rows_by_number_are_the_streamed_rows(tmp_path):
     """Any order, negative numbers and slices; the line is the one in the file."""
     path = write(tmp_path, MESSY)
-    rows, streamed = Rows(path), list(read_rows(path))
+    rows, streamed = JsonlRows(path), list(read_rows(path))
     assert len(rows) == 3
     assert [(rows.line(i), rows[i]) for i in (2, 0, 1)] == [streamed[i] for i in (2, 0, 1)]
     assert rows[-1] == {"a": 3}
@@ -110,17 +110,17 @@ def test_rows_by_number_are_the_streamed_rows(tmp_path):
 
 def test_rows_are_parsed_on_demand(tmp_path):
     """A malformed row is an error when it is asked for, with its line; an empty file is one at once."""
-    rows = Rows(write(tmp_path, b'{"a": 1}\n\n{"a": \n'))
+    rows = JsonlRows(write(tmp_path, b'{"a": 1}\n\n{"a": \n'))
     assert rows[0] == {"a": 1}
     with pytest.raises(UserError, match=r"rows\.jsonl:3: not valid JSON"):
         rows[1]
     with pytest.raises(UserError, match="no rows"):
-        Rows(write(tmp_path, b"\n"))
+        JsonlRows(write(tmp_path, b"\n"))
 
 
 def test_threads_share_rows(tmp_path):
     """Positional reads: eight threads reading at random get the rows they asked for."""
-    rows = Rows(write(tmp_path, b"".join(b'{"a": "%s"}\n' % (b"%d" % i * (i % 50)) for i in range(2000))))
+    rows = JsonlRows(write(tmp_path, b"".join(b'{"a": "%s"}\n' % (b"%d" % i * (i % 50)) for i in range(2000))))
     numbers = random.Random(0).choices(range(2000), k=4000)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         read = list(pool.map(rows.__getitem__, numbers))
@@ -132,4 +132,4 @@ def test_whatever_json_writes_is_read_back(tmp_path_factory, objects, escape):
     """Any text, escaped or not, survives; so does its number."""
     text = "".join(json.dumps(row, ensure_ascii=escape) + "\n" for row in objects)
     path = write(tmp_path_factory.getbasetemp(), text.encode())
-    assert [row for _, row in jsonl.read_rows(path)] == objects == list(Rows(path))
+    assert [row for _, row in jsonl.read_rows(path)] == objects == list(JsonlRows(path))

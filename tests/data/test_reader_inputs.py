@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from atlas_jax.data.reader_inputs import ReaderText, join, render, split_encoder_format
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
-from atlas_jax.retrieval.passages import build_passages
+from atlas_jax.retrieval.passage_store import build_passages
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 VITAL = Path(__file__).parents[3] / "shared" / "data" / "wikipedia-vital.jsonl"

@@ -10,12 +10,12 @@ import pytest
 
 from atlas_jax.checkpoints.restore import restore
 from atlas_jax.config import Config, GenerationConfig, ModelConfig, RetrievalConfig, RunConfig, TaskConfig, TextConfig
-from atlas_jax.data.jsonl import Rows
+from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.evaluation.evaluator import Evaluator
 from atlas_jax.evaluation.loop import place
 from atlas_jax.mesh import make_mesh
-from atlas_jax.retrieval.passages import build_passages
-from atlas_jax.retrieval.sources import Found, FromRows
+from atlas_jax.retrieval.passage_source import RetrievedPassages, RowPassages
+from atlas_jax.retrieval.passage_store import build_passages
 from atlas_jax.tasks import make_task
 
 SCORER = Path(__file__).parents[2] / "eval/evaluate_mmlu_predictions.py"
@@ -57,7 +57,7 @@ class Given:
     def start(self, examples, n):
         numbers = np.asarray([self.of_query[example.query] for example in examples])
         assert numbers.shape[1] == n
-        return lambda: Found(self.store, numbers, np.ones(numbers.shape, bool))
+        return lambda: RetrievedPassages(self.store, numbers, np.ones(numbers.shape, bool))
 
 
 def read_lines(text: str) -> list[dict]:
@@ -76,7 +76,9 @@ def evaluate(config, model, source, rows):
 def mmlu(golden, model, tmp_path_factory):
     """All 456 permutations of 114 real questions, with the passages that the reference read."""
     source = Given(golden, tmp_path_factory.mktemp("store") / "passages")
-    return evaluate(config_of(golden, "multiple_choice", length=192), model, source, Rows(golden / "mmlu_eval.jsonl"))
+    return evaluate(
+        config_of(golden, "multiple_choice", length=192), model, source, JsonlRows(golden / "mmlu_eval.jsonl")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_predictions_do_not_depend_on_the_mesh(golden, model, mmlu, tmp_path, sp
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b"".join((golden / "mmlu_eval.jsonl").read_bytes().splitlines(keepends=True)[:6]))
     source = Given(golden, tmp_path / "passages")
-    _, lines = evaluate(config, (weights, place(weights, config, mesh), mesh), source, Rows(rows))
+    _, lines = evaluate(config, (weights, place(weights, config, mesh), mesh), source, JsonlRows(rows))
     assert len(lines) == 6
     for line, other in zip(lines, mmlu[1], strict=False):
         assert line["generation"] == other["generation"]
@@ -166,7 +168,7 @@ def test_the_score_table_is_the_references(golden, found, tmp_path, capsys):
     assert capsys.readouterr().out == (golden / "mmlu_table.txt").read_text()
 
 
-def with_passages(golden, tmp_path) -> Rows:
+def with_passages(golden, tmp_path) -> JsonlRows:
     """The questions, each with the passages that the reference found."""
     rows = read_lines((golden / "qa.jsonl").read_text())
     found = read_lines((golden / "exp/qa/qa-step-1.jsonl").read_text())
@@ -174,7 +176,7 @@ def with_passages(golden, tmp_path) -> Rows:
     path.write_text(
         "".join(json.dumps(r | {"passages": f["passages"]}) + "\n" for r, f in zip(rows, found, strict=True))
     )
-    return Rows(path)
+    return JsonlRows(path)
 
 
 def test_questions_with_their_own_passages(golden, model, tmp_path, monkeypatch):
@@ -188,7 +190,7 @@ def test_questions_with_their_own_passages(golden, model, tmp_path, monkeypatch)
             return super()._total(orders, totals)
 
     monkeypatch.setitem(globals(), "Evaluator", Listening)
-    result, found = evaluate(config, model, FromRows(), rows)
+    result, found = evaluate(config, model, RowPassages(), rows)
     assert found == read_lines((golden / "exp/qa/qa-step-1.jsonl").read_text())
     theirs = json.loads((golden / "meta.json").read_text())["qa_metrics"]
     assert result.scores == pytest.approx(theirs | {"eval_loss": np.mean(losses)}, rel=1e-6)
@@ -204,8 +206,8 @@ def test_questions_with_their_own_passages(golden, model, tmp_path, monkeypatch)
 def test_results_depend_on_neither_batch_nor_bucket(golden, model, tmp_path, batch, length):
     """16 or 24 examples at a time instead of 8, and another longest bucket: the same answers and losses."""
     rows = with_passages(golden, tmp_path)
-    one, lines = evaluate(config_of(golden, "qa", length=length), model, FromRows(), rows)
-    other, others = evaluate(config_of(golden, "qa", length=length, batch=batch), model, FromRows(), rows)
+    one, lines = evaluate(config_of(golden, "qa", length=length), model, RowPassages(), rows)
+    other, others = evaluate(config_of(golden, "qa", length=length, batch=batch), model, RowPassages(), rows)
     assert lines == others
     assert one.scores == pytest.approx(other.scores, rel=1e-6)
     assert other.programs <= one.programs
@@ -218,12 +220,12 @@ def test_fewer_passages_than_asked_for(golden, model, tmp_path):
     path = tmp_path / "few.jsonl"
     few = [row | {"passages": line["passages"][:2]} for row, line in zip(rows, found, strict=False)]
     path.write_text("".join(json.dumps(row) + "\n" for row in few))
-    _, five = evaluate(config_of(golden, "qa", length=160), model, FromRows(), Rows(path))
-    _, two = evaluate(replace_n(config_of(golden, "qa", length=160), 2), model, FromRows(), Rows(path))
+    _, five = evaluate(config_of(golden, "qa", length=160), model, RowPassages(), JsonlRows(path))
+    _, two = evaluate(replace_n(config_of(golden, "qa", length=160), 2), model, RowPassages(), JsonlRows(path))
     assert five == two
     assert [len(line["passages"]) for line in five] == [2, 2, 2]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, none = evaluate(config_of(golden, "qa", length=160), model, FromRows(), Rows(path))
+    _, none = evaluate(config_of(golden, "qa", length=160), model, RowPassages(), JsonlRows(path))
     assert [line["generation"] for line in none] != [line["generation"] for line in five]
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atlas_jax.cli import main
-from tests.several import ends
+from atlas_jax.commands.main import main
+from tests.runtime.processes import ends
 
 
 def read_lines(text: str) -> list[dict]:

@@ -52,8 +52,8 @@ def test_padding_and_precision(golden, batch):
     retriever, (ids, mask) = load(golden / "assets/retriever"), texts(batch, "query")
     short = int(mask.sum(1).max())
     np.testing.assert_allclose(embed(retriever, ids[:, :short], mask[:, :short]), batch["query_emb"], atol=1e-5)
-    apart = embed(load(golden / "assets/retriever", for_cpu=True), ids, mask)
-    np.testing.assert_allclose(apart, batch["query_emb"], atol=1e-5)
+    unstack = embed(load(golden / "assets/retriever", for_cpu=True), ids, mask)
+    np.testing.assert_allclose(unstack, batch["query_emb"], atol=1e-5)
     half = embed(load(golden / "assets/retriever", dtype=jnp.bfloat16), ids, mask)
     assert half.dtype == jnp.float32
     assert 1e-5 < np.abs(half - batch["query_emb"]).max() < 0.1

@@ -130,8 +130,8 @@ def test_bfloat16_is_near_and_keeps_float32_where_it_matters(golden, reader, bat
 
 def test_a_cpus_way_gives_the_same_numbers(golden, reader, batch):
     """Attention of one row after the other, and the decoder's layers one by one, change nothing."""
-    apart = outputs(load(golden / "assets/reader", for_cpu=True), batch)
-    for one, other in zip(apart, outputs(reader, batch), strict=True):
+    unstack = outputs(load(golden / "assets/reader", for_cpu=True), batch)
+    for one, other in zip(unstack, outputs(reader, batch), strict=True):
         close(one, np.asarray(other), 1e-5)
 
 

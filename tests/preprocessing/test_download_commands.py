@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas_jax.command_line import GROUPS
+from atlas_jax.commands.flags import GROUPS
 from tests.preprocessing.download_server import Fault, running
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "preprocessing"))

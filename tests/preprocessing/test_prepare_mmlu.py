@@ -76,7 +76,7 @@ def test_the_three_settings_hold_what_the_archive_does(official):
         return of(split, *(f"{domain}_{split}" for domain in ("anatomy", "us_foreign_policy", "virology")))
 
     auxiliary = of("auxiliary_train", "arc_easy", "race")
-    in_order = list(auxiliary)
+    map_in_order = list(auxiliary)
     random.seed(10)
     random.shuffle(auxiliary)
     expected = {
@@ -95,7 +95,7 @@ def test_the_three_settings_hold_what_the_archive_does(official):
     assert official.keys() == expected.keys()
     for name, rows in expected.items():
         assert official[name] == "".join(json.dumps(row) + "\n" for row in rows).encode(), name
-    assert auxiliary[500:] != in_order[500:]  # the shuffle matters
+    assert auxiliary[500:] != map_in_order[500:]  # the shuffle matters
 
 
 def test_what_the_launch_scripts_read_is_there(official):

@@ -11,7 +11,7 @@ def make_embedder(tiny_weights):
     """(side, mesh, max_length) to an embedder with the golden weights."""
     from atlas_jax.checkpoints.weights import build_model
     from atlas_jax.mesh import replicate
-    from atlas_jax.retrieval.embed import Embedder
+    from atlas_jax.retrieval.embedder import Embedder
 
     def make(side, mesh, max_length=160):
         model = build_model(tiny_weights.params, tiny_weights.cfg, lambda _, array: replicate(mesh, array))
@@ -35,7 +35,7 @@ def passages(make_embedder, mesh):
 @pytest.fixture(scope="session")
 def store(golden, tmp_path_factory):
     """The 240 golden passages."""
-    from atlas_jax.retrieval.passages import build_passages
+    from atlas_jax.retrieval.passage_store import build_passages
 
     return build_passages([golden / "passages.jsonl"], tmp_path_factory.mktemp("golden") / "passages")
 

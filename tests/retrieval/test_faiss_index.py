@@ -35,7 +35,7 @@ def queries(vectors) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def exact(vectors, queries) -> np.ndarray:
+def exact_search(vectors, queries) -> np.ndarray:
     scores = queries.astype(np.float64) @ vectors.astype(np.float64).T
     return np.argsort(-scores, axis=1, kind="stable")[:, :K]
 
@@ -46,9 +46,9 @@ def build(vectors) -> Build:
     return functools.cache(functools.partial(FaissIndex.build, vectors))
 
 
-def recall(index: FaissIndex, queries: np.ndarray, exact: np.ndarray) -> float:
-    found = index.search(queries, exact.shape[1]).numbers
-    return float(np.mean([np.isin(row, best).mean() for row, best in zip(found, exact, strict=True)]))
+def recall(index: FaissIndex, queries: np.ndarray, exact_search: np.ndarray) -> float:
+    found = index.search(queries, exact_search.shape[1]).numbers
+    return float(np.mean([np.isin(row, best).mean() for row, best in zip(found, exact_search, strict=True)]))
 
 
 @pytest.mark.parametrize(("kind", "code_size"), KINDS)
@@ -85,23 +85,23 @@ def test_a_gpu_finds_the_nearest_centroids(vectors, queries, build, monkeypatch)
     np.testing.assert_array_equal(found.numbers, build("ivfpq", 8).search(queries, K).numbers)
 
 
-def test_kinds_that_keep_the_vectors_are_exact(vectors, queries, exact, build):
+def test_kinds_that_keep_the_vectors_are_exact(vectors, queries, exact_search, build):
     """ "flat", and "ivfflat" while it reads every list as the reference does; reading one list, it is not."""
     for kind in ("flat", "ivfflat"):
         found = build(kind, None).search(queries, K)
-        np.testing.assert_array_equal(found.numbers, exact)
-        scores = np.einsum("qd,qkd->qk", queries, vectors[exact].astype(np.float32))
+        np.testing.assert_array_equal(found.numbers, exact_search)
+        scores = np.einsum("qd,qkd->qk", queries, vectors[exact_search].astype(np.float32))
         np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
     index = FaissIndex.build(vectors, "ivfflat")
     assert index.n_probe == index.n_list == 54  # floor(sqrt(3000))
     index.n_probe = 1
-    assert 0.3 < recall(index, queries, exact) < 0.95
+    assert 0.3 < recall(index, queries, exact_search) < 0.95
 
 
-def test_fewer_bytes_find_less(queries, exact, build):
+def test_fewer_bytes_find_less(queries, exact_search, build):
     """Recall at 10, from 16 bytes a passage to 1; clusters make the same bytes worth more."""
     ivfsq, ivfpq, pq, tiny = (
-        recall(build(*kind), queries, exact) for kind in [("ivfsq", None), ("ivfpq", 8), ("pq", 8), ("pq", 1)]
+        recall(build(*kind), queries, exact_search) for kind in [("ivfsq", None), ("ivfpq", 8), ("pq", 8), ("pq", 1)]
     )
     assert 1 > ivfsq > ivfpq > pq > tiny + 0.1
     assert ivfsq > 0.8
@@ -181,7 +181,7 @@ def test_equal_scores_are_ordered_by_number(vectors):
     assert (~drop).mean() > 0.8
 
 
-def test_a_query_whose_lists_are_short_reads_them_all(vectors, queries, exact):
+def test_a_query_whose_lists_are_short_reads_them_all(vectors, queries, exact_search):
     """No -1 is a passage number; the others keep to their own lists."""
     index = FaissIndex.build(vectors, "ivfflat")
     everything = index.search(queries, 60)

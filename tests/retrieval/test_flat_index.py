@@ -32,20 +32,20 @@ def normal(rows: int, dim: int, seed: int = 0) -> np.ndarray:
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(1, 300),
-    share=st.floats(0, 1),
+    link_tree=st.floats(0, 1),
     q=st.integers(1, 9),
     dim=st.integers(1, 16),
     devices=st.sampled_from([1, 2, 3, 8]),
     chunk=st.sampled_from([8, 64, flat_index.CHUNK_ROWS]),
 )
-@example(seed=0, count=300, share=1.0, q=2, dim=1, devices=8, chunk=8)  # k beyond a device
-@example(seed=0, count=2, share=1.0, q=1, dim=3, devices=8, chunk=8)  # devices with padding only
-def test_search_equals_brute_force_with_ties_by_the_smaller_number(seed, count, share, q, dim, devices, chunk):
+@example(seed=0, count=300, link_tree=1.0, q=2, dim=1, devices=8, chunk=8)  # k beyond a device
+@example(seed=0, count=2, link_tree=1.0, q=1, dim=3, devices=8, chunk=8)  # devices with padding only
+def test_search_equals_brute_force_with_ties_by_the_smaller_number(seed, count, link_tree, q, dim, devices, chunk):
     """Small integers: sums are exact and ties abound, so scores and numbers are equal, for any shapes and mesh."""
     rng = np.random.default_rng(seed)
     vectors = rng.integers(-2, 3, (count, dim)).astype(np.float16)
     queries = rng.integers(-2, 3, (q, dim)).astype(np.float32)
-    k = max(1, round(share * count))
+    k = max(1, round(link_tree * count))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flat_index, "CHUNK_ROWS", chunk)
         found = FlatIndex.from_array(vectors, mesh_of(devices)).search(queries, k)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from atlas_jax.data.tokens import Tokenizer
-from atlas_jax.retrieval.embed import Embedder, embed_corpus
+from atlas_jax.retrieval.embedder import Embedder, embed_corpus
 from atlas_jax.retrieval.flat_index import FlatIndex
+from atlas_jax.retrieval.passage_source import IndexPassages, PassageSource, RowPassages
 from atlas_jax.retrieval.search import Rerank, Search
-from atlas_jax.retrieval.sources import FromIndex, FromRows, Source
 from atlas_jax.tasks import Example
 
 
@@ -106,25 +106,25 @@ def test_equal_scores_keep_the_order_of_the_index(search, passages, tokens, ques
 
 def test_a_search_is_a_source(search, store, questions):
     """Every example has all its n passages."""
-    source = FromIndex(search, store)
-    assert isinstance(source, Source)
+    source = IndexPassages(search, store)
+    assert isinstance(source, PassageSource)
     found = source.start([Example(query, None, []) for query in questions["query"]], 3)()
     np.testing.assert_array_equal(found.numbers, search.start(questions["query"], 3)().numbers)
     assert found.store is store
-    assert found.there.all()
-    assert found.there.shape == (4, 3)
+    assert found.valid.all()
+    assert found.valid.shape == (4, 3)
     assert source.programs == search.programs == (search.queries.program,)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_rows_bring_their_own(golden, n):
-    """The first n of each in their order; where there are fewer, `there` says so."""
+    """The first n of each in their order; where there are fewer, `valid` says so."""
     given = [["a", "b", "c"], ["d"], [], ["e", "f"]]
-    found = FromRows().start([example(*texts) for texts in given], n)()
-    assert isinstance(FromRows(), Source)
-    assert found.numbers.shape == found.there.shape == (4, n)
-    assert found.there.sum(axis=1).tolist() == [min(len(texts), n) for texts in given]
-    for texts, numbers, there in zip(given, found.numbers, found.there, strict=True):
+    found = RowPassages().start([example(*texts) for texts in given], n)()
+    assert isinstance(RowPassages(), PassageSource)
+    assert found.numbers.shape == found.valid.shape == (4, n)
+    assert found.valid.sum(axis=1).tolist() == [min(len(texts), n) for texts in given]
+    for texts, numbers, there in zip(given, found.numbers, found.valid, strict=True):
         assert [passage["text"] for passage in found.store.take(numbers[there])] == texts[:n]
         assert len(found.store.take(numbers)) == n  # the others are of some passage, and masked
     tokenizer = Tokenizer.load(golden / "assets" / "reader")
@@ -135,14 +135,14 @@ def test_rows_bring_their_own(golden, n):
 @pytest.mark.parametrize("passages", [None, []])
 def test_rows_without_any_passage(passages):
     """Nothing is there, and there is still something to take."""
-    found = FromRows().start([Example("who?", None, [], passages=passages)] * 2, 3)()
-    assert not found.there.any()
-    assert found.there.shape == (2, 3)
+    found = RowPassages().start([Example("who?", None, [], passages=passages)] * 2, 3)()
+    assert not found.valid.any()
+    assert found.valid.shape == (2, 3)
     assert found.store.take(found.numbers[0]) == [{"title": "", "text": ""}] * 3
 
 
 def test_rows_are_left_as_they_are():
     """A passage is a copy: what a reader's format adds does not get into the row."""
     one = example("a")
-    FromRows().start([one], 1)().store.take([0])[0]["text"] = "changed"
+    RowPassages().start([one], 1)().store.take([0])[0]["text"] = "changed"
     assert one.passages[0]["text"] == "a"

@@ -43,7 +43,7 @@ def row_of(*texts, answer="A", question="Why?"):
     return {"question": question, "options": dict(zip("ABCDE", texts, strict=False)), "answer": answer}
 
 
-def in_order(value):
+def map_in_order(value):
     """JSON text: equal only where the keys come in the same order."""
     return json.dumps(value, ensure_ascii=False)
 
@@ -58,7 +58,7 @@ def test_every_permutation_is_the_reference_s(tokenizer, rows, lines):
             assert example.query == permuted["query"]
             assert example.answers == permuted["answers"]
             assert example.target == f"<extra_id_0> {permuted['answers'][0]}"
-            assert in_order(example.metadata) == in_order(permuted["metadata"])
+            assert map_in_order(example.metadata) == map_in_order(permuted["metadata"])
             seen += 1
         assert row == kept
         cut += row["question"].strip() not in examples[0].query
@@ -80,7 +80,7 @@ def test_finished_rows_are_the_reference_s(rows, lines):
         for text, probabilities in golden["all_probs"].items():
             assert line["all_probs"][text] == pytest.approx(probabilities, abs=1e-6)
         for field in ("query", "answers", "metadata", "permutations"):
-            assert in_order(line[field]) == in_order(golden[field])
+            assert map_in_order(line[field]) == map_in_order(golden[field])
         *_, second, first = sorted(golden["choice_probs"].values())
         tie = first - second < TIE
         assert line["generation"] == ("A" if tie else golden["generation"])

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from atlas_jax.config import Config, ModelConfig, TaskConfig
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
-from atlas_jax.evaluation.metrics import exact_match, f1, normalize
 from atlas_jax.tasks import make_task
 from atlas_jax.tasks.base import Base
+from atlas_jax.tasks.metrics import exact_match, f1, normalize
 from atlas_jax.tasks.multiple_choice import MultipleChoice
 from atlas_jax.tasks.qa import QA
 

@@ -56,7 +56,7 @@ def command(name: str, folder: Path, *more: str) -> list[str]:
         "--compile_cache": str(folder / "programs"),
     }
     given = [text for flag, value in flags.items() for text in (flag, value)]
-    return [sys.executable, "-m", "atlas_jax.cli", "train", *given, "--shuffle", "--train_retriever", *more]
+    return [sys.executable, "-m", "atlas_jax", "train", *given, "--shuffle", "--train_retriever", *more]
 
 
 def start(name: str, folder: Path, *more: str, processes: int = 1) -> list[subprocess.Popen]:

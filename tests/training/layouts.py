@@ -26,7 +26,7 @@ MESHES = {"data=8": 1, "fsdp=8": 1, "model=4": 8, "data=2,fsdp=2,model=2": 2, "f
 FAISS = "--index_mode faiss --refresh_index 2 --freeze_retriever_steps 2"
 TRAININGS = RUNS | {"linear_faiss": ["--scheduler", "linear", *FAISS.split()]}
 INDEXES = {"flat": ["--index_mode", "flat"], "faiss": ["--index_mode", "faiss", "--faiss_index_type", "ivfsq"]}
-ATLAS = [sys.executable, "-m", "atlas_jax.cli"]
+ATLAS = [sys.executable, "-m", "atlas_jax"]
 MODEL = {
     "--task": "qa",
     "--model_path": str(GOLDEN / "checkpoint_initial"),

@@ -27,7 +27,7 @@ def train(folder: Path, name: str, *flags: str) -> subprocess.CompletedProcess:
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    command = [sys.executable, "-m", "atlas_jax.cli", "train", "--name", name, "--checkpoint_dir", str(folder), *flags]
+    command = [sys.executable, "-m", "atlas_jax", "train", "--name", name, "--checkpoint_dir", str(folder), *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 

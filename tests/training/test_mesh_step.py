@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from atlas_jax.checkpoints.weights import build_model
-from atlas_jax.mesh import SHARD, make_mesh, parameter_spec, put_batch, put_parameter, put_passages, replicate
-from atlas_jax.programs import Program
+from atlas_jax.mesh import PARAM_AXES, make_mesh, param_spec, put_batch, put_parameter, put_passages, replicate
+from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.training.step import Batch, StepConfig, joint_loss
 from tests.training.test_step import batch, config, norm
 
@@ -41,9 +41,9 @@ def losses(params, batch, cfg):
 
 
 @functools.cache
-def program(spec: str, cfg: StepConfig) -> Program:
+def program(spec: str, cfg: StepConfig) -> CompiledFunction:
     """The losses and their gradients on a mesh: compiled here, and read in `test_mesh_traffic`."""
-    return Program("losses", functools.partial(losses, cfg=cfg), make_mesh(spec))
+    return CompiledFunction("losses", functools.partial(losses, cfg=cfg), make_mesh(spec))
 
 
 @pytest.mark.parametrize("spec", MESHES)
@@ -69,7 +69,7 @@ def keeps_no_whole_layers(text: str, params) -> None:
     for path, array in params.items():
         if "/layers/" in path and path.endswith("kernel"):
             shape, share = list(array.shape), list(array.shape)
-            share[parameter_spec(path, array.ndim).index(SHARD)] //= 8
+            share[param_spec(path, array.ndim).index(PARAM_AXES)] //= 8
             assert f"f32[{','.join(map(str, share))}]" in text, path
             assert f"f32[{','.join(map(str, shape))}]" not in text, path
 
@@ -84,7 +84,7 @@ def test_dropout_does_not_depend_on_the_mesh(tiny_weights, batch):
     found = []
     for spec in ("data=1", "data=2,fsdp=2,model=2"):
         mesh = make_mesh(spec)
-        losing, questions = Program("noisy", noisy, mesh), placed(mesh, batch)
+        losing, questions = CompiledFunction("noisy", noisy, mesh), placed(mesh, batch)
         params = {path: put_parameter(mesh, path, array) for path, array in tiny_weights.params.items()}
         for seed in (0, 1):
             metrics = losing(params, questions, replicate(mesh, jax.random.key(seed)))

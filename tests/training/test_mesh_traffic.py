@@ -11,7 +11,7 @@ from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.evaluation.batches import put_reader_batch
 from atlas_jax.evaluation.evaluator import reader_program
 from atlas_jax.evaluation.generation import Generation
-from atlas_jax.mesh import SHARD, make_mesh, parameter_spec, put_parameter, replicate
+from atlas_jax.mesh import PARAM_AXES, make_mesh, param_spec, put_parameter, replicate
 from atlas_jax.plan import hlo
 from tests.training.test_mesh_step import placed, program
 from tests.training.test_step import batch, config
@@ -86,7 +86,7 @@ def test_beside_data_gradients_are_scattered_before_they_are_added(tiny_weights,
     for path, shape in split.items():
         layers, sizes = layer(path, shape)
         share = list(sizes)
-        share[parameter_spec(path, len(sizes)).index(SHARD)] //= 4
+        share[param_spec(path, len(sizes)).index(PARAM_AXES)] //= 4
         if path.endswith("kernel"):
             assert scattered[tuple(sorted(sizes))] >= layers, path
             assert added[tuple(sorted(share))] >= layers, path
@@ -130,7 +130,7 @@ def test_an_answer_is_written_with_what_was_gathered_before(tiny_weights):
     assert found.unknown_loops == 1
     wanted = collections.Counter()
     for path, x in tiny_weights.params.items():
-        if path.startswith("reader/") and any(parameter_spec(path, x.ndim)):
+        if path.startswith("reader/") and any(param_spec(path, x.ndim)):
             layers, sizes = layer(path, x.shape)
             if path.startswith("reader/encoder") or "cross_attn/k" in path or "cross_attn/v" in path:
                 wanted[sizes] += layers

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atlas_jax.config import OptimConfig
-from atlas_jax.training.optimizer import clip_factor, learn, rate, share_of_rate, start
+from atlas_jax.training.optimizer import adamw_update, clip_factor, init_optimizer, rate, schedule
 
 
 def test_learning_from_gradients_is_adamw():
@@ -14,15 +14,15 @@ def test_learning_from_gradients_is_adamw():
     cfg = OptimConfig(weight_decay=0.1, beta2=0.99, epsilon=1e-3)
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(3, 2)).astype(np.float32), "b": rng.normal(size=4).astype(np.float32)}
-    learner = start({path: jnp.asarray(x) for path, x in params.items()})
+    learner = init_optimizer({path: jnp.asarray(x) for path, x in params.items()})
     theirs = {path: x.astype(np.float64) for path, x in params.items()}
     m, v = ({path: np.zeros_like(x) for path, x in theirs.items()} for _ in range(2))
     for t in range(1, 4):
         gradients = {path: rng.normal(size=x.shape).astype(np.float32) for path, x in params.items()}
         given = {path: jnp.asarray(g) for path, g in gradients.items()}
-        learner = learn(cfg, learner, given, jnp.float32(0.05), jnp.bool(True))
+        learner = adamw_update(cfg, learner, given, jnp.float32(0.05), jnp.bool(True))
         worse = {path: g * jnp.nan for path, g in given.items()}
-        same = learn(cfg, learner, worse, jnp.float32(0.05), jnp.bool(False))
+        same = adamw_update(cfg, learner, worse, jnp.float32(0.05), jnp.bool(False))
         for now, then in zip(jax.tree.leaves(same), jax.tree.leaves(learner), strict=True):
             np.testing.assert_array_equal(now, then)
         for path, g in gradients.items():
@@ -47,7 +47,7 @@ def test_the_schedules(scheduler, rates):
     """Ten updates, four of them rising; the logged number is what the device takes, but for float32."""
     cfg = OptimConfig(total_steps=10, warmup_steps=4, scheduler=scheduler)
     assert [rate(cfg, 1.0, n) for n in range(10)] == pytest.approx(rates, abs=1e-6)
-    assert [float(share_of_rate(cfg, jnp.float32(n))) for n in range(10)] == pytest.approx(rates, abs=1e-6)
+    assert [float(schedule(cfg, jnp.float32(n))) for n in range(10)] == pytest.approx(rates, abs=1e-6)
     assert rate(cfg, 3e-5, 5) == 3e-5 * rate(cfg, 1.0, 5)
 
 

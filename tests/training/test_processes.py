@@ -16,7 +16,7 @@ from atlas_jax.training.resume import layout
 from tests.training import killing
 from tests.training.test_loop import RUNS, compare
 
-ATLAS = [sys.executable, "-m", "atlas_jax.cli"]
+ATLAS = [sys.executable, "-m", "atlas_jax"]
 
 
 def ended(processes: list[subprocess.Popen], log: Path) -> tuple[list[int], str]:

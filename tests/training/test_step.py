@@ -11,7 +11,7 @@ import pytest
 from atlas_jax.checkpoints.weights import build_model, export_weights
 from atlas_jax.config import OptimConfig
 from atlas_jax.evaluation.step import ReaderBatch
-from atlas_jax.training.optimizer import start
+from atlas_jax.training.optimizer import init_optimizer
 from atlas_jax.training.step import Batch, RetrieverBatch, StepConfig, TrainState, joint_loss, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -55,7 +55,7 @@ def fresh(weights, cfg: StepConfig) -> TrainState:
     params = {path: jnp.asarray(array) for path, array in weights.params.items()}
     parts = [{p: x for p, x in params.items() if p.startswith(part)} for part in ("reader", "retriever")]
     gradients = jax.tree.map(jnp.zeros_like, params)  # as with --accumulation_steps: one program for all tests
-    return TrainState(*(start(part) for part in parts), {}, gradients, jnp.int32(0))
+    return TrainState(*(init_optimizer(part) for part in parts), {}, gradients, jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
@@ -153,7 +153,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny_weights, batch):
     cfg = config(tiny_weights)
     good = fresh(tiny_weights, cfg)
     params = good.reader.params | {"reader/decoder/final_norm/scale": jnp.full(64, jnp.nan, jnp.float32)}
-    bad = good._replace(reader=start(params), gradients=jax.tree.map(jnp.ones_like, good.params))
+    bad = good._replace(reader=init_optimizer(params), gradients=jax.tree.map(jnp.ones_like, good.params))
     for state, is_bad in ((good, 0), (bad, 1)):
         after, metrics = step(state, batch, jax.random.key(0), cfg)
         assert int(metrics["bad"]) == is_bad

@@ -1,0 +1,111 @@
+"""`atlas convert`: weights from one form into another, whatever their size, and `--inspect`."""
+
+import argparse
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from atlas_jax.checkpoints import store
+from atlas_jax.checkpoints.export import write_huggingface, write_reference
+from atlas_jax.checkpoints.inspection import inspect, lines
+from atlas_jax.checkpoints.restore import PUBLISHED, open_weights
+from atlas_jax.checkpoints.store import Weights
+from atlas_jax.commands.flags import Parser, field_comments
+from atlas_jax.config import READERS, Config, ModelConfig, RetrievalConfig, TaskConfig
+from atlas_jax.errors import UserError
+from atlas_jax.runtime.progress import progress
+
+logger = logging.getLogger(__name__)
+
+MEGABYTE = 1_000_000
+FORMS = ("orbax", "huggingface", "reference")
+EXAMPLES = """
+examples:
+  the published weights, into a folder that needs nothing else:
+    atlas convert --model_path models/atlas/xxl --reader_model_type google/t5-xxl-lm-adapt --output models/xxl
+  a T5 and a Contriever that never met, from their Hugging Face folders:
+    atlas convert --reader_model_type t5-base-lm-adapt/ --retriever_model_path contriever/ --output models/fresh
+  a trained model, for transformers (reader/ and retriever/) or for the PyTorch Atlas (model.pth.tar):
+    atlas convert --model_path runs/mmlu/checkpoint/latest --to huggingface --output exported/mmlu
+    atlas convert --model_path runs/mmlu/checkpoint/latest --to reference --output exported/mmlu.torch
+  what is in a folder or file, in a moment however large it is:
+    atlas convert --inspect models/atlas/xxl
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads what the flags name and writes --output, or tells what --inspect names."""
+    given = _parser().parse_args(argv)
+    if given.inspect:
+        facts = inspect(Path(given.inspect))
+        print(json.dumps(facts, indent=2) if given.json else "\n".join(lines(facts)))
+        return
+    output = Path(given.output or "")
+    _check(given, output)
+    model = ModelConfig(given.reader_model_type, given.retriever_model_path, given.model_path)
+    weights = open_weights(Config(model, TaskConfig("base"), retrieval=RetrievalConfig()))
+    with _megabytes(sum(array.nbytes for array in weights.params.values())) as tell:
+        if given.to == "huggingface":
+            write_huggingface(output, weights, tell)
+        elif given.to == "reference":
+            write_reference(output, weights, tell)
+        else:
+            store.save(output, weights, tell=tell)
+    logger.info("wrote %s%s", output, _what_now(given.to, output, weights))
+
+
+def _parser() -> Parser:
+    about = field_comments(ModelConfig)
+    parser = Parser(
+        prog="atlas convert",
+        description="Converts weights: PyTorch Atlas, Hugging Face and ours, each into each, whatever their size.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for flag in ("model_path", "reader_model_type", "retriever_model_path"):
+        parser.add_argument(f"--{flag}", default=getattr(ModelConfig, flag, ""), help=about[flag], metavar="TEXT")
+    parser.add_argument("--output", help="folder to write; one of ours is replaced", metavar="DIR")
+    form = f"form to write: orbax is ours; huggingface has a folder for each model; reference is {PUBLISHED}"
+    parser.add_argument("--to", choices=FORMS, default="orbax", help=f"{form} (default: orbax)")
+    parser.add_argument("--inspect", help="tell what a checkpoint or model holds, and write nothing", metavar="PATH")
+    parser.add_argument("--json", action="store_true", help="tell it as JSON")
+    return parser
+
+
+def _check(given: argparse.Namespace, output: Path) -> None:
+    """What can be refused before anything is opened."""
+    if not given.output:
+        raise UserError("--output is missing: name the folder to write, or --inspect PATH to only look")
+    if output.exists() and not (given.to == "orbax" and store.is_checkpoint(output)):
+        what = "is there and no checkpoint of ours" if given.to == "orbax" else "is there"
+        raise UserError(f"--output {output}: {what}; choose a new folder")
+    if given.model_path != "none" and not Path(given.model_path).is_dir():
+        raise UserError(f"--model_path {given.model_path}: no such folder; name one with {PUBLISHED}, or one of ours")
+    if not given.reader_model_type and not store.is_checkpoint(Path(given.model_path)):
+        raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
+
+
+def _what_now(form: str, output: Path, weights: Weights) -> str:
+    if form == "reference":
+        return "; the reference's --model_path takes it, torch.load opens it with weights_only=True"
+    if form == "orbax":
+        return "; pass it as --model_path, it needs no --reader_model_type"
+    folders = sorted(path.name for path in output.iterdir())
+    return f": {', '.join(folders)}; transformers' from_pretrained loads each"
+
+
+@contextlib.contextmanager
+def _megabytes(total: int) -> Iterator[Callable[[int], object]]:
+    """Shows how much is written; is told of bytes."""
+    done = 0
+    with progress("converting", "MB", total // MEGABYTE) as more:
+
+        def tell(count: int) -> None:
+            nonlocal done
+            before, done = done, done + count
+            more(done // MEGABYTE - before // MEGABYTE)
+
+        yield tell

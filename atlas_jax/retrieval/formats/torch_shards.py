@@ -1,0 +1,115 @@
+"""The published form of an index: `embeddings.N.pt` (float16, "d p") and `passages.N.pt`, any number of both."""
+
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float16, Num
+
+from atlas_jax.checkpoints.formats.safe_pickle import load_pickle
+from atlas_jax.checkpoints.formats.torch_reader import load_torch
+from atlas_jax.errors import UserError
+from atlas_jax.retrieval.formats.index_folder import ABOUT, Origin
+from atlas_jax.retrieval.passage_store import serialized
+from atlas_jax.storage.mapped_file import release_pages
+
+KEPT_ROWS = 2**17  # vectors whose pages stay mapped: 200 MB of Contriever's
+TILE = 256  # columns turned into rows at once: they stay in the cache
+
+
+class TorchShards:
+    """The vectors and passages of all shards, end to end; two files at most are mapped at a time."""
+
+    origin = Origin()
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open = functools.lru_cache(maxsize=2)(lambda n: _matrix(folder / f"embeddings.{n}.pt"))
+        shapes = [self._open(n).shape for n in range(_count(folder))]
+        self.counts = [count for _, count in shapes]
+        self.count, self.dim = sum(self.counts), shapes[0][0]
+        for n, (dim, _) in enumerate(shapes):
+            if dim != self.dim:
+                raise UserError(
+                    f"{folder}/embeddings.{n}.pt: vectors of width {dim}, embeddings.0.pt has {self.dim}; "
+                    "are these shards of one index?"
+                )
+        if not self.count:
+            raise UserError(f"{folder}: {len(shapes)} shards without a vector; fetch them again")
+
+    def read(self, start: int, stop: int) -> Float16[np.ndarray, "n d"]:
+        """The vectors from `start` on, before `stop`."""
+        out = np.empty((stop - start, self.dim), np.float16)
+        for n, begin, end, at in pieces(self.counts, start, stop):
+            array = self._open(n)
+            transpose(array[:, begin:end], out[at : at + end - begin])
+            if begin // KEPT_ROWS != end // KEPT_ROWS:  # now and then: to map pages anew takes time
+                release_pages(array)
+        return out
+
+    def texts(self) -> Iterator[bytes]:
+        """The JSON of all passages."""
+        return serialized(self._passages())
+
+    def _passages(self) -> Iterator[Mapping[str, Any]]:
+        """The passages of each shard, once they are known to be as many as its vectors; one shard is in memory."""
+        for n, count in enumerate(self.counts):
+            file = self.folder / f"passages.{n}.pt"
+            passages = load_pickle(file)
+            if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
+                raise UserError(f"{file}: holds no list of passages; fetch it again")
+            if len(passages) != count:
+                raise UserError(
+                    f"{file}: {len(passages)} passages, but embeddings.{n}.pt has {count} vectors; fetch both again"
+                )
+            yield from passages
+            del passages  # before the next shard is read
+
+
+def pieces(counts: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """Where `start` to `stop` of parts laid end to end are: part, from, to, and the place in the whole piece."""
+    first = 0
+    for n, count in enumerate(counts):
+        begin, end = max(start - first, 0), min(stop - first, count)
+        if begin < end:
+            yield n, begin, end, first + begin - start
+        first += count
+
+
+def transpose(source: Num[np.ndarray, "a b"], out: Float16[np.ndarray, "b a"]) -> None:
+    """`out[:] = source.T` in float16, several times as fast: four columns move as one number of eight bytes."""
+    a, b = source.shape
+    columns = np.zeros((a, TILE), np.float16)
+    for start in range(0, b, TILE):
+        width = min(TILE, b - start)
+        columns[:, :width] = source[:, start : start + width]
+        fours = np.ascontiguousarray(columns.view(np.uint64).T).view(np.uint16)  # "b/4 (a 4)"
+        rows = fours.reshape(TILE // 4, a, 4).transpose(0, 2, 1)
+        if width == TILE:
+            out[start : start + width].view(np.uint16).reshape(rows.shape)[:] = rows
+        else:
+            out[start : start + width].view(np.uint16)[:] = rows.reshape(TILE, a)[:width]
+
+
+def _count(folder: Path) -> int:
+    """The number of shards, once every one of them is known to be there."""
+    names = [re.fullmatch(r"(?:embeddings|passages)\.(\d+)\.pt", file.name) for file in folder.iterdir()]
+    count = 1 + max((int(name[1]) for name in names if name), default=-1)
+    if not count:
+        raise UserError(f"{folder}: neither {ABOUT} nor embeddings.0.pt in this folder; is it an index?")
+    for n, kind in itertools.product(range(count), ("embeddings", "passages")):
+        file = folder / f"{kind}.{n}.pt"
+        if not file.is_file():
+            raise UserError(f"{file}: missing, one of {count} shards; copy it from where the others are")
+    return count
+
+
+def _matrix(file: Path) -> np.ndarray:
+    array = load_torch(file)
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype not in (np.float16, np.float32):
+        raise UserError(f"{file}: holds no matrix of vectors; fetch it again")
+    return array

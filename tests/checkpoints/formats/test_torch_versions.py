@@ -1,0 +1,63 @@
+"""Files that real PyTorch wrote, from the first version of the form that is read to a recent one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atlas_jax.checkpoints.formats import torch_reader
+from atlas_jax.checkpoints.formats.torch_reader import load_torch
+
+FILES = sorted((Path(__file__).parent / "torch_versions").glob("*.pt"))
+X = np.arange(24, dtype=np.float32).reshape(4, 6)
+
+
+@pytest.fixture(scope="module", params=FILES, ids=lambda file: file.stem)
+def found(request):
+    return load_torch(request.param)
+
+
+def test_there_are_several_versions():
+    """Five versions, each with the protocol that it takes by itself, 2, and with 4."""
+    assert [file.read_bytes().index(b"\x80\x02") > 0 for file in FILES if "protocol4" not in file.stem] == [True] * 5
+    assert len(FILES) == 10
+
+
+def test_weights(found):
+    """A Parameter, views, transposed, expanded, of no dimension and empty ones: bit by bit, and what was tied is."""
+    model = found["model"]
+    wanted = {"weight": X[:2], "tied": X[:2], "view": X.T, "part": X[1:, 2:5], "one": X[1, 1], "many": X[[0] * 5]}
+    assert list(model) == list(wanted)
+    for name, array in wanted.items():
+        assert model[name].dtype == np.float32
+        assert not model[name].flags.writeable
+        np.testing.assert_array_equal(model[name], array, strict=True)
+    assert all(np.shares_memory(model["weight"], model[name]) for name in ("tied", "view", "one", "many"))
+    assert found["empty"].shape == (0, 6)
+
+
+def test_every_dtype(found):
+    """Ten dtypes, -3 to 2 in each."""
+    for name, array in found["dtypes"].items():
+        dtype = torch_reader.TORCH_DTYPES[f"torch.{name}"]
+        assert array.dtype == dtype
+        assert array.tobytes() == (X[0] - 3).astype(np.int64).astype(dtype).tobytes()
+    assert len(found["dtypes"]) == 10
+
+
+def test_options_and_plain_values(found):
+    """The Namespace, its long and negative numbers, a size, a device, a dtype, a set, bytes and a defaultdict."""
+    options = {"name": "a\u00e9\U0001f44d", "lr": 0.5, "big": 2**70, "negative": -3, "none": None}
+    assert found["opt"] == options | {"nested": [(1, {"b": True})]}
+    assert found["plain"] == ((4, 6), "cuda:1", "torch.float16", {1, 2}, b"\x00\xff", {"k": [1]})
+    assert found["step"] == 7
+
+
+def test_the_optimizer(found):
+    """Adam's state after one step on a gradient of ones, under the number of its parameter."""
+    state = found["optimizer"]["state"][0]
+    np.testing.assert_allclose(state["exp_avg"], np.full(3, 0.1, np.float32), rtol=1e-6)
+    np.testing.assert_allclose(state["exp_avg_sq"], np.full(3, 1e-3, np.float32), rtol=1e-6)
+    assert float(state["step"]) == 1
+    [group] = found["optimizer"]["param_groups"]
+    assert (group["lr"], group["params"]) == (0.5, [0])

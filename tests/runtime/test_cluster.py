@@ -1,0 +1,332 @@
+"""Processes find each other, and a run whose process is missing, different or gone ends with a line that names it."""
+
+import contextlib
+import http.server
+import logging
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from atlas_jax.config import RunConfig
+from atlas_jax.errors import UserError
+from atlas_jax.runtime.cluster import (
+    ClusterSpec,
+    command_hash,
+    detect_cluster,
+    differences,
+    expand_node_list,
+    task_devices,
+    tasks_per_node,
+)
+from tests.runtime.processes import ends, free_port
+
+STEP = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NODELIST": "n[7-8]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+
+
+@pytest.fixture(autouse=True)
+def gpus(tmp_path, monkeypatch):
+    """The folder where a host's GPUs are files: it has none, wherever this runs."""
+    monkeypatch.setattr(cluster, "DEVICE_FILES", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_missing_process_is_named(processes, missing):
+    """Those that came end in time, with the same line, and without JAX's abort."""
+    ended = ends(processes.start("sleep", {0, 1, 2} - {missing}, 3))
+    assert {status for status, _ in ended.values()} == {2}
+    assert all(line.startswith(f"atlas: process {missing} ") and "did not come" in line for _, line in ended.values())
+
+
+def test_two_processes_of_one_number_are_named(processes):
+    """By all of them."""
+    port = free_port()
+    started = [*processes.start("sleep", [0, 1], 3, port=port).values()]
+    ended = [process.end() for process in [*started, *processes.start("sleep", [1], 3, port=port).values()]]
+    for status, lines in ended:
+        assert status == 2
+        assert lines[-1].startswith("atlas: --process_id 1 of ")
+        assert lines[-1].endswith(": there are 3 processes, each with its own")
+
+
+def test_a_stranger_is_sent_away(processes):
+    """A program that knocks at process 0's port is none of the run's."""
+    port = free_port()
+    (first,) = processes.start("nothing", [0], 2, port=port, timeout=10).values()
+    for message in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b""):
+        end = time.monotonic() + 10
+        stranger = None
+        while stranger is None:
+            with contextlib.suppress(ConnectionRefusedError):
+                stranger = socket.create_connection(("127.0.0.1", port))
+            assert time.monotonic() < end
+        with stranger:
+            stranger.sendall(message)
+    (second,) = processes.start("nothing", [1], 2, port=port).values()
+    assert [process.end()[0] for process in (first, second)] == [0, 0]
+
+
+@pytest.mark.parametrize("mode", ["version", "devices"])
+def test_a_different_process_is_named(processes, mode):
+    ended = ends(processes.start(mode, range(2), 2))
+    what = {"version": "has jax 9.9, process 0", "devices": "has devices 2 x cpu, process 0"}[mode]
+    assert all(status == 2 and "process 1" in line and what in line for status, line in ended.values()), ended
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_process_that_is_lost_is_named(processes, signum, victim):
+    """Killed: at once; stopped: when it has been silent too long."""
+    started = processes.start("sleep", range(3), 3)
+    for process in started.values():
+        process.until("up")
+    lost = started.pop(victim)
+    lost.signal(signum)
+    ended = ends(started)
+    lost.signal(signal.SIGKILL)
+    lost.end()
+    what = "is gone" if signum == signal.SIGKILL else "has been silent for 2 s"
+    assert all(status == 75 and f"process {victim} " in line and what in line for status, line in ended.values()), ended
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_a_process_that_is_stuck_is_named(processes, who):
+    """It beats, but is in a call that does not return; those that wait for it are not stuck themselves."""
+    ended = ends(processes.start("stuck", range(3), 3, who=who))
+    told = f"atlas: process {who} "
+    assert all(status == 75 and line.startswith(told) and "is stuck" in line for status, line in ended.values()), ended
+    assert all("worker.py, line " in line for _, line in ended.values())
+
+
+def test_a_process_that_is_slow_is_not_stuck(processes):
+    """The counter-case: it sleeps as long in all, but wakes up now and then."""
+    ended = ends(processes.start("slow", range(2), 2, seconds=4))
+    assert [status for status, _ in ended.values()] == [0, 0], ended
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_error_of_one_ends_all(processes, who):
+    """It says what is wrong, with its own status; the others repeat it."""
+    ended = ends(processes.start("error", range(2), 2, who=who))
+    assert ended.pop(who) == (2, "atlas: bad.jsonl, line 3: no question")
+    assert all(status == 75 and f"process {who} " in line and "no question" in line for status, line in ended.values())
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_all_may_save_when_they_are_interrupted(processes, slow):
+    """Also those that take longer than process 0, whose end would have JAX abort them."""
+    started = processes.start("sleep", range(2), 2, who=slow)
+    for process in started.values():
+        process.until("up")
+    for process in started.values():
+        process.signal(signal.SIGUSR1)
+    for status, lines in (process.end() for process in started.values()):
+        assert (status, lines[-2:]) == (138, ["saved", "atlas: interrupted by SIGUSR1"])
+
+
+def test_who_leaves_the_others_alone_is_named(processes):
+    """When the others have had time to stop, too; until then process 0 lives, and JAX leaves them in peace."""
+    started = processes.start("sleep", range(2), 2, seconds=0)
+    for process in started.values():
+        process.until("up")
+    started[0].signal(signal.SIGTERM)
+    ended = ends(started)
+    assert ended[0] == (143, "atlas: interrupted by SIGTERM")
+    assert ended[1][0] == 75
+    assert "process 0 (" in ended[1][1]
+    assert "left before the end" in ended[1][1]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_who_waits_for_others_may_be_interrupted(processes, index):
+    """At once, with the usual status."""
+    (process,) = processes.start("sleep", [index], 2, timeout=30).values()
+    time.sleep(0.3)
+    begin = time.monotonic()
+    process.signal(signal.SIGTERM)
+    status, lines = process.end()
+    assert (status, lines[-1]) == (143, "atlas: interrupted by SIGTERM")
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("node[1-2]-ib", ["node1-ib", "node2-ib"]),
+        ("rack1-[2,4-5]n[1-2]", ["rack1-2n1", "rack1-2n2", "rack1-4n1", "rack1-4n2", "rack1-5n1", "rack1-5n2"]),
+        ("a,b[01-03]", ["a", "b01", "b02", "b03"]),
+        ("gpu[008-011,015]", ["gpu008", "gpu009", "gpu010", "gpu011", "gpu015"]),
+        ("n[99-101]", ["n99", "n100", "n101"]),
+    ],
+)
+def test_node_lists(text, names):
+    """As `scontrol show hostnames` writes them."""
+    assert expand_node_list(text) == names
+
+
+@pytest.mark.parametrize("text", ["", "n[1-2", "n1-2]", "n[]", "n[3-1]", "n[1-]", "a,,b", "n[[1]]"])
+def test_wrong_node_lists(text):
+    with pytest.raises(UserError, match="node list"):
+        expand_node_list(text)
+
+
+def test_slurm():
+    """The first node of the step, a port of the job, and an equal share of the GPUs."""
+    four = STEP | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    assert detect_cluster(RunConfig(), four) == ClusterSpec("n7:21234", 4, 3, (2, 3), "SLURM")
+    assert detect_cluster(RunConfig(main_port=15000), STEP).coordinator == "n7:15000"
+    assert detect_cluster(RunConfig(), STEP | {"SLURM_JOB_ID": "1235"}).coordinator == "n7:21235"
+    assert detect_cluster(RunConfig(), STEP | {"SLURM_STEP_ID": "2"}).coordinator == "n7:23252"  # beside the step 0
+    assert detect_cluster(RunConfig(), STEP | {"SLURM_NTASKS": "1"}) == ClusterSpec()
+    assert detect_cluster(RunConfig(), STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == ClusterSpec()
+    one_each = STEP | {"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1"}
+    assert detect_cluster(RunConfig(), one_each | {"SLURM_LOCALID": "0"}) == ClusterSpec(
+        "n7:21234", 2, 1, None, "SLURM", ("n7", "n8")
+    )
+
+
+@pytest.mark.parametrize("step", [{"SLURM_STEP_ID": "4294967291"}, {"SLURM_STEP_ID": "4294967290"}, {}])
+def test_without_srun_is_one_process(step, caplog):
+    """The batch script's and the shell's step, and none at all: a warning that names srun."""
+    plain = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2"}
+    with caplog.at_level(logging.WARNING):
+        assert detect_cluster(RunConfig(), plain | step) == ClusterSpec()
+    assert "one process of 8" in caplog.text
+    assert "srun" in caplog.text
+    caplog.clear()
+    assert detect_cluster(RunConfig(), plain | {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}) == ClusterSpec()
+    assert not caplog.records
+
+
+def test_open_mpi():
+    """The address of mpirun's host, or MASTER_ADDR; without either an error."""
+    ompi = {f"OMPI_COMM_WORLD_{name}": value for name, value in {"SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}.items()}
+    uri = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
+    assert detect_cluster(RunConfig(main_port=7000), ompi | uri) == ClusterSpec(
+        "10.96.0.1:7000", 2, 1, None, "Open MPI"
+    )
+    assert detect_cluster(RunConfig(main_port=7000), ompi | uri | {"MASTER_ADDR": "h"}).coordinator == "h:7000"
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        detect_cluster(RunConfig(), ompi)
+
+
+def test_gke():
+    """The pods of a TPU slice; with two slices process 0 is where MEGASCALE says."""
+    pod = {"TPU_WORKER_HOSTNAMES": "t-0-0.t,t-0-1.t", "TPU_WORKER_ID": "1", "JOB_COMPLETION_INDEX": "1"}
+    assert detect_cluster(RunConfig(), pod) == ClusterSpec("t-0-0.t:20000", 2, 1, None, "GKE", ("t-0-0.t", "t-0-1.t"))
+    slices = {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2", "MEGASCALE_COORDINATOR_ADDRESS": "first.t:8080"}
+    assert detect_cluster(RunConfig(main_port=7), pod | slices) == ClusterSpec("first.t:7", 6, 5, None, "GKE")
+    assert detect_cluster(RunConfig(), {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}) == ClusterSpec()
+    with pytest.raises(UserError, match="TPU_WORKER_ID"):
+        detect_cluster(RunConfig(), {"TPU_WORKER_HOSTNAMES": "localhost"})
+
+
+def test_a_kubernetes_job_without_flags_is_alone(caplog):
+    """It may be meant, so a warning."""
+    with caplog.at_level(logging.WARNING):
+        assert (
+            detect_cluster(RunConfig(), {"JOB_COMPLETION_INDEX": "3", "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
+            == ClusterSpec()
+        )
+    assert "pod 3 of a Kubernetes job, alone" in caplog.text
+
+
+METADATA = {"agent-worker-number": "1", "worker-network-endpoints": "a:0:10.0.0.5,b:1:10.0.0.6", "tpu-env": "Z: 'x'"}
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """Google's server of metadata, as the second machine of a slice sees it."""
+
+    def do_GET(self):
+        name = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
+        self.send_response(200 if name in METADATA and self.headers["Metadata-Flavor"] == "Google" else 404)
+        self.end_headers()
+        self.wfile.write(METADATA.get(name, "").encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_tpu_vms(monkeypatch):
+    """They ask the metadata server; a machine alone is a single process; no answer is an error with a remedy."""
+    monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", True)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        google = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
+        two = ("10.0.0.5", "10.0.0.6")
+        assert detect_cluster(RunConfig(), google) == ClusterSpec("10.0.0.5:20000", 2, 1, None, "Cloud TPU", two)
+        slices = "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.1:8080'\n"
+        monkeypatch.setitem(METADATA, "tpu-env", slices)
+        assert detect_cluster(RunConfig(main_port=7), google) == ClusterSpec("10.0.0.1:7", 4, 3, None, "Cloud TPU")
+        monkeypatch.delitem(METADATA, "tpu-env")
+        assert detect_cluster(RunConfig(), google) == ClusterSpec()
+        server.shutdown()
+    with pytest.raises(UserError, match=r"^the other machines of this TPU: .*--coordinator"):
+        detect_cluster(RunConfig(), google)
+
+
+def test_flags_come_first_and_together():
+    run = RunConfig(coordinator="h:1", num_processes=2, process_id=1)
+    assert detect_cluster(run, STEP) == ClusterSpec("h:1", 2, 1, None, "--coordinator")
+    assert detect_cluster(RunConfig(), {}) == ClusterSpec()
+    with pytest.raises(UserError, match=r"^--num_processes, --process_id missing"):
+        detect_cluster(RunConfig(coordinator="h:1"), {})
+    with pytest.raises(UserError, match="host:port"):
+        detect_cluster(RunConfig(coordinator="h", num_processes=2, process_id=1), {})
+    with pytest.raises(UserError, match="--process_id 2: must be 0 to 1"):
+        detect_cluster(RunConfig(coordinator="h:1", num_processes=2, process_id=2), {})
+
+
+def test_own_devices():
+    """One task: all; as many tasks as GPUs: one each; a share; one visible: that; an uneven number: refused."""
+    eight = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+    assert task_devices(eight, 0, 1) is None
+    assert task_devices(eight, 5, 8) == (5,)
+    assert task_devices(eight, 1, 2) == (4, 5, 6, 7)
+    assert task_devices({"CUDA_VISIBLE_DEVICES": "3"}, 1, 2) is None
+    with pytest.raises(UserError, match="3 tasks"):
+        task_devices(eight, 1, 3)
+    assert tasks_per_node("8(x2),4") == [8, 8, 4]
+
+
+def test_own_devices_where_nobody_chose(gpus):
+    """As with `mpirun`: of the GPUs that the host has; of those that the variable leaves, none too, if it is set."""
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (gpus / name).touch()
+    assert task_devices({}, 1, 2) == (2, 3)
+    assert task_devices({}, 1, 1) is None
+    assert task_devices({"CUDA_VISIBLE_DEVICES": ""}, 1, 2) is None
+
+
+def test_differences_are_named():
+    """Five at most; the hosts' names are none."""
+    cards = [{"host": f"h{index}", "jax": "1", "flags": "a" if index < 3 else "b"} for index in range(9)]
+    text = differences(cards)
+    assert text.startswith("process 3 (h3) has flags b, process 0 (h0) a; process 4 ")
+    assert text.endswith("process 7 (h7) has flags b, process 0 (h0) a; and 1 more")
+    assert not differences(cards[:3])
+
+
+def test_what_may_differ_between_processes():
+    """Their numbers, and where they keep compiled programs."""
+    base = command_hash(["train", "--lr", "1"])
+    assert (
+        command_hash(["train", "--process_id", "3", "--lr", "1"])
+        == base
+        == command_hash(["train", "--lr", "1", "--process_id=4"])
+    )
+    assert command_hash(["train", "--compile_cache", "/scratch/3", "--lr", "1"]) == base
+    assert command_hash(["train", "--lr", "2"]) != base
+    assert command_hash(["train", "--lr", "1", "--process_ids", "4"]) != base
