@@ -332,7 +332,7 @@ def constrain(x: Array, *spec: Any) -> Array:
     return jax.lax.with_sharding_constraint(x, _fitting(spec, x.shape, mesh.shape))
 
 
-def gathered(path: str, x: Array, dtype: Any) -> Array:
+def gather_params(path: str, x: Array, dtype: Any) -> Array:
     """A parameter for use: no longer split as it is stored, a matrix in `dtype`; its gradient is split again.
 
     What splits heads, MLP and vocabulary stays, since their products are split too. It is sent in the type it is used

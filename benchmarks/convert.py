@@ -21,12 +21,12 @@ import numpy as np
 from shapes import contriever_folder, t5_folder
 
 from atlas_jax.checkpoints.formats.torch_writer import write_torch
-from atlas_jax.checkpoints.weights import ExportedArray, StackedViews, param_shapes, weight_entries
+from atlas_jax.checkpoints.weights import ExportedArray, StackedViews, weight_entries
 from atlas_jax.commands.main import main as atlas
-from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.models.atlas import AtlasConfig, param_shapes
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
-from atlas_jax.storage.lazy_array import Slices, LazyArray
+from atlas_jax.storage.lazy_array import LazyArray, Slices
 
 BLOCK = np.random.default_rng(0).normal(size=1 << 22).astype(np.float32)
 

@@ -26,7 +26,7 @@ from shapes import contriever_folder, t5_folder
 from atlas_jax.checkpoints.formats.safetensors_file import write_safetensors
 from atlas_jax.checkpoints.weights import export_weights
 from atlas_jax.commands.main import main as atlas
-from atlas_jax.models.atlas import Atlas, AtlasConfig
+from atlas_jax.models.atlas import AtlasConfig, AtlasModel
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
 
@@ -117,7 +117,7 @@ def untrained(folder: Path) -> Path:
     All random, its vectors say next to nothing of their texts: of 300 questions it finds the article of none.
     """
     cfg = AtlasConfig(None, RETRIEVER)
-    model = Atlas(cfg, rngs=nnx.Rngs(0))
+    model = AtlasModel(cfg, rngs=nnx.Rngs(0))
     encoder = model.retriever.encoder
     encoder.words.embedding[...] *= 5
     for table in (encoder.positions, encoder.token_types):

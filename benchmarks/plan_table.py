@@ -93,7 +93,7 @@ def main() -> None:
             with given.output.open("a") as out:
                 out.write(json.dumps(done[-1]) + "\n")
             print(f"{size} {machine}: {done[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
-    order = {key: place for place, key in reversed(list(enumerate(wanted())))}
+    order = {key: place_on_mesh for place_on_mesh, key in reversed(list(enumerate(wanted())))}
     done.sort(key=lambda one: order.get((one["size"], one["machine"], one["passages"]), len(order)))
     for name in ("train step", "reader", "search"):
         print(f"\n{name}\n\n{table(done, name)}")

@@ -18,14 +18,12 @@ from pathlib import Path
 import numpy as np
 
 import atlas_jax
-from atlas_jax.checkpoints.restore import restore, retriever_fingerprint
+from atlas_jax.checkpoints.restore import place_on_mesh, restore, retriever_fingerprint
 from atlas_jax.config import Config, IndexConfig, ModelConfig, RetrievalConfig, TaskConfig, TextConfig
 from atlas_jax.data.jsonl import read_rows
-from atlas_jax.evaluation.loop import place
 from atlas_jax.mesh import make_mesh
 from atlas_jax.retrieval.embedder import Embedder
 from atlas_jax.retrieval.passage_index import open_passage_index
-from atlas_jax.retrieval.search import Search
 
 SAMPLE = Path(atlas_jax.__file__).parent / "sample"
 KINDS = (("flat", None), ("ivfflat", None), ("ivfsq", None), ("ivfpq", 64), ("pq", 64))
@@ -54,33 +52,37 @@ def main() -> None:
             index=IndexConfig(passages=(given.passages,), save_index_path=str(saved)),
         )
         weights, mesh = restore(config), make_mesh()
-        model = place(weights, config, mesh)
+        model = place_on_mesh(weights, config, mesh)
         queries, passages = (
             Embedder(model.retriever, side, weights.retriever_tokenizer, mesh, given.max_length)
             for side in ("query", "passage")
         )
         fingerprint = retriever_fingerprint(weights.params)
         start = time.perf_counter()
-        library = open_passage_index(config, passages, [fingerprint], mesh, Path(temporary))
+        index = open_passage_index(config, passages, [fingerprint], mesh, Path(temporary))
         seconds = time.perf_counter() - start - passages.program.compile_seconds
-        count = library.index.count
+        count = index.vectors.count
         print(json.dumps({"passages": count, "built_in_seconds": seconds, "passages_per_second": count / seconds}))
-        search = Search(library.index, queries, 64)
         vectors = np.concatenate(
-            [search.vectors([text for _, text in described[at : at + 64]]) for at in range(0, len(described), 64)]
+            [embedded(queries, [text for _, text in described[at : at + 64]]) for at in range(0, len(described), 64)]
         )
-        exact = report("flat on the devices", library.index, vectors, own, saved, None)
+        exact = report("flat on the devices", index.vectors, vectors, own, saved, None)
         for kind, code_size in KINDS:
             folder = Path(temporary) / kind
             options = IndexConfig(
                 load_index_path=str(saved), index_mode="faiss", faiss_index_type=kind, faiss_code_size=code_size
             )
-            index = open_passage_index(
+            compressed = open_passage_index(
                 dataclasses.replace(config, index=options), passages, [fingerprint], mesh, Path(temporary)
-            ).index
+            ).vectors
             folder.mkdir()
-            index.save(folder)
-            report(f"faiss {kind}" + (f" {code_size}" if code_size else ""), index, vectors, own, folder, exact)
+            compressed.save(folder)
+            report(f"faiss {kind}" + (f" {code_size}" if code_size else ""), compressed, vectors, own, folder, exact)
+
+
+def embedded(queries, texts):
+    """Vectors of at most 64 texts."""
+    return np.asarray(queries.embed_queries(texts, 64))[: len(texts)]
 
 
 def report(name, index, vectors, own, folder, exact):

@@ -9,7 +9,6 @@ import numpy as np
 
 from atlas_jax.checkpoints.formats.safetensors_file import write_safetensors
 from atlas_jax.checkpoints.formats.torch_writer import Attributes, write_torch
-from atlas_jax.checkpoints.pretrained import read_json
 from atlas_jax.checkpoints.restore import PUBLISHED
 from atlas_jax.checkpoints.store import REMEDY, Weights, check_room, writing
 from atlas_jax.checkpoints.weights import ExportedArray, retriever_names, weight_entries
@@ -17,7 +16,7 @@ from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
-from atlas_jax.storage.files import atomic_folder, fsync, write_json
+from atlas_jax.storage.files import atomic_folder, fsync, read_json, write_json
 from atlas_jax.storage.lazy_array import ArrayLike
 
 logger = logging.getLogger(__name__)

@@ -11,16 +11,17 @@ from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.pretrained import (
     KNOWN_RETRIEVERS,
     folder_weights,
-    read_json,
     reader_config,
     retriever_config,
     weights_file,
 )
 from atlas_jax.checkpoints.restore import PUBLISHED, open_published
-from atlas_jax.checkpoints.weights import is_untied, param_shapes
+from atlas_jax.checkpoints.weights import is_untied
 from atlas_jax.errors import UserError
+from atlas_jax.models.atlas import param_shapes
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS, T5Config
+from atlas_jax.storage.files import read_json
 
 INDEXES = ("index.json", "embeddings.0.pt")
 VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.txt")

@@ -13,6 +13,7 @@ from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.errors import UserError
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS, T5Config
+from atlas_jax.storage.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -21,19 +22,6 @@ WEIGHTS = (
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 KNOWN_RETRIEVERS = {"facebook/contriever": ContrieverConfig()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file; UserError if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); is this the right folder?") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); restore the file") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds no object; restore the file")
-    return found
 
 
 def _choose(config: Mapping[str, Any], key: str, choices: tuple[Any, ...], default: Any, path: Path) -> Any:

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from atlas_jax.checkpoints import store
+from atlas_jax.checkpoints.formats.orbax_arrays import verify_shards
 from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.checkpoints.pretrained import folder_weights, reader_config, retriever_config, weights_file
 from atlas_jax.checkpoints.store import Weights
@@ -19,8 +23,8 @@ from atlas_jax.checkpoints.weights import is_untied, map_weights, strip_module_p
 from atlas_jax.config import Config
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
-from atlas_jax.mesh import in_host_memory
-from atlas_jax.models.atlas import Atlas, AtlasConfig
+from atlas_jax.mesh import in_host_memory, is_matrix, is_single_cpu, put_parameter
+from atlas_jax.models.atlas import AtlasConfig, AtlasModel, build_model
 from atlas_jax.storage.lazy_array import ArrayLike, read
 
 logger = logging.getLogger(__name__)
@@ -155,7 +159,7 @@ def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Mapping[str, A
         named = {prefix + key: array for key, array in source.items()}
         return map_weights(named, cfg, where=str(weights_file(name)))
     with in_host_memory():
-        flat = nnx.to_flat_state(nnx.state(Atlas(cfg, rngs=nnx.Rngs(seed)), nnx.Param))
+        flat = nnx.to_flat_state(nnx.state(AtlasModel(cfg, rngs=nnx.Rngs(seed)), nnx.Param))
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
 
 
@@ -179,3 +183,21 @@ def _untied(weights: Weights) -> Weights:
         for side in ("query", "passage")
     }
     return dataclasses.replace(weights, params=params, cfg=dataclasses.replace(weights.cfg, untied=True))
+
+
+def compute_dtype(config: Config) -> Any:
+    """What --precision means for matrix products and residuals."""
+    return {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.model.precision]
+
+
+def place_on_mesh(weights: Weights, config: Config, mesh: Mesh) -> AtlasModel:
+    """The model on the mesh in --precision: matrices in the compute type, norms and biases in float32."""
+    dtype = compute_dtype(config)
+
+    def put(path: str, array: ArrayLike) -> jax.Array:
+        placed: jax.Array = put_parameter(mesh, path, array, dtype if is_matrix(path) else None)
+        return placed
+
+    model = build_model(weights.params, weights.cfg.computing(dtype=dtype, for_cpu=is_single_cpu(mesh)), put)
+    verify_shards(weights.params)
+    return model

@@ -26,16 +26,14 @@ from atlas_jax.checkpoints.formats.orbax_arrays import (
     open_arrays,
     write_arrays,
 )
-from atlas_jax.checkpoints.pretrained import read_json
-from atlas_jax.checkpoints.weights import param_shapes
 from atlas_jax.config import OUR_CHECKPOINT
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
-from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.models.atlas import AtlasConfig, param_shapes
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
 from atlas_jax.runtime.process_group import process_group
-from atlas_jax.storage.files import fsync, write_json
+from atlas_jax.storage.files import fsync, read_json, write_json
 from atlas_jax.storage.lazy_array import ArrayLike, LocalShards, read
 from atlas_jax.storage.shared_files import atomic_shared_folder
 
@@ -110,15 +108,15 @@ def save(
     if resume_state:
         trees["training"] = resume_state.arrays
     arrays = {name: tree for name, tree in trees.items() if tree}
-    exchange = process_group()
+    group = process_group()
     with atomic_shared_folder(folder, REMEDY, CHANNEL) as draft:
-        exchange.run_on_first(lambda: _create(draft, folder, arrays), CHANNEL)
-        mine = {name: _mine(tree, all_else=exchange.index == 0) for name, tree in arrays.items()}
-        sums = exchange.run_on_all(lambda: _write(draft, folder, mine, tell), CHANNEL)
+        group.run_on_first(lambda: _create(draft, folder, arrays), CHANNEL)
+        mine = {name: _mine(tree, all_else=group.index == 0) for name, tree in arrays.items()}
+        sums = group.run_on_all(lambda: _write(draft, folder, mine, tell), CHANNEL)
         checksums: dict[str, Any] = {name: {} for name in trees}
         checksums |= {name: combine_checksums(tree, [one[name] for one in sums]) for name, tree in arrays.items()}
-        exchange.run_on_first(lambda: _describe(draft, folder, weights, resume_state, checksums), CHANNEL)
-    exchange.run_on_first(lambda: fsync(folder.parent), CHANNEL)
+        group.run_on_first(lambda: _describe(draft, folder, weights, resume_state, checksums), CHANNEL)
+    group.run_on_first(lambda: fsync(folder.parent), CHANNEL)
 
 
 def _create(draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, ArrayLike]]) -> None:

@@ -4,18 +4,16 @@
 over one layer. Each table serves both directions.
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import einops
 import jax
 import numpy as np
-from flax import nnx
 
 from atlas_jax.errors import UserError
-from atlas_jax.models.atlas import Atlas, AtlasConfig
+from atlas_jax.models.atlas import AtlasConfig, param_shapes
 from atlas_jax.models.t5 import T5Config
 from atlas_jax.storage.lazy_array import (
     ArrayLike,
@@ -164,13 +162,6 @@ def weight_entries(cfg: AtlasConfig) -> list[WeightEntry]:
     return found
 
 
-def param_shapes(cfg: AtlasConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Our parameters' paths and shapes, without any memory."""
-    model = nnx.eval_shape(lambda: Atlas(cfg, rngs=nnx.Rngs(0)))
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {"/".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in flat}
-
-
 def _list(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
@@ -279,24 +270,3 @@ def strip_module_prefix(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
 def is_untied(source: Mapping[str, np.ndarray]) -> bool:
     """Whether these weights hold an encoder each for queries and passages."""
     return any(name.startswith("retriever.query_contriever.") for name in source)
-
-
-@functools.cache
-def _abstract(cfg: AtlasConfig) -> tuple[Any, Any]:
-    """A model of this shape without any memory: its graph, and its parameters by path."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Atlas(cfg, rngs=nnx.Rngs(0))))
-    return graph, nnx.to_flat_state(state)
-
-
-def build_model(
-    params: Mapping[str, ArrayLike | jax.Array | jax.ShapeDtypeStruct],
-    cfg: AtlasConfig,
-    place: Callable[[str, Any], jax.Array] | None = None,
-) -> Atlas:
-    """The model with these parameters, each put where `place` (path, array) says, or left where it is."""
-    graph, flat = _abstract(cfg)
-    named = [("/".join(map(str, path)), path, variable) for path, variable in flat]
-    filled = [
-        (path, variable.replace(place(name, params[name]) if place else params[name])) for name, path, variable in named
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(filled))

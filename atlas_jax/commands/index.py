@@ -256,15 +256,14 @@ def _embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[Embed
     """One side of the retriever, and the fingerprint of its passage side."""
     if not config.model.reader_model_type and not (Path(config.model.model_path) / OUR_CHECKPOINT).is_file():
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
-    from atlas_jax.checkpoints.restore import restore, retriever_fingerprint
-    from atlas_jax.evaluation.loop import place  # takes seconds: after the flags are known to be right
+    from atlas_jax.checkpoints.restore import place_on_mesh, restore, retriever_fingerprint
     from atlas_jax.mesh import make_mesh
     from atlas_jax.retrieval.embedder import Embedder
     from atlas_jax.runtime.compiled import enable_compilation_cache
 
     enable_compilation_cache(config.run.compile_cache)
     mesh, weights = make_mesh(config.run.mesh), restore(config)
-    retriever, tokenizer = place(weights, config, mesh).retriever, weights.retriever_tokenizer
+    retriever, tokenizer = place_on_mesh(weights, config, mesh).retriever, weights.retriever_tokenizer
     assert retriever is not None
     assert tokenizer is not None
     length = min(config.text.retriever_maxlength, retriever.encoder_of("query").cfg.max_positions)

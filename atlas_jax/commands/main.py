@@ -122,8 +122,8 @@ def _hosts(config: "Config") -> Iterator[None]:
     from atlas_jax.runtime.cluster import connect
     from atlas_jax.storage.shared_files import check_shared
 
-    with connect(config.run) as exchange:
-        if exchange.index:
+    with connect(config.run) as group:
+        if group.index:
             logging.getLogger("atlas_jax").setLevel(logging.WARNING)
         check_shared(config.run_folder, "--checkpoint_dir")
         yield

@@ -7,8 +7,9 @@ from jax.sharding import Mesh
 from atlas_jax.config import TextConfig
 from atlas_jax.data.reader_inputs import ReaderText
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
-from atlas_jax.evaluation.step import CHOICE_POSITION, ReaderBatch
+from atlas_jax.evaluation.step import CHOICE_POSITION
 from atlas_jax.mesh import ArrayOrShape, local_row_indices, put_batch, put_passages
+from atlas_jax.models.fid import ReaderBatch
 from atlas_jax.retrieval.passage_source import RetrievedPassages
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.tasks import Example

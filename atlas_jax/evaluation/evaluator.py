@@ -16,10 +16,10 @@ from atlas_jax.config import Config
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.batches import ReaderBatcher
-from atlas_jax.evaluation.generation import FREE, Generation
-from atlas_jax.evaluation.step import ReaderBatch, ReaderOutput, read
+from atlas_jax.evaluation.generation import FREE, GenerationSettings
+from atlas_jax.evaluation.step import ReaderOutput, read
 from atlas_jax.mesh import global_batch_size, put_batch, replicate
-from atlas_jax.models.fid import FiD
+from atlas_jax.models.fid import FiD, ReaderBatch
 from atlas_jax.retrieval.passage_source import PassageSource, RetrievedPassages
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.runtime.prefetch import prefetch
@@ -70,7 +70,7 @@ class Evaluator:
         self.mesh = mesh
         # Reference: a prompted decoder may write known tokens only, the embedding has some more
         vocabulary = tokenizer.vocab_size if config.text.decoder_prompt_format else None
-        self.generation = generation(config, tokenizer.pad_id, tokenizer.suffix[0], vocabulary)
+        self.generation = generation_settings(config, tokenizer.pad_id, tokenizer.suffix[0], vocabulary)
         letters = [tokenizer.finish(ids)[0] for ids in tokenizer.ids(list(task.choices))]
         self.choices = replicate(mesh, np.asarray(letters, np.int32))
         self.size = global_batch_size(mesh, config.run.per_gpu_batch_size)
@@ -132,7 +132,7 @@ class Evaluator:
         done: tuple[PendingBatch, ReaderOutput | None] | None = None
         ready: PendingBatch | None = None
         for numbers, examples in prefetch(self._examples(rows)):
-            find = self.source.start(examples, self.config.retrieval.n_context)
+            find = self.source.begin_retrieval(examples, self.config.retrieval.n_context)
             under_way = start(ready) if ready else None
             following = self._prepare(numbers, examples, find(), reads=program is not None)
             if done:
@@ -210,10 +210,10 @@ class Evaluator:
         return line
 
 
-def generation(config: Config, pad_id: int, eos_id: int, vocabulary: int | None = None) -> Generation:
+def generation_settings(config: Config, pad_id: int, eos_id: int, vocabulary: int | None = None) -> GenerationSettings:
     """How answers are written; only tokens below `vocabulary`, if given."""
     flags = config.generation
-    return Generation(
+    return GenerationSettings(
         flags.generation_max_length,
         flags.generation_min_length or 0,
         flags.generation_num_beams,
@@ -224,7 +224,7 @@ def generation(config: Config, pad_id: int, eos_id: int, vocabulary: int | None 
     )
 
 
-def reader_program(reader: FiD, cfg: Generation, mesh: Mesh) -> CompiledFunction:
+def reader_program(reader: FiD, cfg: GenerationSettings, mesh: Mesh) -> CompiledFunction:
     """What reads a batch, for the reader's state."""
     graph, _ = nnx.split(reader)
     return CompiledFunction(

@@ -17,7 +17,7 @@ Prompt = Int[Array, "b p"] | None  # the first tokens after the start token, `FR
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
+class GenerationSettings:
     """How to write; lengths count the start token."""
 
     max_length: int = 128
@@ -29,13 +29,13 @@ class Generation:
     vocabulary: int | None = None  # only tokens below it are chosen
 
 
-def generate(reader: FiD, source: EncodedSource, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
+def generate(reader: FiD, source: EncodedSource, cfg: GenerationSettings, prompt: Prompt = None) -> Int[Array, "b m"]:
     """The start token, the answer, padding up to `max_length`."""
     return (greedy if cfg.beams == 1 else beam_search)(reader, source, cfg, prompt)
 
 
 def _allowed(
-    scores: Float[Array, "b ... v"], position: Int[Array, ""], cfg: Generation, prompt: Prompt
+    scores: Float[Array, "b ... v"], position: Int[Array, ""], cfg: GenerationSettings, prompt: Prompt
 ) -> Float[Array, "b ... v"]:
     """Scores of the token that follows `position`; -inf for those that the settings rule out there."""
     token = jnp.arange(scores.shape[-1])
@@ -61,7 +61,7 @@ class _Greedy(NamedTuple):
     done: Bool[Array, " b"]
 
 
-def greedy(reader: FiD, source: EncodedSource, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
+def greedy(reader: FiD, source: EncodedSource, cfg: GenerationSettings, prompt: Prompt = None) -> Int[Array, "b m"]:
     """The likeliest next token until `</s>`."""
     batch = source.mask.shape[0]
 
@@ -91,7 +91,9 @@ class _Beams(NamedTuple):
     done: Bool[Array, " b"]  # no beam can beat what has ended
 
 
-def beam_search(reader: FiD, source: EncodedSource, cfg: Generation, prompt: Prompt = None) -> Int[Array, "b m"]:
+def beam_search(
+    reader: FiD, source: EncodedSource, cfg: GenerationSettings, prompt: Prompt = None
+) -> Int[Array, "b m"]:
     """The answer of the best log-probability / length^penalty that a search with `beams` beams meets.
 
     As Hugging Face's (version 4.49) without early stopping: each step looks at the best 2w continuations, ends the ones

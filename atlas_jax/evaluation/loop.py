@@ -4,23 +4,18 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from atlas_jax.checkpoints.formats.orbax_arrays import verify_shards
-from atlas_jax.checkpoints.restore import restore, retriever_fingerprint
+from atlas_jax.checkpoints.restore import compute_dtype, place_on_mesh, restore, retriever_fingerprint
 from atlas_jax.checkpoints.store import Weights
-from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import Config
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator, Result
-from atlas_jax.mesh import check_mesh, is_matrix, is_single_cpu, make_mesh, put_parameter, sharded_sizes
-from atlas_jax.models.atlas import Atlas
+from atlas_jax.mesh import check_mesh, make_mesh, sharded_sizes
+from atlas_jax.models.atlas import AtlasModel
 from atlas_jax.models.fid import FiD
 from atlas_jax.retrieval.passage_index import check_passage_index
 from atlas_jax.retrieval.passage_retriever import PassageRetriever
@@ -28,9 +23,9 @@ from atlas_jax.retrieval.passage_source import PassageSource, RowPassages
 from atlas_jax.runtime.compiled import enable_compilation_cache
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.storage.files import atomic_file, write_json
-from atlas_jax.storage.lazy_array import ArrayLike
 from atlas_jax.storage.shared_files import shared_scratch
 from atlas_jax.tasks import Task, make_task
+from atlas_jax.tasks.row_checks import checked_rows
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +45,7 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
     check_mesh(config.run.mesh)  # before the weights are read
     weights = restore(config)
     mesh = evaluation_mesh(config, weights)
-    model = place(weights, config, mesh)
+    model = place_on_mesh(weights, config, mesh)
     with shared_scratch(config.run_folder, SCRATCH) as scratch:
         source = passage_source(config, weights, model, mesh, scratch)
         evaluator = Evaluator(config, task, source, weights.tokenizer, mesh)
@@ -87,61 +82,24 @@ def result_names(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def checked_rows(path: str, task: Task) -> JsonlRows:
-    """The rows of a file, once every one of them is known to fit the task; each process looks at some of them."""
-    rows = JsonlRows(path)
-
-    def first_wrong() -> tuple[int, str] | None:
-        for number in range(process_group().index, len(rows), process_group().count):
-            try:
-                task.check(rows[number])
-            except UserError as error:
-                return number, str(error)
-            except ValueError as error:
-                return number, str(rows.error(number, str(error)))
-        return None
-
-    if wrong := [found for found in process_group().run_on_all(first_wrong) if found]:
-        raise UserError(min(wrong)[1])
-    return rows
-
-
 def evaluation_mesh(config: Config, weights: Weights) -> Mesh:
     """The devices of a run, and how they share its work."""
     widths = sharded_sizes(weights.params)
     if weights.cfg.reader:
         widths |= {"passages": {config.retrieval.n_context}}
     count = sum(array.size for array in weights.params.values())
-    return make_mesh(config.run.mesh, widths=widths, nbytes=count * np.dtype(compute_type(config)).itemsize)
+    return make_mesh(config.run.mesh, widths=widths, nbytes=count * np.dtype(compute_dtype(config)).itemsize)
 
 
-def compute_type(config: Config) -> Any:
-    """What --precision means for matrix products and residuals."""
-    return {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.model.precision]
-
-
-def place(weights: Weights, config: Config, mesh: Mesh) -> Atlas:
-    """The model on the mesh in --precision: matrices in the compute type, norms and biases in float32."""
-    dtype = compute_type(config)
-
-    def put(path: str, array: ArrayLike) -> jax.Array:
-        placed: jax.Array = put_parameter(mesh, path, array, dtype if is_matrix(path) else None)
-        return placed
-
-    model = build_model(weights.params, weights.cfg.computing(dtype=dtype, for_cpu=is_single_cpu(mesh)), put)
-    verify_shards(weights.params)
-    return model
-
-
-def passage_source(config: Config, weights: Weights, model: Atlas, mesh: Mesh, scratch: Path) -> PassageSource:
+def passage_source(config: Config, weights: Weights, model: AtlasModel, mesh: Mesh, scratch: Path) -> PassageSource:
     """Where examples get their passages from: the index, or their own rows."""
     if model.retriever is None or weights.retriever_tokenizer is None:
         return RowPassages()
     fingerprints = [retriever_fingerprint(weights.params), *([weights.index] if weights.index else [])]
-    finder = PassageRetriever(config, model.retriever, weights.retriever_tokenizer, mesh, scratch, fingerprints)
+    retriever = PassageRetriever.open(config, model.retriever, weights.retriever_tokenizer, mesh, scratch, fingerprints)
     if model.reader is not None:
-        finder.prepare(weights.tokenizer)
-    return finder.source
+        retriever.tokenize_for_reader(config, weights.tokenizer)
+    return retriever
 
 
 @contextlib.contextmanager

@@ -2,23 +2,13 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from atlas_jax.evaluation.generation import Generation, Prompt, generate
+from atlas_jax.evaluation.generation import GenerationSettings, Prompt, generate
 from atlas_jax.mesh import params_gathered
-from atlas_jax.models.fid import FiD, shift_right
-
-
-class ReaderBatch(NamedTuple):
-    """What the reader is given."""
-
-    passages: Int[Array, "b n l"]  # query and passage together
-    mask: Bool[Array, "b n l"]
-    target: Int[Array, "b t"]
-    target_mask: Bool[Array, "b t"]  # the tokens that count for the loss
+from atlas_jax.models.fid import FiD, ReaderBatch, shift_right, token_losses
 
 
 class ReaderOutput(NamedTuple):
@@ -33,9 +23,11 @@ class ReaderOutput(NamedTuple):
 CHOICE_POSITION = 1  # the decoder position whose logits tell the letter: position 0 is the sentinel's
 
 
-def read(reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Prompt, cfg: Generation) -> ReaderOutput:
+def read(
+    reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Prompt, cfg: GenerationSettings
+) -> ReaderOutput:
     """Loss of the targets, logits of the choices, and a generated answer, out of one pass of the encoder."""
-    reader, source = reader.gathered(reader.encode(batch.passages, batch.mask))
+    reader, source = reader.gather(reader.encode(batch.passages, batch.mask))
     with params_gathered():
         logits, _ = reader.decode(shift_right(batch.target, cfg.pad_id), source)
         generated = generate(reader, source, cfg, prompt)
@@ -45,11 +37,3 @@ def read(reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Pro
         jnp.take(logits[:, CHOICE_POSITION], choices, axis=-1),
         generated,
     )
-
-
-def token_losses(
-    logits: Float[Array, "b t v"], target: Int[Array, "b t"], mask: Bool[Array, "b t"]
-) -> Float[Array, "b t"]:
-    """Cross-entropy of each target token, 0 where the mask is false."""
-    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)

@@ -1,14 +1,18 @@
 """ATLAS, the pair: a retriever that embeds queries and passages, a reader that answers from the passages found."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.contriever import Contriever, ContrieverConfig
 from atlas_jax.models.fid import FiD
 from atlas_jax.models.t5 import T5Config
+from atlas_jax.storage.lazy_array import ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +60,38 @@ class Retriever(nnx.Module):
         return self.encoder_of(side)(ids, mask, rngs=rngs, remat=remat)
 
 
-class Atlas(nnx.Module):
+class AtlasModel(nnx.Module):
     """Reader and retriever."""
 
     def __init__(self, cfg: AtlasConfig, *, rngs: nnx.Rngs):
         self.reader = FiD(cfg.reader, rngs=rngs) if cfg.reader else None
         self.retriever = Retriever(cfg.retriever, untied=cfg.untied, rngs=rngs) if cfg.retriever else None
         self.cfg = cfg
+
+
+def param_shapes(cfg: AtlasConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Our parameters' paths and shapes, without any memory."""
+    model = nnx.eval_shape(lambda: AtlasModel(cfg, rngs=nnx.Rngs(0)))
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in flat}
+
+
+@functools.cache
+def _abstract(cfg: AtlasConfig) -> tuple[Any, Any]:
+    """A model of this shape without any memory: its graph, and its parameters by path."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: AtlasModel(cfg, rngs=nnx.Rngs(0))))
+    return graph, nnx.to_flat_state(state)
+
+
+def build_model(
+    params: Mapping[str, ArrayLike | jax.Array | jax.ShapeDtypeStruct],
+    cfg: AtlasConfig,
+    place: Callable[[str, Any], jax.Array] | None = None,
+) -> AtlasModel:
+    """The model with these parameters, each put where `place` (path, array) says, or left where it is."""
+    graph, flat = _abstract(cfg)
+    named = [("/".join(map(str, path)), path, variable) for path, variable in flat]
+    filled = [
+        (path, variable.replace(place(name, params[name]) if place else params[name])) for name, path, variable in named
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))

@@ -12,11 +12,20 @@ from atlas_jax.models.stack import gather_module
 from atlas_jax.models.t5 import CrossAttention, Decoder, EncodedSource, Encoder, EncoderStates, KeyValues, T5Config
 
 
+class ReaderBatch(NamedTuple):
+    """What the reader is given."""
+
+    passages: Int[Array, "b n l"]  # query and passage together
+    mask: Bool[Array, "b n l"]
+    target: Int[Array, "b t"]
+    target_mask: Bool[Array, "b t"]  # the tokens that count for the loss
+
+
 class DecoderOutput(NamedTuple):
     """What the decoder says of a target."""
 
     logits: Float[Array, "r t v"]  # float32
-    looks: CrossAttention | None  # in sum over the layers, if asked for
+    cross_attention: CrossAttention | None  # summed over the layers, if asked for
 
 
 def group_by_query(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]:
@@ -52,7 +61,7 @@ class FiD(nnx.Module):
         )
         self.cfg = cfg
 
-    def states(
+    def encoder_states(
         self,
         passages: Int[Array, "b n l"],
         mask: Bool[Array, "b n l"],
@@ -68,7 +77,7 @@ class FiD(nnx.Module):
 
     def encode(self, passages: Int[Array, "b n l"], mask: Bool[Array, "b n l"]) -> EncodedSource:
         """Reads the passages once, for any number of uses by the decoder."""
-        return self.decoder.source(fuse(self.states(passages, mask)), mask.reshape(mask.shape[0], -1))
+        return self.decoder.source(fuse(self.encoder_states(passages, mask)), mask.reshape(mask.shape[0], -1))
 
     def decode(
         self,
@@ -85,7 +94,7 @@ class FiD(nnx.Module):
         x, present = self.decoder(self._embedded(inputs), source, past=past, position=position)
         return self._logits(x), present
 
-    def gathered(self, source: EncodedSource) -> tuple["FiD", EncodedSource]:
+    def gather(self, source: EncodedSource) -> tuple["FiD", EncodedSource]:
         """The reader, and what it has encoded, for use within `mesh.params_gathered`."""
         if not params_are_sharded():
             return self, source
@@ -99,14 +108,16 @@ class FiD(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
         remat: bool = False,
-        looks: bool = False,
+        with_cross_attention: bool = False,
     ) -> DecoderOutput:
         """Logits for whole targets over states that nothing else reads: what training wants.
 
         Several rows of inputs may go with each row of the source, one after the other.
         """
-        x, seen = self.decoder.teacher_forced(self._embedded(inputs), source, rngs=rngs, remat=remat, looks=looks)
-        return DecoderOutput(self._logits(x), seen)
+        x, cross_attention = self.decoder.teacher_forced(
+            self._embedded(inputs), source, rngs=rngs, remat=remat, with_cross_attention=with_cross_attention
+        )
+        return DecoderOutput(self._logits(x), cross_attention)
 
     def _embedded(self, ids: Int[Array, "r t"]) -> Float[Array, "r t d"]:
         return gather_module(self.embed, "reader/embed/", self.cfg.dtype)(ids)
@@ -130,3 +141,11 @@ class FiD(nnx.Module):
 def shift_right(target: Int[Array, "b t"], pad_id: int) -> Int[Array, "b t"]:
     """Decoder inputs for a target: it starts with the pad token and lacks its last token."""
     return jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=pad_id)
+
+
+def token_losses(
+    logits: Float[Array, "b t v"], target: Int[Array, "b t"], mask: Bool[Array, "b t"]
+) -> Float[Array, "b t"]:
+    """Cross-entropy of each target token, 0 where the mask is false."""
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)

@@ -40,7 +40,7 @@ def gather_module(module: Module, path: str, dtype: Any) -> Module:
 
 def _gather_params(params: Any, prefix: str, dtype: Any) -> Any:
     def of(path: tuple[Any, ...], variable: Any) -> Any:
-        return variable.replace(mesh.gathered(prefix + "/".join(map(str, path)), variable[...], dtype))
+        return variable.replace(mesh.gather_params(prefix + "/".join(map(str, path)), variable[...], dtype))
 
     return nnx.map_state(of, params)
 

@@ -98,7 +98,7 @@ class LayerOutput(NamedTuple):
 
     x: Float[Array, "r t d"]
     present: KeyValues  # its own keys and values
-    looks: CrossAttention | None  # if asked for
+    cross_attention: CrossAttention | None  # if asked for
 
 
 def map_rows(function: Callable[..., Array], *args: Any) -> Array:
@@ -150,7 +150,7 @@ class Attention(nnx.Module):
         weights = dropout(jax.nn.softmax(logits), self.rate, rngs).astype(x.dtype)
         return self.o(jnp.einsum("bhts,bhsk->bhtk", weights, source.values))
 
-    def looks(self, x: Float[Array, "b t d"], source: KeyValues, mask: Bool[Array, "#b #t s"]) -> CrossAttention:
+    def head_means(self, x: Float[Array, "b t d"], source: KeyValues, mask: Bool[Array, "#b #t s"]) -> CrossAttention:
         """Where the heads of this layer look, on average."""
         logits = self.logits(x, source.keys, None, mask)
         weights = jax.nn.softmax(logits)
@@ -232,7 +232,7 @@ class DecoderLayer(StackedLayer):
         cross_mask: Bool[Array, "b #q s"],
         *,
         rngs: nnx.Rngs | None = None,
-        looks: bool = False,
+        with_cross_attention: bool = False,
     ) -> LayerOutput:
         """The layer's output, `past` with the keys and values of `x` put in at `position`, and where it looks."""
         y = self.self_attn_norm(x)
@@ -243,10 +243,11 @@ class DecoderLayer(StackedLayer):
         x = x + dropout(self.self_attn(y, present, bias, mask, rngs=rngs), self.rate, rngs)
         # Rows that share a source attend to it like further positions of one row: nothing tells positions apart there
         y = self.cross_attn_norm(x).reshape(cross_mask.shape[0], -1, x.shape[-1])
-        seen = self.cross_attn.looks(y, cross, cross_mask) if looks else None
+        cross_attention = self.cross_attn.head_means(y, cross, cross_mask) if with_cross_attention else None
         y = self.cross_attn(y, cross, None, cross_mask, rngs=rngs).reshape(x.shape)
         x = x + dropout(y, self.rate, rngs)
-        return LayerOutput(x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs), present, seen)
+        x = x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs)
+        return LayerOutput(x, present, cross_attention)
 
 
 def relative_bucket(
@@ -374,22 +375,24 @@ class Decoder(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
         remat: bool = False,
-        looks: bool = False,
+        with_cross_attention: bool = False,
     ) -> tuple[Float[Array, "r t d"], CrossAttention | None]:
-        """States of whole targets, and with `looks` the sum over the layers of how they look at the source."""
+        """States of whole targets, and with `cross_attention` the sum over the layers of how they look at the source."""
         positions = jnp.arange(x.shape[1])
         bias = self.position_bias(positions, positions)
         causal = (positions[None, :] <= positions[:, None])[None]
         zeros = jnp.zeros(
             (source.states.shape[0], x.shape[0] * x.shape[1] // source.states.shape[0], source.states.shape[1])
         )
-        seen = CrossAttention(zeros, zeros, zeros) if looks else None
+        total = CrossAttention(zeros, zeros, zeros) if with_cross_attention else None
 
         def body(layer: DecoderLayer, carry: Any, _: None, rngs: nnx.Rngs | None) -> tuple[Any, None]:
-            x, seen = carry
+            x, total = carry
             cross = layer.cross_attn.keys_values(source.states)
-            out = layer(x, None, 0, cross, bias, causal, source.mask, rngs=rngs, looks=looks)
-            return (out.x, jax.tree.map(jnp.add, seen, out.looks)), None
+            out = layer(
+                *(x, None, 0, cross, bias, causal, source.mask), rngs=rngs, with_cross_attention=with_cross_attention
+            )
+            return (out.x, jax.tree.map(jnp.add, total, out.cross_attention)), None
 
-        (x, seen), _ = scan(body, self.layers, (dropout(x, self.rate, rngs), seen), rngs=rngs, remat=remat)
-        return dropout(self.final_norm(x), self.rate, rngs), seen
+        (x, total), _ = scan(body, self.layers, (dropout(x, self.rate, rngs), total), rngs=rngs, remat=remat)
+        return dropout(self.final_norm(x), self.rate, rngs), total

@@ -11,20 +11,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.checkpoints.pretrained import reader_config, retriever_config
-from atlas_jax.checkpoints.weights import build_model, param_shapes
 from atlas_jax.config import Config
 from atlas_jax.data.tokens import bucket
 from atlas_jax.evaluation.batches import put_reader_batch
-from atlas_jax.evaluation.evaluator import generation, reader_program
+from atlas_jax.evaluation.evaluator import generation_settings, reader_program
 from atlas_jax.mesh import global_batch_size, put_parameter, put_rows, replicate
-from atlas_jax.models.atlas import Atlas, AtlasConfig
+from atlas_jax.models.atlas import AtlasConfig, AtlasModel, build_model, param_shapes
 from atlas_jax.retrieval.embedder import Side, encoder_program, encoder_rows
 from atlas_jax.retrieval.flat_index import best_rows, chunk_rows, padded_queries, padded_rows
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.tasks import make_task
 from atlas_jax.training.batches import put_training_batch
-from atlas_jax.training.loop import step_config, step_program, training_mesh
 from atlas_jax.training.resume import init_state, put_state
+from atlas_jax.training.setup import compiled_step, step_config, training_mesh
 from atlas_jax.training.step import Batch, StepConfig, TrainState
 
 PAD_ID, EOS_ID = 0, 1  # of every published T5
@@ -91,20 +90,26 @@ def _shapes(config: Config) -> AtlasConfig:
 
 
 def _steps(
-    config: Config, mesh: Mesh, cfg: StepConfig, state: TrainState, atlas: Atlas, index: Shape | None, passages: int
+    config: Config,
+    mesh: Mesh,
+    cfg: StepConfig,
+    state: TrainState,
+    atlas: AtlasModel,
+    index: Shape | None,
+    passages: int,
 ) -> Iterator[Step]:
     batch, key = _batch(config, mesh), replicate(mesh, jax.eval_shape(lambda: jax.random.key(0)))
     learns_from = batch, key, replicate(mesh, Shape((), jnp.int32))
     tokens = math.prod(batch.reader.passages.shape)
-    update = step_program(cfg, mesh, update=True)
+    update = compiled_step(cfg, mesh, update=True)
     yield _step(update, state, learns_from, ("parameters", "optimizer"), tokens)
     if config.optim.accumulation_steps > 1:
-        gradient = step_program(cfg, mesh, update=False)
+        gradient = compiled_step(cfg, mesh, update=False)
         yield _step(gradient, state, learns_from, ("parameters", "optimizer"), tokens)
     assert atlas.reader is not None
     read = _batch(config, mesh, config.retrieval.n_context).reader
     choices = replicate(mesh, Shape((len(make_task(config).choices),), jnp.int32))
-    reader = reader_program(atlas.reader, generation(config, PAD_ID, EOS_ID), mesh)
+    reader = reader_program(atlas.reader, generation_settings(config, PAD_ID, EOS_ID), mesh)
     tokens = math.prod(read.passages.shape)
     yield _step(reader, nnx.state(atlas.reader), (read, choices, None), ("parameters",), tokens)
     if atlas.retriever is None:
@@ -124,7 +129,7 @@ def _steps(
 def _step(
     program: CompiledFunction, state: Any, arguments: tuple[Any, ...], uses: tuple[str, ...], tokens: int
 ) -> Step:
-    compiling = functools.partial(program.prepare, state, *arguments)
+    compiling = functools.partial(program.compile_for, state, *arguments)
     return Step(program.name, compiling, uses, _nbytes(arguments), tokens)
 
 
@@ -159,7 +164,7 @@ def _masked(*shape: int) -> tuple[Shape, Shape]:
     return Shape(shape, jnp.int32), Shape(shape, jnp.bool_)
 
 
-def _index(atlas: Atlas, mesh: Mesh, passages: int) -> Shape | None:
+def _index(atlas: AtlasModel, mesh: Mesh, passages: int) -> Shape | None:
     if atlas.retriever is None or not passages:
         return None
     shape = padded_rows(passages, mesh), atlas.retriever.encoder_of("passage").cfg.d_model

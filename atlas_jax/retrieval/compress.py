@@ -60,7 +60,7 @@ def from_questions(embedder: Embedder, questions: Sequence[str]) -> Queries:
     """Questions as the retriever embeds them."""
     rows = global_batch_size(embedder.mesh, 8)
     batches = [questions[start : start + rows] for start in range(0, len(questions), rows)]
-    vectors = [np.asarray(embedder.queries(batch, rows))[: len(batch)] for batch in batches]
+    vectors = [np.asarray(embedder.embed_queries(batch, rows))[: len(batch)] for batch in batches]
     return Queries(np.concatenate(vectors), np.full(len(questions), -1))
 
 

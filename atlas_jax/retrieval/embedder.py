@@ -52,7 +52,7 @@ class Embedder:
         ids, mask = pad([*finished, *[[]] * empty], length, self.tokenizer.pad_id)
         return self.program(self._state, put_rows(self.mesh, ids, rows), put_rows(self.mesh, mask, rows))
 
-    def queries(self, queries: Sequence[str], rows: int) -> Array:
+    def embed_queries(self, queries: Sequence[str], rows: int) -> Array:
         """Vectors of queries, in one batch of `rows`; of those that are another process's, the text does not matter."""
         own = local_row_indices(self.mesh, rows, AXES).tolist()
         ids = self.tokenizer.ids([queries[row] for row in own if row < len(queries)])
@@ -128,12 +128,12 @@ def embed_corpus(
 
     With several processes, each fills a part of its own.
     """
-    exchange = process_group()
+    group = process_group()
     under_way: collections.deque[tuple[_Window, np.ndarray, Array]] = collections.deque()
 
     def land() -> None:
         window, numbers, vectors = under_way.popleft()
-        own = numbers[row_owners(embedder.mesh, len(numbers)) == exchange.index]
+        own = numbers[row_owners(embedder.mesh, len(numbers)) == group.index]
         there = own >= 0
         window.vectors[own[there] - window.first] = local_rows(vectors)[there].astype(np.float16)
         window.missing -= int(there.sum())
@@ -142,15 +142,15 @@ def embed_corpus(
             window.vectors = window.vectors[:0]
         progress(int((numbers >= 0).sum()))
 
-    ends = [len(tokens) * process // exchange.count for process in range(exchange.count + 1)]
-    for offset in range(0, -(-len(tokens) // exchange.count), WINDOW):
-        exchange.all_max()
+    ends = [len(tokens) * process // group.count for process in range(group.count + 1)]
+    for offset in range(0, -(-len(tokens) // group.count), WINDOW):
+        group.all_max()
         parts = [
             np.arange(min(start + offset, end), min(start + offset + WINDOW, end))
             for start, end in itertools.pairwise(ends)
         ]
-        size = len(parts[exchange.index])
-        first = ends[exchange.index] + offset
+        size = len(parts[group.index])
+        first = ends[group.index] + offset
         window = _Window(first, np.empty((size, embedder.dim), np.float16), size)
         for numbers, vectors in embedder.batches(tokens, parts, batch):
             under_way.append((window, numbers, vectors))

@@ -12,14 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, Int32, Int64, UInt8
 
 from atlas_jax.errors import UserError
-from atlas_jax.retrieval.interface import (
-    REBUILD,
-    SearchResult,
-    checked_queries,
-    checked_result,
-    create_array,
-    read_array,
-)
+from atlas_jax.retrieval.formats.npy_files import REBUILD, create_array, read_array
+from atlas_jax.retrieval.search import HostIndex, SearchResult, checked_queries, checked_result
 from atlas_jax.storage.mapped_file import release_pages
 
 logger = logging.getLogger(__name__)
@@ -33,7 +27,7 @@ CODE_TABLE_ROWS = {"flat": 0, "ivfflat": 0, "ivfsq": 2, "ivfpq": PQ_CENTROIDS, "
 CHUNK_ROWS = 16_384  # vectors in float32 at once
 
 
-class FaissIndex:
+class FaissIndex(HostIndex):
     """A code for each passage: its float16 vector ("flat"), 4 bits a dimension ("sq") or `code_size` bytes ("pq").
 
     The "ivf" kinds keep a code in the list of its nearest centroid, and a query reads its `n_probe` nearest lists.
@@ -41,6 +35,7 @@ class FaissIndex:
     """
 
     def __init__(self, kind: FaissKind, code_size: int | None, index: Any):
+        super().__init__()
         self.kind: str = kind
         self.code_size = code_size
         self.count: int = index.ntotal

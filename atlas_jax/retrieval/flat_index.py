@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Float16, Float32, Int
 
 from atlas_jax.errors import UserError
 from atlas_jax.mesh import replicate
-from atlas_jax.retrieval.interface import SearchResult, check_queries, checked_result, read_array
+from atlas_jax.retrieval.formats.npy_files import read_array
+from atlas_jax.retrieval.search import SearchResult, check_queries, checked_result
 
 CHUNK_ROWS = 4096  # rows scored at once: measured fastest on a CPU, where their float32 copy stays in the cache
 LEAST = 17  # that top_k is asked for: XLA's compiler for GPUs (jax 0.12) fails with 2 to 16, its kernel for few
@@ -60,9 +61,9 @@ class FlatIndex:
         """Over several hosts, every host calls this with the same queries."""
         count = len(queries)
         padded = np.pad(np.asarray(queries, np.float32), ((0, padded_queries(count) - count), (0, 0)))
-        return self.start(replicate(self.mesh, padded), count, k)()
+        return self.begin_search(replicate(self.mesh, padded), count, k)()
 
-    def start(self, queries: Float32[Array, "rows d"], count: int, k: int) -> Callable[[], SearchResult]:
+    def begin_search(self, queries: Float32[Array, "rows d"], count: int, k: int) -> Callable[[], SearchResult]:
         """Begins a search with the first `count` rows of what lies whole on every device; calling the result waits.
 
         Other rows mean nothing. The queries may still be under way: the host waits for nothing here.

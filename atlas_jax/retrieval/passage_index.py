@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from atlas_jax.checkpoints.pretrained import read_json
 from atlas_jax.config import Config
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.embedder import Embedder, embed_corpus
@@ -31,13 +30,14 @@ from atlas_jax.retrieval.formats.index_folder import (
     read_vectors,
     write_about,
 )
+from atlas_jax.retrieval.formats.npy_files import VectorFile, read_array
 from atlas_jax.retrieval.formats.torch_shards import TorchShards
-from atlas_jax.retrieval.interface import Index, VectorFile, read_array
 from atlas_jax.retrieval.passage_store import PassageStore, build_passages
+from atlas_jax.retrieval.search import VectorIndex
 from atlas_jax.retrieval.sharded_faiss_index import ShardedFaissIndex
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.runtime.progress import progress
-from atlas_jax.storage.files import atomic_folder
+from atlas_jax.storage.files import atomic_folder, read_json
 from atlas_jax.storage.shared_files import atomic_shared_folder
 
 logger = logging.getLogger(__name__)
@@ -49,9 +49,9 @@ _ELSEWHERE = "pass --save_index_path with a folder that can be written and has r
 class PassageIndex:
     """What can be searched, and what the hits are."""
 
-    index: Index
+    vectors: VectorIndex
     passages: PassageStore
-    retriever: str  # fingerprint of the passage encoder that built it
+    fingerprint: str  #  of the passage encoder that built it
 
 
 def open_passage_index(
@@ -104,7 +104,7 @@ def rebuild_passage_index(
     return _open(folder, config, embedder.dim, [retriever], mesh, scratch)
 
 
-def is_index_of(folder: str | None, retriever: str) -> bool:
+def is_built_by(folder: str | None, retriever: str) -> bool:
     """Whether the folder holds an index of ours that this retriever built."""
     path = Path(folder or "") / ABOUT
     return folder is not None and path.is_file() and read_json(path).get("retriever") == retriever
@@ -154,7 +154,7 @@ def _warn(folder: Path, about: dict[str, Any], config: Config) -> None:
         logger.warning("--save_index_path has no effect: %s is there already", folder)
 
 
-def _load(folder: Path, about: dict[str, Any], config: Config, mesh: Mesh, scratch: Path) -> Index:
+def _load(folder: Path, about: dict[str, Any], config: Config, mesh: Mesh, scratch: Path) -> VectorIndex:
     """The kind of index that the flags ask for: the one that is there, or made from its vectors."""
     mode, kind, code_size = config.index.index_mode, about.get("kind"), about.get("code_size")
     if about.get("index_mode") == "flat":
@@ -167,7 +167,7 @@ def _load(folder: Path, about: dict[str, Any], config: Config, mesh: Mesh, scrat
     raise UserError(f"{folder}: holds {had}, and no vectors to make another index from; ask for that one")
 
 
-def _faiss_of_vectors(folder: Path, about: dict[str, Any], config: Config, shared: Path) -> Index:
+def _faiss_of_vectors(folder: Path, about: dict[str, Any], config: Config, shared: Path) -> VectorIndex:
     """Made by process 0, which alone can choose centroids for all; several processes take their parts from files."""
     if process_group().count == 1:
         return build_faiss_index(read_vectors(folder, about), config)

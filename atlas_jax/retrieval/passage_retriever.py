@@ -1,8 +1,9 @@
-"""The retriever at work: its encoders, its index, and what they find for a batch of examples."""
+"""The retriever at work: embeds queries, searches the index, returns the passages of a batch of examples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from jax.sharding import Mesh
 
 from atlas_jax.config import Config
@@ -11,55 +12,105 @@ from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.mesh import global_batch_size
 from atlas_jax.models.atlas import Retriever
 from atlas_jax.retrieval.embedder import Embedder
-from atlas_jax.retrieval.passage_index import open_passage_index, rebuild_passage_index
-from atlas_jax.retrieval.passage_source import IndexPassages
-from atlas_jax.retrieval.search import Rerank, Search
+from atlas_jax.retrieval.passage_index import PassageIndex, open_passage_index, rebuild_passage_index
+from atlas_jax.retrieval.passage_source import RetrievedPassages
+from atlas_jax.retrieval.rerank import Reranker
+from atlas_jax.retrieval.search import SearchResult
+from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.runtime.progress import progress
+from atlas_jax.tasks import Example
 
 
 class PassageRetriever:
-    """Finds passages with the retriever's present parameters, in an index that may be older than they are."""
+    """A `PassageSource` that searches an index.
+
+    Queries are embedded with the present parameters; the index may have been built by older ones.
+    """
 
     def __init__(
         self,
+        index: PassageIndex,
+        queries: Embedder,
+        passages: Embedder,
+        rows: int,
+        reranker: Reranker | None = None,
+    ):
+        """`rows`: the size of every batch of queries; smaller batches are padded to it."""
+        self.index = index
+        self.queries = queries
+        self.passages = passages
+        self.rows = rows
+        self.reranker = reranker
+
+    @classmethod
+    def open(
+        cls,
         config: Config,
         retriever: Retriever,
         tokenizer: Tokenizer,
         mesh: Mesh,
         scratch: Path,
         fingerprints: Sequence[str],
-    ):
-        """`fingerprints`: of the passage encoder, and of others whose index will do as well."""
-        self.config, self.mesh, self.scratch = config, mesh, scratch
+    ) -> "PassageRetriever":
+        """Opens or builds the index that the flags name.
+
+        `fingerprints`: of the passage encoder, then of others whose index is accepted too. `scratch` is a folder that
+        all processes share, for an index that no flag gives a place.
+        """
         length = min(config.text.retriever_maxlength, retriever.encoder_of("query").cfg.max_positions)
-        self.queries = Embedder(retriever, "query", tokenizer, mesh, length)
-        self.passages = Embedder(retriever, "passage", tokenizer, mesh, length)
-        self.library = open_passage_index(config, self.passages, fingerprints, mesh, scratch)
-        self._search = Search(self.library.index, self.queries, global_batch_size(mesh, config.run.per_gpu_batch_size))
-        self.source = IndexPassages(self._search, self.library.passages)
+        queries = Embedder(retriever, "query", tokenizer, mesh, length)
+        passages = Embedder(retriever, "passage", tokenizer, mesh, length)
+        index = open_passage_index(config, passages, fingerprints, mesh, scratch)
+        reranker = None
         if config.retrieval.retrieve_with_rerank:
             with process_group().process_0_first():
-                tokens = self.library.passages.tokens(tokenizer, config.text.retriever_format, "retriever")
-            candidates, batch = config.retrieval.searched[1], config.index.per_gpu_embedder_batch_size
-            self.source.search = Rerank(self._search, self.passages, tokens, candidates, batch)
+                tokens = index.passages.tokens(tokenizer, config.text.retriever_format, "retriever")
+            candidates = config.retrieval.searched[1]
+            reranker = Reranker(passages, tokens, candidates, config.index.per_gpu_embedder_batch_size)
+        return cls(index, queries, passages, global_batch_size(mesh, config.run.per_gpu_batch_size), reranker)
 
-    def prepare(self, tokenizer: Tokenizer) -> None:
-        """Tokenizes all passages for the reader now, visibly, rather than a few at a time later."""
-        text = ReaderText(tokenizer, self.config.text.encoder_format, self.config.text.text_maxlength)
-        count = len(self.library.passages)
+    @property
+    def programs(self) -> Sequence[CompiledFunction]:
+        """The encoders' compiled functions."""
+        return (self.queries.program, self.passages.program) if self.reranker else (self.queries.program,)
+
+    def begin_retrieval(self, examples: Sequence[Example], n: int) -> Callable[[], RetrievedPassages]:
+        """See `PassageSource.begin_retrieval`: the n best passages of each example's query."""
+        store, wait = self.index.passages, self.begin_search([example.query for example in examples], n)
+
+        def retrieved() -> RetrievedPassages:
+            numbers = wait().numbers
+            return RetrievedPassages(store, numbers, np.ones(numbers.shape, bool))
+
+        return retrieved
+
+    def begin_search(self, queries: Sequence[str], k: int) -> Callable[[], SearchResult]:
+        """Starts to search the k best passages of each query; the returned function waits for them.
+
+        Work on the devices is dispatched before this returns, ahead of any later work. With reranking the search
+        itself is over when this returns.
+        """
+        vectors = self.queries.embed_queries(queries, self.rows)
+        if self.reranker is None:
+            return self.index.vectors.begin_search(vectors, len(queries), k)
+        on_host = np.asarray(vectors)[: len(queries)]
+        candidates = self.index.vectors.search(on_host, self.reranker.candidates).numbers
+        result = self.reranker(on_host, candidates, k)
+        return lambda: result
+
+    def tokenize_for_reader(self, config: Config, tokenizer: Tokenizer) -> None:
+        """Tokenizes all passages for the reader at once, with progress, instead of a few whenever they are retrieved."""
+        text = ReaderText(tokenizer, config.text.encoder_format, config.text.text_maxlength)
+        count = len(self.index.passages)
         with process_group().process_0_first(), progress("tokenizing for the reader", "passages", count) as more:
-            text.prepare(self.library.passages, more)
+            text.prepare(self.index.passages, more)
 
     def update(self, retriever: Retriever) -> None:
-        """Takes the retriever's present parameters, for queries and for what is embedded from now on."""
+        """Takes the retriever's present parameters, for queries and for passages embedded from now on."""
         self.queries.update(retriever)
         self.passages.update(retriever)
 
-    def rebuild(self, fingerprint: str) -> None:
-        """Embeds all passages with the present parameters, which have this fingerprint."""
-        self.library = rebuild_passage_index(
-            self.library, self.config, self.passages, fingerprint, self.mesh, self.scratch
-        )
-        self._search.index = self.library.index
-        self.source.store = self.library.passages
+    def rebuild(self, config: Config, fingerprint: str, scratch: Path) -> None:
+        """Embeds all passages again with the present parameters, which have this fingerprint."""
+        self.index = rebuild_passage_index(self.index, config, self.passages, fingerprint, self.passages.mesh, scratch)

@@ -8,8 +8,6 @@ import numpy as np
 from atlas_jax.data.ragged import Numbers
 from atlas_jax.data.reader_inputs import Store, Tokens, render
 from atlas_jax.data.tokens import Tokenizer
-from atlas_jax.retrieval.passage_store import PassageStore
-from atlas_jax.retrieval.search import Rerank, Search
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.tasks import Example
 
@@ -31,32 +29,9 @@ class PassageSource(Protocol):
         """What it compiles."""
         ...
 
-    def start(self, examples: Sequence[Example], n: int) -> Callable[[], RetrievedPassages]:
+    def begin_retrieval(self, examples: Sequence[Example], n: int) -> Callable[[], RetrievedPassages]:
         """Begins to look for n passages of each; calling the result waits for them."""
         ...
-
-
-class IndexPassages:
-    """The passages that the retriever finds."""
-
-    def __init__(self, search: Search | Rerank, store: PassageStore):
-        self.search = search
-        self.store = store
-
-    @property
-    def programs(self) -> Sequence[CompiledFunction]:
-        """The encoders'."""
-        return self.search.programs
-
-    def start(self, examples: Sequence[Example], n: int) -> Callable[[], RetrievedPassages]:
-        """The best n."""
-        search = self.search.start([example.query for example in examples], n)
-
-        def found() -> RetrievedPassages:
-            numbers = search().numbers
-            return RetrievedPassages(self.store, numbers, np.ones(numbers.shape, bool))
-
-        return found
 
 
 class RowPassages:
@@ -64,7 +39,7 @@ class RowPassages:
 
     programs: Sequence[CompiledFunction] = ()
 
-    def start(self, examples: Sequence[Example], n: int) -> Callable[[], RetrievedPassages]:
+    def begin_retrieval(self, examples: Sequence[Example], n: int) -> Callable[[], RetrievedPassages]:
         """As many as there are, at once."""
         passages = [list(example.passages or [])[:n] for example in examples]
         valid = np.arange(n) < np.asarray([len(own) for own in passages])[:, None]

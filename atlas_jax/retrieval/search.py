@@ -1,71 +1,84 @@
-"""Queries to passage numbers: embed, search, and on request rerank with today's passage encoder."""
+"""Search by inner product: the interface of every vector index, its result, and the checks they share."""
 
 import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int64
 
-from atlas_jax.mesh import to_host
-from atlas_jax.retrieval.embedder import Embedder
-from atlas_jax.retrieval.flat_index import FlatIndex
-from atlas_jax.retrieval.interface import Index, SearchResult
-from atlas_jax.retrieval.passage_store import PassageTokens
-from atlas_jax.runtime.process_group import process_group
+from atlas_jax.errors import UserError
+
+Queries = Float[np.ndarray | Array, "q d"]
 
 
-class Search:
-    """Finds passages for a batch of queries."""
+class SearchResult(NamedTuple):
+    """The k best passages of each query, best first; equal scores are ordered by the smaller passage number."""
 
-    def __init__(self, index: Index, queries: Embedder, rows: int):
-        self.index = index
-        self.queries = queries
-        self.rows = rows  # of a batch, always the same
-        self.programs = (queries.program,)
-        self._host = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search")
+    scores: Float32[np.ndarray, "q k"]  # inner products
+    numbers: Int64[np.ndarray, "q k"]  # passage numbers
 
-    def vectors(self, queries: Sequence[str]) -> np.ndarray:
-        """Vectors (float32, "q d") of queries."""
-        return np.asarray(self.queries.queries(queries, self.rows))[: len(queries)]
 
-    def start(self, queries: Sequence[str], k: int) -> Callable[[], SearchResult]:
-        """Begins to look for the best k passages of each query; calling the result waits for them.
+@runtime_checkable
+class VectorIndex(Protocol):
+    """Passage vectors, numbered in the order they were given, searched by inner product."""
 
-        What runs on the devices is given to them at once, in front of any later work, and nothing is waited for.
+    kind: str
+    count: int
+    dim: int
+
+    def search(self, queries: Queries, k: int) -> SearchResult:
+        """Returns the k best passages of each query; UserError if the shapes do not fit or a score is not finite."""
+        ...
+
+    def begin_search(self, queries: Float32[Array, "rows d"], count: int, k: int) -> Callable[[], SearchResult]:
+        """Starts the same search for the first `count` rows and returns a function that waits for its result.
+
+        `queries` are replicated on every device and may still be computed: the caller is not blocked.
         """
-        index, vectors, count = self.index, self.queries.queries(queries, self.rows), len(queries)
-        if isinstance(index, FlatIndex):
-            return index.start(vectors, count, k)
-        return self._host.submit(lambda: index.search(np.asarray(vectors)[:count], k)).result
+        ...
 
 
-class Rerank:
-    """Finds more passages than asked for, and orders them by vectors that the passage encoder makes now."""
+class HostIndex:
+    """Implements `VectorIndex.begin_search` for an index that is searched on the host, in a thread of its own."""
 
-    def __init__(self, search: Search, passages: Embedder, tokens: PassageTokens, candidates: int, batch: int):
-        self.search = search
-        self.passages = passages
-        self.tokens = tokens
-        self.candidates = candidates
-        self.batch = batch
-        self.programs = (*search.programs, passages.program)
+    def __init__(self) -> None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search")
 
-    def start(self, queries: Sequence[str], k: int) -> Callable[[], SearchResult]:
-        """The best k of the candidates, at once; equal scores keep the index's order."""
-        vectors = self.search.vectors(queries)
-        numbers = self.search.index.search(vectors, self.candidates).numbers
-        fresh = self._embed(numbers.reshape(-1)).reshape(*numbers.shape, -1)
-        scores = np.einsum("qd,qcd->qc", vectors, fresh)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        found = SearchResult(np.take_along_axis(scores, best, 1), np.take_along_axis(numbers, best, 1))
-        return lambda: found
+    def search(self, queries: Queries, k: int) -> SearchResult:
+        """See `VectorIndex.search`."""
+        raise NotImplementedError
 
-    def _embed(self, numbers: np.ndarray) -> np.ndarray:
-        """Vectors (float32, "p d") of passages, each once."""
-        unique, place = np.unique(numbers, return_inverse=True)
-        embed = self.passages
-        out = np.empty((len(unique), embed.dim), np.float32)
-        parts = np.array_split(unique, process_group().count)
-        for part, vectors in list(embed.batches(self.tokens, parts, self.batch)):  # all under way, then awaited
-            there = part >= 0
-            out[np.searchsorted(unique, part[there])] = to_host(vectors)[there]
-        return out[place]
+    def begin_search(self, queries: Float32[Array, "rows d"], count: int, k: int) -> Callable[[], SearchResult]:
+        """See `VectorIndex.begin_search`."""
+        return self._thread.submit(lambda: self.search(np.asarray(queries)[:count], k)).result
+
+
+def check_queries(index: VectorIndex, queries: Queries, k: int) -> None:
+    """UserError if the queries' width is not the index's, or k is not 1 to the number of passages."""
+    if queries.shape[1] != index.dim:
+        raise UserError(
+            f"the queries are {queries.shape[1]} wide but the index holds vectors of {index.dim}: "
+            "build the index with the retriever that embeds the queries"
+        )
+    if not 0 < k <= index.count:
+        raise UserError(
+            f"{k} passages asked for but the index holds {index.count}: "
+            f"ask for 1 to {index.count} (--n_context and what multiplies it), or index more passages"
+        )
+
+
+def checked_queries(index: VectorIndex, queries: Queries, k: int) -> Float32[np.ndarray, "q d"]:
+    """Returns the queries on the host as contiguous float32, after `check_queries`."""
+    check_queries(index, queries, k)
+    return np.ascontiguousarray(queries, np.float32)
+
+
+def checked_result(scores: Float32[np.ndarray, "q k"], numbers: Int64[np.ndarray, "q k"]) -> SearchResult:
+    """UserError if a score is not finite: it has no order, and faiss gives the number -1 beside it."""
+    if not np.isfinite(scores).all() or (numbers < 0).any():
+        raise UserError(
+            "a search score is not finite: the query encoder has diverged (lower --lr_retriever), "
+            "or the index was built by one that had (build it again)"
+        )
+    return SearchResult(scores, numbers)

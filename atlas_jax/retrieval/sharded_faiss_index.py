@@ -8,21 +8,22 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from atlas_jax.retrieval.faiss_index import FaissIndex
-from atlas_jax.retrieval.interface import SearchResult, checked_queries, checked_result
+from atlas_jax.retrieval.search import HostIndex, SearchResult, checked_queries, checked_result
 from atlas_jax.runtime.process_group import process_group
 
 CHANNEL = "search"  # a host's own search is no business of its main thread
 
 
-class ShardedFaissIndex:
+class ShardedFaissIndex(HostIndex):
     """What one `FaissIndex` of all passages finds; every process asks with the same queries, in the same order."""
 
     def __init__(self, folder: Path, meta: Mapping[str, Any]):
-        exchange = process_group()
+        super().__init__()
+        group = process_group()
         self.kind: str = meta["kind"]
         self.count: int = meta["count"]
         self.dim: int = meta["dim"]
-        self.first, stop = (self.count * (exchange.index + i) // exchange.count for i in (0, 1))
+        self.first, stop = (self.count * (group.index + i) // group.count for i in (0, 1))
         self._part = FaissIndex.load(folder, meta, slice(self.first, stop)) if stop > self.first else None
 
     def search(self, queries: Float[np.ndarray | Array, "q d"], k: int) -> SearchResult:

@@ -252,12 +252,12 @@ def connect(run: RunConfig) -> Iterator[ProcessGroup]:
             heartbeat_timeout_seconds=run.host_timeout + 60,  # `membership` shall notice first
             shutdown_timeout_seconds=24 * 3600,  # it also notices who is lost while one still writes
         )
-        exchange = ProcessGroup(
+        group = ProcessGroup(
             place.index, [card["host"] for card in membership.cards], global_state.client, run.host_timeout
         )
-        _compare_devices(exchange, place)
-        with use_process_group(exchange):
-            yield exchange
+        _compare_devices(group, place)
+        with use_process_group(group):
+            yield group
         jax.distributed.shutdown()
     except BaseException as failure:
         error = failure
@@ -298,16 +298,16 @@ def differences(cards: Sequence[ProcessInfo]) -> str:
     return "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
 
 
-def _compare_devices(exchange: ProcessGroup, place: ClusterSpec) -> None:
+def _compare_devices(group: ProcessGroup, place: ClusterSpec) -> None:
     """All have as many devices of the same kind; process 0 logs them."""
     import jax
 
     kinds = [device.device_kind for device in jax.local_devices()]
     own = " and ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
-    everyone = [one.decode() for one in exchange.all_gather(own.encode(), channel="devices")]
-    if text := differences([{"host": n, "devices": d} for n, d in zip(exchange.names, everyone, strict=True)]):
+    everyone = [one.decode() for one in group.all_gather(own.encode(), channel="devices")]
+    if text := differences([{"host": n, "devices": d} for n, d in zip(group.names, everyone, strict=True)]):
         raise UserError(text)
     if place.index == 0:
         logger.info("%d processes, found by %s:", place.count, place.found)
-        for index, (name, devices) in enumerate(zip(exchange.names, everyone, strict=True)):
+        for index, (name, devices) in enumerate(zip(group.names, everyone, strict=True)):
             logger.info("  %d  %s  %s", index, name, devices)

@@ -67,9 +67,9 @@ class CompiledFunction:
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def __call__(self, state: Any, *args: Any) -> Any:
-        return self.prepare(state, *args)(state, *args)
+        return self.compile_for(state, *args)(state, *args)
 
-    def prepare(self, state: Any, *args: Any) -> jax.stages.Compiled:
+    def compile_for(self, state: Any, *args: Any) -> jax.stages.Compiled:
         """Compiles for these shapes, unless that is done, and runs nothing."""
         leaves, structure = jax.tree.flatten(args)
         shapes = (structure, *((x.shape, str(x.dtype)) for x in leaves))

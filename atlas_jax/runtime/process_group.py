@@ -152,11 +152,11 @@ def process_group() -> ProcessGroup:
 
 
 @contextlib.contextmanager
-def use_process_group(exchange: ProcessGroup) -> Iterator[ProcessGroup]:
+def use_process_group(group: ProcessGroup) -> Iterator[ProcessGroup]:
     """Within the block, `process_group` is another one."""
     global _ours
-    before, _ours = _ours, exchange
+    before, _ours = _ours, group
     try:
-        yield exchange
+        yield group
     finally:
         _ours = before

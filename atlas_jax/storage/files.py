@@ -153,3 +153,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes an object, indented."""
     with atomic_file(path) as draft:
         draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file; UserError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); is this the right folder?") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); restore the file") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no object; restore the file")
+    return found

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from atlas_jax.evaluation.step import ReaderBatch
+from atlas_jax.models.fid import ReaderBatch
 from atlas_jax.models.t5 import CrossAttention
 from atlas_jax.training.losses import TOKENS_OF_A_PASSAGE
 
@@ -17,7 +17,7 @@ TOP = (5, 10, 20)
 
 
 def correlations(
-    looks: CrossAttention,
+    cross_attention: CrossAttention,
     read: ReaderBatch,
     query_lengths: Int[Array, " b"],
     gold: Float[Array, "b n"],
@@ -28,12 +28,12 @@ def correlations(
 ) -> dict[str, Array]:
     """Pearson's correlation of `gold` with each way to sum up the attention to a passage; 0 where it has none.
 
-    Reference: its 24 statistics. `looks` are sums over the decoder's layers.
+    Reference: its 24 statistics. `cross_attention` are sums over the decoder's layers.
     """
     n = gold.shape[1]
     ids, mask = read.passages[:, :n], read.mask[:, :n]
     found = {}
-    for kind, values in looks._asdict().items():
+    for kind, values in cross_attention._asdict().items():
         by_passage = values.reshape(*values.shape[:2], -1, mask.shape[-1])[:, :, :n]
         for name, summed in _sums(
             by_passage, ids, mask, read.target_mask, query_lengths, layers, eos_id, text_maxlength

@@ -12,8 +12,8 @@ from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.order import Order
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.batches import ReaderBatcher
-from atlas_jax.evaluation.step import ReaderBatch
 from atlas_jax.mesh import ArrayOrShape, global_batch_size, put_batch, put_passages
+from atlas_jax.models.fid import ReaderBatch
 from atlas_jax.retrieval.passage_source import RetrievedPassages
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.tasks import Example, Task

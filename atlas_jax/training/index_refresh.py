@@ -1,8 +1,7 @@
-"""The index of a run: searched with the retriever of today, built by the retriever of some step before."""
+"""The index of a training run: searched with the present query encoder, built again as --refresh_index says."""
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,105 +10,97 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from atlas_jax.checkpoints.restore import retriever_fingerprint
-from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import Config
 from atlas_jax.errors import UserError
 from atlas_jax.mesh import put_parameter, to_host
-from atlas_jax.models.atlas import Atlas
-from atlas_jax.retrieval.passage_index import is_index_of
+from atlas_jax.models.atlas import AtlasModel, build_model
+from atlas_jax.retrieval.passage_index import is_built_by
 from atlas_jax.retrieval.passage_retriever import PassageRetriever
 from atlas_jax.retrieval.passage_source import PassageSource, RetrievedPassages, RowPassages
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.storage.lazy_array import ArrayLike, read
 from atlas_jax.tasks import Example
-from atlas_jax.training.resume import INDEX, Start
-
-logger = logging.getLogger(__name__)
+from atlas_jax.training.resume import INDEX_PREFIX, RunStart
 
 PASSAGE_ENCODER = ("retriever/encoder/", "retriever/passage_encoder/")
 
 
 class RefreshableIndex:
-    """Finds passages for training and evaluation; builds the index again when the schedule says so.
+    """The passages of training and evaluation: from an index that can be built again, or from the rows themselves."""
 
-    Without a retriever the passages come with the rows.
-    """
-
-    def __init__(self, config: Config, start: Start, mesh: Mesh, scratch: Path):
-        self.config = config
-        self.fingerprint: str | None = None  # of the encoder that built the index
-        self.loaded: str | None = None  # the same of the one in --load_index_path
-        self._built: dict[str, np.ndarray] = {}  # that encoder, where a later run could not have it from elsewhere
-        self._finder = self._open(start, mesh, scratch) if start.weights.cfg.retriever else None
-        self.source: PassageSource = self._finder.source if self._finder else RowPassages()
+    def __init__(self, config: Config, start: RunStart, mesh: Mesh, scratch: Path):
+        self.config, self._scratch = config, scratch
+        self.fingerprint: str | None = None  # of the passage encoder that built the index
+        self.loaded_fingerprint: str | None = None  # of the one that built --load_index_path
+        self._built: dict[str, np.ndarray] = {}  # that encoder's parameters, if a later run could not load them
+        self._retriever = self._open(start, mesh) if start.weights.cfg.retriever else None
+        self.source: PassageSource = self._retriever or RowPassages()
         self._n = config.passages_a_query
-        if self._finder:
-            self._check_count(len(self._finder.library.passages))
+        if self._retriever:
+            self._check_count(len(self._retriever.index.passages))
 
-    def start(self, model: Atlas, examples: Sequence[Example]) -> Callable[[], RetrievedPassages]:
-        """Begins to look for the passages that a step learns from; calling the result waits for them."""
+    def begin_retrieval(self, model: AtlasModel, examples: Sequence[Example]) -> Callable[[], RetrievedPassages]:
+        """Starts to search the passages of a training step; the returned function waits for them."""
         self.update(model)
-        return self.source.start(examples, self._n)
+        return self.source.begin_retrieval(examples, self._n)
 
-    def update(self, model: Atlas) -> None:
+    def update(self, model: AtlasModel) -> None:
         """Takes the retriever's present parameters."""
-        if self._finder and model.retriever:
-            self._finder.update(model.retriever)
+        if self._retriever and model.retriever:
+            self._retriever.update(model.retriever)
 
     @property
-    def searches(self) -> bool:
-        """Whether finding passages takes the devices."""
-        return self._finder is not None
+    def uses_devices(self) -> bool:
+        """Whether retrieval runs on the devices."""
+        return self._retriever is not None
 
     @property
-    def waits(self) -> bool:
-        """Whether `start` itself waits for the devices."""
+    def begin_blocks(self) -> bool:
+        """Whether `begin_retrieval` waits for the devices before it returns."""
         return self.config.retrieval.retrieve_with_rerank
 
-    def is_due(self, step: int) -> bool:
-        """Whether it is time to `refresh`, before the step after `step`."""
-        return self._finder is not None and is_due(self.config, step)
-
-    def refresh(self, model: Atlas, params: dict[str, Array]) -> None:
-        """Embeds all passages again."""
-        assert self._finder is not None
-        encoder = passage_encoder(params)
+    def refresh(self, model: AtlasModel, params: Mapping[str, Array]) -> None:
+        """Embeds all passages again with the present parameters, which `params` holds by path."""
+        assert self._retriever is not None
+        encoder = passage_encoder_params(params)
         self.update(model)
         fingerprint = retriever_fingerprint(encoder)
-        self._finder.rebuild(fingerprint)
+        self._retriever.rebuild(self.config, fingerprint, self._scratch)
         self.fingerprint, self._built = fingerprint, encoder
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What a checkpoint must hold so that the same index can be built from it."""
-        return {INDEX + path: array for path, array in self._built.items()}
+    def resume_arrays(self) -> dict[str, np.ndarray]:
+        """What a checkpoint must hold so that a resumed run can build the same index."""
+        return {INDEX_PREFIX + path: array for path, array in self._built.items()}
 
-    def _open(self, start: Start, mesh: Mesh, scratch: Path) -> PassageRetriever:
-        weights, before, config = start.weights, start.progress, self.config
+    def _open(self, start: RunStart, mesh: Mesh) -> PassageRetriever:
+        """Opens the index as the run left it, else the one of the flags; builds it again where that is needed."""
+        weights, progress, config = start.weights, start.progress, self.config
         self._built = start.index_params
-        encoder = self._built or passage_encoder(weights.params)
+        encoder = self._built or passage_encoder_params(weights.params)
         cfg = dataclasses.replace(weights.cfg, reader=None)
         model = build_model({**weights.params, **encoder}, cfg, functools.partial(put_parameter, mesh))
-        kept = before.index is not None and process_group().run_on_first(
-            lambda: is_index_of(config.index.save_index_path, before.index or "")
+        saved_is_current = progress.index is not None and process_group().run_on_first(
+            lambda: is_built_by(config.index.save_index_path, progress.index or "")
         )
-        if kept:  # as the run left it
+        if saved_is_current:
             index = dataclasses.replace(config.index, load_index_path=config.index.save_index_path)
             config = dataclasses.replace(config, index=index)
-        fingerprints = [retriever_fingerprint(encoder), before.index, before.loaded, weights.index]
+        accepted = [retriever_fingerprint(encoder), progress.index, progress.loaded, weights.index]
         assert model.retriever is not None
         assert weights.retriever_tokenizer is not None
-        finder = PassageRetriever(
-            config, model.retriever, weights.retriever_tokenizer, mesh, scratch, [one for one in fingerprints if one]
+        retriever = PassageRetriever.open(
+            *(config, model.retriever, weights.retriever_tokenizer, mesh, self._scratch),
+            [one for one in accepted if one],
         )
         if self.config.index.load_index_path:
-            self.loaded = before.loaded or finder.library.retriever
-            if self._built and not kept:  # loaded, and built again since
-                finder.rebuild(fingerprints[0] or "")
+            self.loaded_fingerprint = progress.loaded or retriever.index.fingerprint
+            if self._built and not saved_is_current:  # the run has refreshed the index that it had loaded
+                retriever.rebuild(self.config, accepted[0] or "", self._scratch)
         elif start.resume_state is None and trains_passage_encoder(config):
             self._built = encoder
-        self.fingerprint = finder.library.retriever
-        finder.prepare(weights.tokenizer)
-        return finder
+        self.fingerprint = retriever.index.fingerprint
+        retriever.tokenize_for_reader(config, weights.tokenizer)
+        return retriever
 
     def _check_count(self, count: int) -> None:
         retrieval = self.config.retrieval
@@ -121,19 +112,19 @@ class RefreshableIndex:
 
 
 def trains_passage_encoder(config: Config) -> bool:
-    """Whether training changes how passages are embedded."""
+    """Whether training changes the vectors of the passages."""
     return config.distill.train_retriever and not config.retrieval.query_side_retriever_training
 
 
 def trains_retriever(config: Config, step: int) -> bool:
-    """Whether the retriever learns in a step, perhaps adding to a sum of gradients only."""
+    """Whether a step computes gradients of the retriever."""
     return config.distill.train_retriever and step > config.distill.freeze_retriever_steps
 
 
-def is_due(config: Config, step: int) -> bool:
-    """Whether --refresh_index wants a new index before the step after `step`.
+def is_refresh_due(config: Config, step: int) -> bool:
+    """Whether --refresh_index asks for a new index between `step` and the next one.
 
-    Reference: never during --freeze_retriever_steps. It also would where the passage encoder does not learn.
+    Reference: never during --freeze_retriever_steps. Unlike it, also never if the passage encoder is not trained.
     """
     if not trains_passage_encoder(config) or step == 0 or step < config.distill.freeze_retriever_steps:
         return False
@@ -143,7 +134,7 @@ def is_due(config: Config, step: int) -> bool:
     return False
 
 
-def passage_encoder(params: Mapping[str, ArrayLike | Array]) -> dict[str, np.ndarray]:
-    """Copies of what embeds passages, on the host."""
+def passage_encoder_params(params: Mapping[str, ArrayLike | Array]) -> dict[str, np.ndarray]:
+    """Copies on the host of the parameters that embed passages, by path."""
     encoder = {path: array for path, array in params.items() if path.startswith(PASSAGE_ENCODER)}
     return {path: to_host(x) if isinstance(x, Array) else np.array(read(x)) for path, x in encoder.items()}

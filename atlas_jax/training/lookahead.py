@@ -1,62 +1,64 @@
-"""What the next step learns from: its examples, the passages that the retriever finds for them, arrays of both."""
+"""Finds the passages of the next step while the devices compute the present one, where that changes nothing."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 from atlas_jax.config import Config
-from atlas_jax.models.atlas import Atlas
+from atlas_jax.models.atlas import AtlasModel
 from atlas_jax.runtime.prefetch import prefetch
 from atlas_jax.training.batches import TrainingBatcher, TrainingExamples
 from atlas_jax.training.clock import Clock, Seconds
-from atlas_jax.training.index_refresh import RefreshableIndex, is_due, trains_retriever
+from atlas_jax.training.index_refresh import RefreshableIndex, is_refresh_due, trains_retriever
 from atlas_jax.training.step import Batch
 
 
 class ReadyBatch(NamedTuple):
-    """What a step learns from, and what that has cost so far."""
+    """The arrays of a step, and the seconds spent on them so far."""
 
     batch: Batch
     seconds: Seconds
 
 
 class Lookahead:
-    """One batch after another, from a position in the data on."""
+    """Makes one batch after another, in the order of the examples, from a position in that order on."""
 
     def __init__(
         self,
         config: Config,
         examples: TrainingExamples,
         index: RefreshableIndex,
-        batches: TrainingBatcher,
+        batcher: TrainingBatcher,
         clock: Clock,
         position: int,
     ):
-        self._config, self._index, self._batches, self._clock = config, index, batches, clock
-        self._examples = prefetch(examples.batches(position, batches.size, batches.own))
+        self._config, self._index, self._batcher, self._clock = config, index, batcher, clock
+        self._examples = prefetch(examples.batches(position, batcher.size, batcher.own))
 
-    def begin(self, model: Atlas, step: int) -> Callable[[], ReadyBatch]:
-        """Begins to find the passages of the next step; calling the result waits for them and makes its arrays."""
+    def begin(self, model: AtlasModel, step: int) -> Callable[[], ReadyBatch]:
+        """Starts to search the passages of `step`, which must be the next one, with the parameters of `model`.
+
+        The returned function waits for the passages and makes the arrays.
+        """
         seconds: Seconds = {}
         with self._clock(seconds, "retrieve"):
             examples = next(self._examples)
-            find = self._index.start(model, examples)
+            wait = self._index.begin_retrieval(model, examples)
 
-        def arrange() -> ReadyBatch:
+        def finish() -> ReadyBatch:
             with self._clock(seconds, "retrieve"):
-                found = find()
+                retrieved = wait()
             with self._clock(seconds, "batch"):
-                return ReadyBatch(
-                    self._batches(examples, found, retriever=trains_retriever(self._config, step)), seconds
-                )
+                batch = self._batcher(examples, retrieved, retriever=trains_retriever(self._config, step))
+                return ReadyBatch(batch, seconds)
 
-        return arrange
+        return finish
 
     def close(self) -> None:
-        """No more will be asked for."""
+        """Stops reading examples ahead."""
         self._examples.close()
 
 
 def can_look_ahead(config: Config, step: int) -> bool:
-    """Whether the step after `step` searches with the retriever, and in the index, that `step` begins with."""
-    changes = trains_retriever(config, step) and step % config.optim.accumulation_steps == 0
-    return not changes and not is_due(config, step)
+    """Whether step + 1 may be retrieved before `step` is computed: it changes neither the query encoder nor the index."""
+    updates_retriever = trains_retriever(config, step) and step % config.optim.accumulation_steps == 0
+    return not updates_retriever and not is_refresh_due(config, step)

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from atlas_jax.evaluation.step import token_losses
 from atlas_jax.mesh import ROW_AXES, constrain
-from atlas_jax.models.fid import FiD, fuse, shift_right
+from atlas_jax.models.fid import FiD, fuse, shift_right, token_losses
 from atlas_jax.models.t5 import EncoderStates
 
 TOKENS_OF_A_PASSAGE = 256  # Reference: cross-attention sums are divided by this, however long a passage is
@@ -42,10 +41,10 @@ def perplexity_gold(
 
 
 def attention_gold(
-    looks: Float[Array, "b t s"], mask: Bool[Array, "b n l"], target_mask: Bool[Array, "b t"], layers: int
+    value_norms: Float[Array, "b t s"], mask: Bool[Array, "b n l"], target_mask: Bool[Array, "b t"], layers: int
 ) -> Float[Array, "b n"]:
     """ADist: cross-attention weights times the lengths of values, summed over a passage's tokens (`evalnormsum`)."""
-    by_passage = jnp.where(mask[:, None], looks.reshape(*looks.shape[:2], *mask.shape[1:]), 0.0).sum(-1)
+    by_passage = jnp.where(mask[:, None], value_norms.reshape(*value_norms.shape[:2], *mask.shape[1:]), 0.0).sum(-1)
     total = jnp.where(target_mask[:, :, None], by_passage, 0.0).sum(1)
     return total / (TOKENS_OF_A_PASSAGE * layers * target_mask.sum(-1, keepdims=True))
 

@@ -44,7 +44,7 @@ def schedule(cfg: OptimConfig, update: Any, xp: Any = jnp) -> Any:
     return xp.where(update < cfg.warmup_steps, rising, falling)
 
 
-def rate(cfg: OptimConfig, highest: float, updates: int) -> float:
+def learning_rate(cfg: OptimConfig, highest: float, updates: int) -> float:
     """The learning rate after so many updates, as a number to log."""
     return highest * float(schedule(cfg, np.float64(updates), np))
 
@@ -55,7 +55,11 @@ def init_optimizer(params: Params) -> TrainableParams:
 
 
 def adamw_update(
-    cfg: OptimConfig, learner: TrainableParams, gradients: Params, rate: Float[Array, ""], good: Bool[Array, ""]
+    cfg: OptimConfig,
+    learner: TrainableParams,
+    gradients: Params,
+    learning_rate: Float[Array, ""],
+    good: Bool[Array, ""],
 ) -> TrainableParams:
     """One update of AdamW (arXiv 1711.05101), or none unless `good`."""
     params, before = learner
@@ -70,7 +74,7 @@ def adamw_update(
     squares = optax.tree.bias_correction(moments.nu, cfg.beta2, moments.count)
 
     def after(p: Array, mean: Array, square: Array) -> Array:
-        return jnp.where(good, p - rate * (mean / (jnp.sqrt(square) + cfg.epsilon) + cfg.weight_decay * p), p)
+        return jnp.where(good, p - learning_rate * (mean / (jnp.sqrt(square) + cfg.epsilon) + cfg.weight_decay * p), p)
 
     return TrainableParams(jax.tree.map(after, params, means, squares), moments)
 

@@ -28,7 +28,7 @@ from atlas_jax.training.step import TrainState
 
 logger = logging.getLogger(__name__)
 
-INDEX = "index/"  # in a checkpoint: the parameters that built the index
+INDEX_PREFIX = "index/"  # in a checkpoint: the parameters that built the index
 MAY_DIFFER = (  # flags that a run may be continued with others of: they do not enter what it learns
     *("name", "checkpoint_dir", "eval_data", "log_freq", "eval_freq", "save_freq", "save_optimizer", "keep"),
     *(
@@ -61,7 +61,7 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class RunStart:
     """What a run begins or goes on with."""
 
     weights: Weights
@@ -76,34 +76,40 @@ class Start:
     def index_params(self) -> dict[str, np.ndarray]:
         """The passage encoder that built the index, where that was done in the run."""
         arrays = self.resume_state.arrays if self.resume_state else {}
-        return {path.removeprefix(INDEX): read_array(x) for path, x in arrays.items() if path.startswith(INDEX)}
+        return {
+            path.removeprefix(INDEX_PREFIX): read_array(x)
+            for path, x in arrays.items()
+            if path.startswith(INDEX_PREFIX)
+        }
 
 
-def restore_or_init(config: Config, checkpoints: RunCheckpoints, mesh: Mesh) -> tuple[Start, TrainState]:
+def restore_or_init(config: Config, checkpoints: RunCheckpoints, mesh: Mesh) -> tuple[RunStart, TrainState]:
     """The newest whole checkpoint of this run, or else what the flags name; and the state on the devices."""
 
-    def read(folder: Path) -> tuple[Start, TrainState]:
+    def read(folder: Path) -> tuple[RunStart, TrainState]:
         resume_state = store.load_resume_state(folder)
-        start = Start(store.open_checkpoint(folder).load("retriever/"), resume_state and resume_state.load(INDEX))
+        start = RunStart(
+            store.open_checkpoint(folder).load("retriever/"), resume_state and resume_state.load(INDEX_PREFIX)
+        )
         check_same_run(start, config, folder, global_batch_size(mesh, config.run.per_gpu_batch_size))
         return start, make_state(config, start, mesh)
 
     if found := checkpoints.restore(read, _verify):
         logger.info("going on from %s", found[1])
         return found[0]
-    start = Start(restore(config), None)
+    start = RunStart(restore(config), None)
     fresh = start, make_state(config, start, mesh)
     _verify(fresh)
     return fresh
 
 
-def _verify(found: tuple[Start, TrainState]) -> None:
+def _verify(found: tuple[RunStart, TrainState]) -> None:
     start, _ = found
     verify_shards(start.weights.params)
     verify_shards(start.resume_state.arrays if start.resume_state else {})
 
 
-def check_same_run(found: Start, config: Config, folder: Path, queries: int) -> None:
+def check_same_run(found: RunStart, config: Config, folder: Path, queries: int) -> None:
     """Refuses to go on with flags, or with `queries` a step, that make it another run."""
     now = to_dict(config)
     before = found.resume_state.about["flags"] if found.resume_state else {}
@@ -145,7 +151,7 @@ def learns(config: Config, path: str) -> bool:
     return config.distill.train_retriever and not frozen
 
 
-def make_state(config: Config, found: Start, mesh: Mesh) -> TrainState:
+def make_state(config: Config, found: RunStart, mesh: Mesh) -> TrainState:
     """The state on the devices: as it was, or at the start."""
     params = found.weights.params
     float32 = {path: jax.ShapeDtypeStruct(x.shape, np.float32) for path, x in params.items()}

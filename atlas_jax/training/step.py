@@ -1,4 +1,9 @@
-"""One training step: read, judge, compare, update. A pure function of (state, batch, key)."""
+"""One training step of arXiv 2208.03299, section 2: a pure function of (state, batch, key) that is compiled once.
+
+`joint_loss` adds the reader's cross-entropy to the retriever's loss; the retriever learns from `gold_scores`, which say
+how much each passage helps the reader to write the target. Axes: `b` queries, `n` passages of a query, `l` tokens of a
+passage, `t` target, `d` model.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -9,12 +14,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.config import GoldMode, OptimConfig
-from atlas_jax.evaluation.step import ReaderBatch, token_losses
 from atlas_jax.mesh import ROW_AXES, constrain
-from atlas_jax.models.atlas import Atlas, AtlasConfig, Retriever
-from atlas_jax.models.fid import FiD, fuse, shift_right
+from atlas_jax.models.atlas import AtlasConfig, AtlasModel, Retriever, build_model
+from atlas_jax.models.fid import FiD, ReaderBatch, fuse, shift_right, token_losses
 from atlas_jax.models.t5 import EncoderStates
 from atlas_jax.training.attention_stats import correlations
 from atlas_jax.training.losses import (
@@ -31,7 +34,7 @@ Metrics = dict[str, Array]
 
 
 class RetrieverBatch(NamedTuple):
-    """What the retriever is given."""
+    """Retriever tokens of the queries and of their passages."""
 
     queries: Int[Array, "b q"]
     query_mask: Bool[Array, "b q"]
@@ -40,21 +43,21 @@ class RetrieverBatch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a step learns from: for each query the same passages, as the reader and as the retriever sees them."""
+    """The queries of a step with their passages, tokenized for the reader and, if it is trained, for the retriever."""
 
     reader: ReaderBatch
     query_lengths: Int[Array, " b"]  # reader tokens of each query, which come before those of its passage
-    retriever: RetrieverBatch | None  # none: only the reader learns
+    retriever: RetrieverBatch | None  # None: this step trains the reader alone
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """Everything that a step changes."""
 
     reader: TrainableParams
-    retriever: TrainableParams | None  # none: it does not learn
-    frozen: Params  # what does not learn
-    gradients: Params | None  # with --accumulation_steps, their sum since the last update
-    updates: Int[Array, ""]  # how many there were: the schedules go by them
+    retriever: TrainableParams | None  # None: the run does not train it
+    frozen: Params  # parameters that the run does not train
+    gradients: Params | None  # with --accumulation_steps: their sum since the last update
+    updates: Int[Array, ""]  # number of updates so far, which the learning rate schedules count
 
     @property
     def params(self) -> Params:
@@ -64,84 +67,89 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What is constant over a run."""
+    """The constants of a run that the compiled step depends on."""
 
     model: AtlasConfig
     optim: OptimConfig
     gold: GoldMode
     temperature_score: float
     temperature_gold: float
-    n_context: int  # passages that the reader learns from; the retriever learns from all
+    n_context: int  # passages that the reader is trained on; the retriever is trained on all of a batch
     pad_id: int
     eos_id: int
     text_maxlength: int
     dropout: bool
-    query_side: bool  # the passage encoder does not learn, and so runs without dropout
+    query_side: bool  # the passage encoder is frozen, and so runs without dropout
     remat_reader: bool
     remat_retriever: bool
-    stats: bool  # tell how far cross-attention agrees with the judgement
+    stats: bool  # add the correlations of --compute_crossattention_stats to the metrics
 
 
 def train_step(
     state: TrainState, batch: Batch, key: Key[Array, ""], cfg: StepConfig, *, update: bool
 ) -> tuple[TrainState, Metrics]:
-    """The state after one batch. Without `update` its gradients are only added to the sum.
+    """Returns the state after one batch, and its metrics.
 
-    The retriever learns where the batch has its side. A step whose losses or gradients are not finite (`bad` is 1)
-    changes no parameter, and the sum starts anew.
+    Without `update` the gradients are only added to `state.gradients`. The retriever is trained if the batch holds its
+    tokens. If the loss or the norm of the gradient is not finite (`metrics["bad"]` is 1), no parameter changes and the
+    sum of gradients starts again from 0.
     """
-    learns = state.reader.params | (state.retriever.params if state.retriever and batch.retriever else {})
+    trained = state.reader.params | (state.retriever.params if state.retriever and batch.retriever else {})
 
-    def loss_fn(learns: Params) -> tuple[Float[Array, ""], Metrics]:
-        model = build_model(state.params | learns, cfg.model)
+    def loss_fn(trained: Params) -> tuple[Float[Array, ""], Metrics]:
+        model = build_model(state.params | trained, cfg.model)
         return joint_loss(model, batch, nnx.Rngs(dropout=key) if cfg.dropout else None, cfg)
 
-    (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(learns)
+    (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
     if state.gradients is not None:
         gradients = {path: total + gradients.get(path, 0.0) for path, total in state.gradients.items()}
     norm = optax.tree.norm(gradients)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    metrics |= {"loss/train_loss": loss, "bad": 1.0 - good, "updates": state.updates}
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    metrics |= {"loss/train_loss": loss, "bad": 1.0 - finite, "updates": state.updates}
     if not update:
-        kept = {path: jnp.where(good, total, 0.0) for path, total in gradients.items()}
+        kept = {path: jnp.where(finite, total, 0.0) for path, total in gradients.items()}
         return state._replace(gradients=kept), metrics
 
-    share, factor = schedule(cfg.optim, state.updates.astype(jnp.float32)), clip_factor(cfg.optim, norm)
+    relative_rate, factor = schedule(cfg.optim, state.updates.astype(jnp.float32)), clip_factor(cfg.optim, norm)
 
-    def learnt(learner: TrainableParams, highest: float) -> TrainableParams:
-        clipped = {path: factor * gradients[path] for path in learner.params}
-        return adamw_update(cfg.optim, learner, clipped, highest * share, good)
+    def updated(part: TrainableParams, peak_rate: float) -> TrainableParams:
+        clipped = {path: factor * gradients[path] for path in part.params}
+        return adamw_update(cfg.optim, part, clipped, peak_rate * relative_rate, finite)
 
-    after = state._replace(
-        reader=learnt(state.reader, cfg.optim.lr),
+    new_state = state._replace(
+        reader=updated(state.reader, cfg.optim.lr),
         gradients=None if state.gradients is None else jax.tree.map(jnp.zeros_like, state.gradients),
-        updates=state.updates + good,
+        updates=state.updates + finite,
     )
     if state.retriever and batch.retriever:
-        after = after._replace(retriever=learnt(state.retriever, cfg.optim.lr_retriever))
-    return after, metrics | {"grad_norm": norm}
+        new_state = new_state._replace(retriever=updated(state.retriever, cfg.optim.lr_retriever))
+    return new_state, metrics | {"grad_norm": norm}
 
 
-def joint_loss(model: Atlas, batch: Batch, rngs: nnx.Rngs | None, cfg: StepConfig) -> tuple[Float[Array, ""], Metrics]:
-    """The reader's loss, and the retriever's distance from the reader's judgement where it learns."""
+def joint_loss(
+    model: AtlasModel, batch: Batch, rngs: nnx.Rngs | None, cfg: StepConfig
+) -> tuple[Float[Array, ""], Metrics]:
+    """The reader's mean cross-entropy per target token, plus the retriever's loss if the batch trains it."""
     reader, read = model.reader, batch.reader
     assert reader is not None
     n = min(cfg.n_context, read.passages.shape[1])
-    states = reader.states(read.passages[:, :n], read.mask[:, :n], rngs=rngs, remat=cfg.remat_reader)
+    states = reader.encoder_states(read.passages[:, :n], read.mask[:, :n], rngs=rngs, remat=cfg.remat_reader)
     source = EncoderStates(fuse(states), read.mask[:, :n].reshape(len(read.mask), 1, -1))
     inputs = shift_right(read.target, cfg.pad_id)
-    stats = cfg.stats and batch.retriever is not None
-    logits, looks = reader.teacher_forced(inputs, source, rngs=rngs, remat=cfg.remat_reader, looks=stats)
+    with_stats = cfg.stats and batch.retriever is not None
+    logits, cross_attention = reader.teacher_forced(
+        inputs, source, rngs=rngs, remat=cfg.remat_reader, with_cross_attention=with_stats
+    )
     losses = token_losses(logits, read.target, read.target_mask)
     reader_loss = losses.sum() / jnp.maximum(read.target_mask.sum(), 1)
     metrics = {"loss/reader_loss": reader_loss}
     if batch.retriever is None or model.retriever is None:
         return reader_loss, metrics
     scores = retriever_scores(model.retriever, batch.retriever, rngs, cfg)
-    retriever_loss, gold = retriever_loss_and_gold(_stopped(reader), states, scores, read, cfg)
-    if looks is not None and gold is not None:
+    loss, gold = retriever_loss(_without_gradient(reader), states, scores, read, cfg)
+    if cross_attention is not None and gold is not None:
         metrics |= correlations(
-            jax.lax.stop_gradient(looks),
+            jax.lax.stop_gradient(cross_attention),
             read,
             batch.query_lengths,
             gold[:, :n],
@@ -149,52 +157,62 @@ def joint_loss(model: Atlas, batch: Batch, rngs: nnx.Rngs | None, cfg: StepConfi
             eos_id=cfg.eos_id,
             text_maxlength=cfg.text_maxlength,
         )
-    return reader_loss + retriever_loss, metrics | {"loss/retriever_loss": retriever_loss}
+    return reader_loss + loss, metrics | {"loss/retriever_loss": loss}
 
 
 def retriever_scores(
     retriever: Retriever, batch: RetrieverBatch, rngs: nnx.Rngs | None, cfg: StepConfig
 ) -> Float[Array, "b n"]:
-    """What the retriever thinks of each passage: q.p / sqrt(d)."""
+    """The retriever's score of each passage: q.p / sqrt(d)."""
     b, n, _ = batch.passages.shape
     queries = retriever(batch.queries, batch.query_mask, side="query", rngs=rngs, remat=cfg.remat_retriever)
     rows = (constrain(x.reshape(b * n, -1), ROW_AXES) for x in (batch.passages, batch.passage_mask))
-    noise = None if cfg.query_side else rngs
-    passages = retriever(*rows, side="passage", rngs=noise, remat=cfg.remat_retriever).reshape(b, n, -1)
+    passage_rngs = None if cfg.query_side else rngs
+    passages = retriever(*rows, side="passage", rngs=passage_rngs, remat=cfg.remat_retriever).reshape(b, n, -1)
     return jnp.einsum("bd,bnd->bn", queries, passages) * queries.shape[-1] ** -0.5
 
 
-def retriever_loss_and_gold(
+def retriever_loss(
     reader: FiD, states: Float[Array, "b m l d"], scores: Float[Array, "b n"], read: ReaderBatch, cfg: StepConfig
 ) -> tuple[Float[Array, ""], Float[Array, "b n"] | None]:
-    """The retriever's loss, and the judgement, which for EMDR2 is not one number a passage.
+    """Returns the retriever's loss and the gold scores behind it; EMDR2 has None, it is no function of such scores.
 
-    `states` are of the first m passages, as they were when the reader learnt.
+    `states` are the reader's encoder states of the first m passages, made with dropout if the run has any.
     """
     states = jax.lax.stop_gradient(states)
-    temperatures = cfg.temperature_score, cfg.temperature_gold
-    if cfg.dropout:  # the judgement is made without
-        states = reader.states(read.passages, read.mask)
+    if cfg.dropout:  # gold scores are computed without dropout
+        states = reader.encoder_states(read.passages, read.mask)
     elif (rest := read.passages[:, states.shape[1] :]).shape[1]:
-        states = jnp.concatenate([states, reader.states(rest, read.mask[:, states.shape[1] :])], axis=1)
-    match cfg.gold:
-        case "emdr":
-            logits = single_passage_logits(reader, states, read.mask, read.target, cfg.pad_id)
-            return emdr_loss(scores, logits, read.target, read.target_mask, *temperatures), None
-        case "ppmean":
-            logits = single_passage_logits(reader, states, read.mask, read.target, cfg.pad_id)
-            gold = perplexity_gold(logits, read.target, read.target_mask)
-        case "loop":
-            gold = leave_one_out_gold(reader, states, read.mask, read.target, read.target_mask, cfg.pad_id)
-        case "evalnormsum":
-            source = EncoderStates(fuse(states), read.mask.reshape(len(read.mask), 1, -1))
-            looks = reader.teacher_forced(shift_right(read.target, cfg.pad_id), source, looks=True).looks
-            assert looks is not None
-            gold = attention_gold(looks.norms, read.mask, read.target_mask, reader.cfg.num_decoder_layers)
+        states = jnp.concatenate([states, reader.encoder_states(rest, read.mask[:, states.shape[1] :])], axis=1)
+    temperatures = cfg.temperature_score, cfg.temperature_gold
+    if cfg.gold == "emdr":
+        logits = single_passage_logits(reader, states, read.mask, read.target, cfg.pad_id)
+        return emdr_loss(scores, logits, read.target, read.target_mask, *temperatures), None
+    gold = gold_scores(reader, states, read, cfg)
     return kl_to_gold(scores, gold, *temperatures), gold
 
 
-def _stopped(reader: FiD) -> FiD:
-    """The reader without a gradient."""
+def gold_scores(
+    reader: FiD, states: Float[Array, "b n l d"], read: ReaderBatch, cfg: StepConfig
+) -> Float[Array, "b n"]:
+    """How much each passage helps the reader to write the target, by --gold_score_mode; higher is better."""
+    match cfg.gold:
+        case "ppmean":
+            logits = single_passage_logits(reader, states, read.mask, read.target, cfg.pad_id)
+            return perplexity_gold(logits, read.target, read.target_mask)
+        case "loop":
+            return leave_one_out_gold(reader, states, read.mask, read.target, read.target_mask, cfg.pad_id)
+        case "evalnormsum":
+            source = EncoderStates(fuse(states), read.mask.reshape(len(read.mask), 1, -1))
+            inputs = shift_right(read.target, cfg.pad_id)
+            cross_attention = reader.teacher_forced(inputs, source, with_cross_attention=True).cross_attention
+            assert cross_attention is not None
+            return attention_gold(cross_attention.norms, read.mask, read.target_mask, reader.cfg.num_decoder_layers)
+        case "emdr":
+            raise ValueError("EMDR2 has no gold scores: `retriever_loss` computes its loss from logits")
+
+
+def _without_gradient(reader: FiD) -> FiD:
+    """The reader with parameters that no gradient reaches."""
     graph, params = nnx.split(reader)
     return nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, params))

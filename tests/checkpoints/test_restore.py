@@ -14,10 +14,11 @@ from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.checkpoints.pretrained import reader_config, retriever_config
 from atlas_jax.checkpoints.restore import restore, retriever_fingerprint
 from atlas_jax.checkpoints.store import Weights
-from atlas_jax.checkpoints.weights import Params, param_shapes
+from atlas_jax.checkpoints.weights import Params
 from atlas_jax.commands import convert
 from atlas_jax.config import Config, ModelConfig, RetrievalConfig, RunConfig, TaskConfig
 from atlas_jax.errors import UserError
+from atlas_jax.models.atlas import param_shapes
 from atlas_jax.models.contriever import ContrieverConfig
 from tests.checkpoints.formats import pickles
 

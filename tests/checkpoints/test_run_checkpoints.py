@@ -137,14 +137,14 @@ def test_only_the_newest_are_kept(tmp_path, weights):
 def test_the_older_one_goes_only_when_the_new_one_is_there(run, weights, monkeypatch):
     """While the new one is written nothing is gone and `latest` names the old one; `save` itself does not wait."""
     writing, goes_on = threading.Event(), threading.Event()
-    fsync = store.sync
+    fsync = store.fsync
 
     def slow(*paths: Path) -> None:
         writing.set()
         assert goes_on.wait(60)
         fsync(*paths)
 
-    monkeypatch.setattr(store, "sync", slow)
+    monkeypatch.setattr(store, "fsync", slow)
     with RunCheckpoints(run, keep=1) as checkpoints:
         checkpoints.save(11, *at(weights, 11))
         assert writing.wait(60)

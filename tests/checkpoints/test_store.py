@@ -360,7 +360,7 @@ def test_all_is_on_the_disk_before_the_folder_appears(tmp_path, tiny_weights, re
         assert (tmp_path / "checkpoint").exists() == bool(synced)
         synced.extend(paths)
 
-    monkeypatch.setattr(store, "sync", fsync)
+    monkeypatch.setattr(store, "fsync", fsync)
     store.save(tmp_path / "checkpoint", tiny_weights, resume_state)
     *draft, parent = synced
     root = draft[-1]

@@ -15,13 +15,12 @@ from atlas_jax.checkpoints.weights import (
     export_weights,
     import_weights,
     is_untied,
-    param_shapes,
     strip_module_prefix,
     weight_entries,
 )
 from atlas_jax.config import READERS
 from atlas_jax.errors import UserError
-from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.models.atlas import AtlasConfig, param_shapes
 from atlas_jax.models.t5 import T5_CONFIGS
 
 CHECKPOINTS = ("initial", "linear", "fixed_queryside")

@@ -21,11 +21,11 @@ from atlas_jax.checkpoints.formats.safetensors_file import open_safetensors, wri
 from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.checkpoints.pretrained import folder_weights
 from atlas_jax.checkpoints.store import Weights
-from atlas_jax.checkpoints.weights import weight_entries, map_weights, param_shapes
+from atlas_jax.checkpoints.weights import map_weights, weight_entries
 from atlas_jax.commands import convert
 from atlas_jax.config import READERS
 from atlas_jax.errors import UserError
-from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.models.atlas import AtlasConfig, param_shapes
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
 from atlas_jax.storage import lazy_array
@@ -52,7 +52,7 @@ def run(golden):
 
 
 @pytest.fixture(scope="module")
-def process_group(run, golden, tmp_path_factory) -> dict[str, Path]:
+def converted(run, golden, tmp_path_factory) -> dict[str, Path]:
     """The golden checkpoints, in our form."""
     folder = tmp_path_factory.mktemp("ours")
     return {name: run(folder / name, model_path=golden / f"checkpoint_{name}") for name in CHECKPOINTS}
@@ -72,9 +72,9 @@ def assert_same(one, other) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_reference_comes_back(run, ours, golden, tmp_path, name):
+def test_the_reference_comes_back(run, converted, golden, tmp_path, name):
     """reference -> ours -> reference is the same tensors under the same names, the step and what loading asks for."""
-    back = load_torch(run(tmp_path / "back", model_path=ours[name], to="reference") / "model.pth.tar")
+    back = load_torch(run(tmp_path / "back", model_path=converted[name], to="reference") / "model.pth.tar")
     source = load_torch(golden / f"checkpoint_{name}" / "model.pth.tar")
     assert_same(back["model"], source["model"])
     assert back["step"] == source["step"]
@@ -82,10 +82,10 @@ def test_the_reference_comes_back(run, ours, golden, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_hugging_face_comes_back(run, ours, golden, tmp_path, name):
+def test_hugging_face_comes_back(run, converted, golden, tmp_path, name):
     """ours -> Hugging Face -> ours: all parameters, shapes and token ids; of two encoders, each."""
-    folder = run(tmp_path / "hf", model_path=ours[name], to="huggingface")
-    before = store.load(ours[name])
+    folder = run(tmp_path / "hf", model_path=converted[name], to="huggingface")
+    before = store.load(converted[name])
     encoders = {"query_encoder", "passage_encoder"} if before.cfg.untied else {"retriever"}
     assert {path.name for path in folder.iterdir()} == {"reader", *encoders}
     for encoder in encoders:
@@ -115,7 +115,7 @@ def test_a_tied_t5(run, golden, tmp_path):
     assert (config["tie_word_embeddings"], config["feed_forward_proj"]) == (True, "relu")
 
 
-def test_ours_again_leaves_the_optimizer_behind(ours, tiny_weights, tmp_path):
+def test_ours_again_leaves_the_optimizer_behind(converted, tiny_weights, tmp_path):
     """A training's checkpoint, converted in its own place, keeps weights, step and index."""
     folder = tmp_path / "trained"
     trained = dataclasses.replace(tiny_weights, step=5, index="5eed")
@@ -127,15 +127,15 @@ def test_ours_again_leaves_the_optimizer_behind(ours, tiny_weights, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["trained"]
 
 
-def test_the_layer_norm_survives_and_is_warned_of(run, ours, golden, tmp_path, caplog):
+def test_the_layer_norm_survives_and_is_warned_of(run, converted, golden, tmp_path, caplog):
     """Atlas's own is said in config.json and aloud; a standard one is not warned of, and comes back."""
     with caplog.at_level(logging.WARNING):
-        folder = run(tmp_path / "hf", model_path=ours["initial"], to="huggingface")
+        folder = run(tmp_path / "hf", model_path=converted["initial"], to="huggingface")
     assert "BertModel computes the standard one" in caplog.text
     assert json.loads((folder / "retriever/config.json").read_text())["layer_norm"] == "atlas"
     caplog.clear()
     changed = {"norm": "standard", "pooling": "cls", "normalize": True}
-    weights = store.load(ours["initial"])
+    weights = store.load(converted["initial"])
     cfg = dataclasses.replace(weights.cfg.retriever, **changed)
     weights = dataclasses.replace(weights, cfg=dataclasses.replace(weights.cfg, retriever=cfg))
     store.save(tmp_path / "standard", weights)
@@ -200,10 +200,10 @@ def test_an_index_that_misleads(golden, tmp_path, index, said):
 # -- A part at a time --------------------------------------------------------------------------------------------------
 
 
-def test_no_more_than_parts_are_read(ours, golden, tmp_path, monkeypatch):
+def test_no_more_than_parts_are_read(converted, golden, tmp_path, monkeypatch):
     """With parts of 2 KB: nothing larger is ever asked for, the checkpoint is the same, and so are its checksums."""
     source = load_torch(golden / "checkpoint_initial" / "model.pth.tar")["model"]
-    whole = store.load(ours["initial"])
+    whole = store.load(converted["initial"])
     asked: list[int] = []
     take = StackedViews.take
 
@@ -225,24 +225,25 @@ def test_no_more_than_parts_are_read(ours, golden, tmp_path, monkeypatch):
     small = store.load(tmp_path / "small")
     assert_same(small.params, whole.params)
     sums = [
-        json.loads((folder / "atlas.json").read_text())["checksums"] for folder in (tmp_path / "small", ours["initial"])
+        json.loads((folder / "atlas.json").read_text())["checksums"]
+        for folder in (tmp_path / "small", converted["initial"])
     ]
     assert sums[0] == sums[1]
     assert sums[0]["params"] == {path: checksum(array) for path, array in whole.params.items()}
 
 
-def test_orbax_alone_reads_it(ours):
+def test_orbax_alone_reads_it(converted):
     """What Orbax's own checkpointer restores is what was written."""
-    folder = ours["linear"] / "params"
+    folder = converted["linear"] / "params"
     with ocp.StandardCheckpointer() as checkpointer:
         there = checkpointer.metadata(folder).item_metadata
         found = checkpointer.restore(folder, {name: np.zeros(x.shape, x.dtype) for name, x in there.items()})
-    assert_same(found, store.load(ours["linear"]).params)
+    assert_same(found, store.load(converted["linear"]).params)
 
 
-def test_what_orbax_alone_wrote_is_read(ours, tmp_path):
+def test_what_orbax_alone_wrote_is_read(converted, tmp_path):
     """Orbax's own format, one database of compressed arrays, as our checkpoints once were."""
-    params = store.load(ours["initial"]).params
+    params = store.load(converted["initial"]).params
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "params", dict(params))
     assert (tmp_path / "params/manifest.ocdbt").is_file()
@@ -252,9 +253,9 @@ def test_what_orbax_alone_wrote_is_read(ours, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["orbax", "huggingface", "reference"])
-def test_a_damaged_source_is_found_on_the_way(run, ours, tmp_path, to):
+def test_a_damaged_source_is_found_on_the_way(run, converted, tmp_path, to):
     """A flipped bit in our checkpoint: the array is named, and nothing is left of what was begun."""
-    source = Path(shutil.copytree(ours["initial"], tmp_path / "source"))
+    source = Path(shutil.copytree(converted["initial"], tmp_path / "source"))
     largest = max((path for path in (source / "params").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -265,22 +266,22 @@ def test_a_damaged_source_is_found_on_the_way(run, ours, tmp_path, to):
 
 
 @pytest.mark.parametrize("to", ["orbax", "huggingface", "reference"])
-def test_too_little_room(run, ours, tmp_path, monkeypatch, to):
+def test_too_little_room(run, converted, tmp_path, monkeypatch, to):
     """It is said before anything is written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     with pytest.raises(UserError, match=r"needs 0\.0 GB, but 0\.0 GB are left there; free some space"):
-        run(tmp_path / "out", model_path=ours["initial"], to=to)
+        run(tmp_path / "out", model_path=converted["initial"], to=to)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_exports_replace_nothing(run, ours, tmp_path):
+def test_exports_replace_nothing(run, converted, tmp_path):
     """An --output that is there is refused, and so is none."""
     (tmp_path / "out").mkdir()
     for to in ("huggingface", "reference"):
         with pytest.raises(UserError, match="out: is there; choose a new folder"):
-            run(tmp_path / "out", model_path=ours["initial"], to=to)
+            run(tmp_path / "out", model_path=converted["initial"], to=to)
     with pytest.raises(UserError, match="--output is missing"):
-        convert.main(["--model_path", str(ours["initial"])])
+        convert.main(["--model_path", str(converted["initial"])])
 
 
 # -- The published sizes -----------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def parameters(cfg: AtlasConfig) -> int:
     return reader + retriever * (2 if cfg.untied else 1)
 
 
-def test_loading_takes_each_array_once(ours, monkeypatch):
+def test_loading_takes_each_array_once(converted, monkeypatch):
     """What a run loads is read array by array, each once."""
     read: list[str] = []
     original = orbax_arrays.Stored.read
@@ -331,6 +332,6 @@ def test_loading_takes_each_array_once(ours, monkeypatch):
         return original(self, index)
 
     monkeypatch.setattr(orbax_arrays.Stored, "read", counted)
-    weights = store.load(ours["initial"])
+    weights = store.load(converted["initial"])
     assert isinstance(weights, Weights)
     assert len(read) == len(set(read)) == len(weights.params)

@@ -12,7 +12,7 @@ from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.commands.main import USAGE, main
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval import compress as compressing
-from atlas_jax.retrieval.compress import Queries, exact_search, drop_own_passage
+from atlas_jax.retrieval.compress import Queries, drop_own_passage, exact_search
 from atlas_jax.retrieval.faiss_index import FaissIndex
 from atlas_jax.retrieval.formats import inspection
 from atlas_jax.retrieval.formats.convert import FlatIndexFolder, convert

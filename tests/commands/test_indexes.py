@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from atlas_jax.checkpoints.pretrained import retriever_config
-from atlas_jax.checkpoints.weights import export_weights, param_shapes
-from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.checkpoints.weights import export_weights
+from atlas_jax.models.atlas import AtlasConfig, param_shapes
 from tests.checkpoints.formats import pickles
 from tests.commands.sample_run import PASSAGES, SAMPLE, command, published, put
 

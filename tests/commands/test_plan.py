@@ -132,7 +132,7 @@ def nothing_compiles(monkeypatch):
     def refuse(self, *_):
         raise AssertionError(f"{self.name} was compiled")
 
-    monkeypatch.setattr("atlas_jax.runtime.compiled.CompiledFunction.prepare", refuse)
+    monkeypatch.setattr("atlas_jax.runtime.compiled.CompiledFunction.compile_for", refuse)
 
 
 def test_an_index_too_large_is_told_before_anything_is_compiled(searching, nothing_compiles, capsys):

@@ -14,8 +14,8 @@ def test_every_example_comes_exactly_once_an_epoch(shuffle, count, seed):
     order = Order(count, seed, shuffle=shuffle)
     for epoch in range(3):
         places = [order[position] for position in range(epoch * count, (epoch + 1) * count)]
-        assert {place.epoch for place in places} == {epoch}
-        assert sorted(place.number for place in places) == list(range(count))
+        assert {place_on_mesh.epoch for place_on_mesh in places} == {epoch}
+        assert sorted(place_on_mesh.number for place_on_mesh in places) == list(range(count))
 
 
 def test_the_order_is_a_pure_function_of_seed_epoch_and_position():
@@ -23,7 +23,7 @@ def test_the_order_is_a_pure_function_of_seed_epoch_and_position():
     first, again, other = Order(50, 1, shuffle=True), Order(50, 1, shuffle=True), Order(50, 2, shuffle=True)
     forwards = [first[position] for position in range(150)]
     assert [again[position] for position in reversed(range(150))] == forwards[::-1]
-    numbers = [place.number for place in forwards]
+    numbers = [place_on_mesh.number for place_on_mesh in forwards]
     assert numbers[:50] != numbers[50:100] != numbers[100:]
     assert numbers != [other[position].number for position in range(150)]
 

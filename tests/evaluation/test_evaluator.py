@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atlas_jax.checkpoints.restore import restore
+from atlas_jax.checkpoints.restore import place_on_mesh, restore
 from atlas_jax.config import Config, GenerationConfig, ModelConfig, RetrievalConfig, RunConfig, TaskConfig, TextConfig
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.evaluation.evaluator import Evaluator
-from atlas_jax.evaluation.loop import place
 from atlas_jax.mesh import make_mesh
 from atlas_jax.retrieval.passage_source import RetrievedPassages, RowPassages
 from atlas_jax.retrieval.passage_store import build_passages
@@ -39,7 +38,7 @@ def model(golden):
     """The reference's initial weights on eight devices."""
     config = config_of(golden, "qa", length=160)
     weights, mesh = restore(config), make_mesh()
-    return weights, place(weights, config, mesh), mesh
+    return weights, place_on_mesh(weights, config, mesh), mesh
 
 
 class Given:
@@ -54,7 +53,7 @@ class Given:
         lines = read_lines((golden / "exp/mmlu/retrieved.jsonl").read_text(encoding="utf-8"))
         self.of_query = {line["query"]: [numbers[i] for i in line["ids"]] for line in lines}
 
-    def start(self, examples, n):
+    def begin_retrieval(self, examples, n):
         numbers = np.asarray([self.of_query[example.query] for example in examples])
         assert numbers.shape[1] == n
         return lambda: RetrievedPassages(self.store, numbers, np.ones(numbers.shape, bool))
@@ -138,7 +137,7 @@ def test_predictions_do_not_depend_on_the_mesh(golden, model, mmlu, tmp_path, sp
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b"".join((golden / "mmlu_eval.jsonl").read_bytes().splitlines(keepends=True)[:6]))
     source = Given(golden, tmp_path / "passages")
-    _, lines = evaluate(config, (weights, place(weights, config, mesh), mesh), source, JsonlRows(rows))
+    _, lines = evaluate(config, (weights, place_on_mesh(weights, config, mesh), mesh), source, JsonlRows(rows))
     assert len(lines) == 6
     for line, other in zip(lines, mmlu[1], strict=False):
         assert line["generation"] == other["generation"]

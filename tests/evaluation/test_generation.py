@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from atlas_jax.checkpoints.pretrained import folder_weights, reader_config
-from atlas_jax.checkpoints.weights import build_model, import_weights
+from atlas_jax.checkpoints.weights import import_weights
 from atlas_jax.data.tokens import Tokenizer, pad
-from atlas_jax.evaluation.generation import FREE, Generation, generate
-from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.evaluation.generation import FREE, GenerationSettings, generate
+from atlas_jax.models.atlas import AtlasConfig, build_model
 from atlas_jax.models.fid import FiD
 
 
@@ -44,11 +44,11 @@ def answer(reader, batch, cfg, prompt=None):
 
 def test_greedy_equals_the_reference(golden, reader, batch, answers):
     """The same tokens, start token included; the T5 1.0 twin's too."""
-    np.testing.assert_array_equal(answer(reader, batch, Generation(16)), answers["greedy"])
+    np.testing.assert_array_equal(answer(reader, batch, GenerationSettings(16)), answers["greedy"])
     for_cpu = load(golden / "assets/reader", for_cpu=True)
-    np.testing.assert_array_equal(answer(for_cpu, batch, Generation(16)), answers["greedy"])
+    np.testing.assert_array_equal(answer(for_cpu, batch, GenerationSettings(16)), answers["greedy"])
     wanted = np.load(golden / "t5_1_0/golden.npz")["greedy"]
-    np.testing.assert_array_equal(answer(load(golden / "t5_1_0"), batch, Generation(16)), wanted)
+    np.testing.assert_array_equal(answer(load(golden / "t5_1_0"), batch, GenerationSettings(16)), wanted)
 
 
 def test_a_prompt_is_continued_as_by_the_reference(golden, reader, batch, answers):
@@ -59,18 +59,18 @@ def test_a_prompt_is_continued_as_by_the_reference(golden, reader, batch, answer
     given = tokenizer.ids([f"the answer to {query} is" for query in queries])
     assert [row[1 : 1 + len(ids)] for row, ids in zip(wanted.tolist(), given, strict=True)] == given
     prompt = jnp.asarray(pad(given, max(map(len, given)), FREE)[0])
-    cfg = Generation(48, vocabulary=tokenizer.vocab_size)
+    cfg = GenerationSettings(48, vocabulary=tokenizer.vocab_size)
     np.testing.assert_array_equal(answer(reader, batch, cfg, prompt), wanted)
 
 
 def test_it_stops_at_the_end_but_not_before_the_minimum(reader, batch, answers):
     """`</s>` ends an answer and padding follows it; a minimum length puts it off."""
-    np.testing.assert_array_equal(answer(reader, batch, Generation(16, 8)), answers["min8"])
+    np.testing.assert_array_equal(answer(reader, batch, GenerationSettings(16, 8)), answers["min8"])
     eos = int(answers["greedy"][0][5])  # a token that comes up is made the end
-    found = answer(reader, batch, Generation(16, eos_id=eos))[0]
+    found = answer(reader, batch, GenerationSettings(16, eos_id=eos))[0]
     assert found[5] == eos
     assert not found[6:].any()
-    late = answer(reader, batch, Generation(16, 9, eos_id=eos))[0]
+    late = answer(reader, batch, GenerationSettings(16, 9, eos_id=eos))[0]
     assert eos not in late[:8]
     np.testing.assert_array_equal(late[:5], found[:5])
 
@@ -80,7 +80,7 @@ def test_it_stops_at_the_end_but_not_before_the_minimum(reader, batch, answers):
 def test_beams_equal_the_reference(golden, batch, answers, name, penalty, for_cpu):
     """Three beams, with either length penalty: the reference's tokens, which differ from the greedy ones."""
     reader = load(golden / "assets/reader", for_cpu=for_cpu)
-    found = answer(reader, batch, Generation(16, beams=3, length_penalty=penalty))
+    found = answer(reader, batch, GenerationSettings(16, beams=3, length_penalty=penalty))
     np.testing.assert_array_equal(found, answers[name])
     assert (found != answers["greedy"]).any()
 
@@ -90,7 +90,7 @@ def test_beams_that_end_equal_pytorchs(golden, reader, batch, case):
     """With an end that comes up: length penalty, number of beams and minimum length decide as in PyTorch."""
     penalty, width, shortest = case.split("_")
     wanted = np.load(golden / "beams.npz")[case]
-    cfg = Generation(24, int(shortest), int(width), float(penalty), eos_id=1166)
+    cfg = GenerationSettings(24, int(shortest), int(width), float(penalty), eos_id=1166)
     after_the_end = np.cumsum(wanted == 1166, axis=1) - (wanted == 1166) > 0  # there PyTorch's tokens mean nothing
     np.testing.assert_array_equal(answer(reader, batch, cfg), np.where(after_the_end, 0, wanted))
     assert after_the_end.any()

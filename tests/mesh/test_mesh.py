@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from atlas_jax.checkpoints.weights import param_shapes
 from atlas_jax.config import RetrievalConfig, RunConfig
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.loop import evaluation_mesh
@@ -31,10 +30,10 @@ from atlas_jax.mesh import (
     replicate,
     sharded_sizes,
 )
-from atlas_jax.models.atlas import AtlasConfig
+from atlas_jax.models.atlas import AtlasConfig, param_shapes
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
-from atlas_jax.training.loop import training_mesh
+from atlas_jax.training.setup import training_mesh
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from atlas_jax.checkpoints.pretrained import folder_weights, retriever_config
-from atlas_jax.checkpoints.weights import build_model, import_weights
+from atlas_jax.checkpoints.weights import import_weights
 from atlas_jax.data.tokens import Tokenizer, pad
-from atlas_jax.models.atlas import AtlasConfig, Retriever
+from atlas_jax.models.atlas import AtlasConfig, Retriever, build_model
 
 
 def load(folder, **changes) -> Retriever:

@@ -10,10 +10,9 @@ import pytest
 from flax import nnx
 
 from atlas_jax.checkpoints.pretrained import folder_weights, reader_config
-from atlas_jax.checkpoints.weights import build_model, import_weights
-from atlas_jax.evaluation.step import token_losses
-from atlas_jax.models.atlas import AtlasConfig
-from atlas_jax.models.fid import FiD, fuse, shift_right
+from atlas_jax.checkpoints.weights import import_weights
+from atlas_jax.models.atlas import AtlasConfig, build_model
+from atlas_jax.models.fid import FiD, fuse, shift_right, token_losses
 from atlas_jax.models.t5 import relative_bucket
 
 
@@ -36,7 +35,7 @@ def load(folder, dtype=jnp.float32, **how) -> FiD:
 @nnx.jit
 def outputs(reader: FiD, batch: Batch):
     """Encoder states, logits and loss of a batch."""
-    states = reader.states(batch.ids, batch.mask)
+    states = reader.encoder_states(batch.ids, batch.mask)
     logits, _ = reader.decode(shift_right(batch.target, 0), reader.encode(batch.ids, batch.mask))
     losses = token_losses(logits, batch.target, batch.target_mask)
     return states, logits, losses.sum() / batch.target_mask.sum()

@@ -103,7 +103,7 @@ def test_a_download(run, server, target):
 def test_a_name_is_for_what_is_on_the_disk(run, server, target, monkeypatch):
     """A power cut before the rename finds all bytes; a kill there costs none of them."""
     synced = []
-    monkeypatch.setattr(downloads, "sync", lambda path: synced.append((path.name, target.exists())))
+    monkeypatch.setattr(downloads, "fsync", lambda path: synced.append((path.name, target.exists())))
     with monkeypatch.context() as patch:
         patch.setattr(downloads.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
         assert run().lines == ["download_thing: broken; check the disk and its permissions, and run again"]

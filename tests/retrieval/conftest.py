@@ -9,8 +9,8 @@ import pytest
 @pytest.fixture(scope="session")
 def make_embedder(tiny_weights):
     """(side, mesh, max_length) to an embedder with the golden weights."""
-    from atlas_jax.checkpoints.weights import build_model
     from atlas_jax.mesh import replicate
+    from atlas_jax.models.atlas import build_model
     from atlas_jax.retrieval.embedder import Embedder
 
     def make(side, mesh, max_length=160):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from atlas_jax.checkpoints.restore import restore
-from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.data.ragged import RaggedArray
 from atlas_jax.data.tokens import bucket
 from atlas_jax.mesh import make_mesh
+from atlas_jax.models.atlas import build_model
 from atlas_jax.retrieval import embedder as module
 from atlas_jax.retrieval.embedder import Embedder, embed_corpus
 from atlas_jax.retrieval.passage_store import PassageTokens
@@ -41,7 +41,7 @@ def one_by_one(embedder, tokens):
 
 def test_query_vectors_are_the_reference_s(queries, batch, questions):
     """Within 1e-5, though the reference pads to 160 tokens and this to 32."""
-    vectors = np.asarray(queries.queries(questions["query"], 8))
+    vectors = np.asarray(queries.embed_queries(questions["query"], 8))
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors[:4], batch["query_emb"], rtol=0, atol=1e-5)
     assert batch["query_mask"].sum(-1).max() <= 32
@@ -127,10 +127,12 @@ def test_the_present_parameters_count(tiny_weights, mesh):
     old, new = (build_model(p, cfg, lambda _, array: jax.numpy.asarray(array)).retriever for p in (params, changed))
     tokenizer = tiny_weights.retriever_tokenizer
     embedder = Embedder(old, "query", tokenizer, make_mesh(), CUT)
-    before = np.asarray(embedder.queries(["who?"], 8))
+    before = np.asarray(embedder.embed_queries(["who?"], 8))
     embedder.update(new)
-    after = np.asarray(embedder.queries(["who?"], 8))
-    np.testing.assert_array_equal(after, np.asarray(Embedder(new, "query", tokenizer, mesh, CUT).queries(["who?"], 8)))
+    after = np.asarray(embedder.embed_queries(["who?"], 8))
+    np.testing.assert_array_equal(
+        after, np.asarray(Embedder(new, "query", tokenizer, mesh, CUT).embed_queries(["who?"], 8))
+    )
     assert np.abs(after - before)[0].max() > 1e-2
     assert embedder.program.count == 1
 
@@ -142,10 +144,10 @@ def test_sides_have_their_own_encoders(tiny_config, golden, mesh, passages):
     retriever = build_model(weights.params, weights.cfg, lambda _, array: jax.numpy.asarray(array)).retriever
     texts = ["A tribe", "Polymers"]
     vectors = {
-        side: np.asarray(Embedder(retriever, side, weights.retriever_tokenizer, mesh, CUT).queries(texts, 8))[:2]
+        side: np.asarray(Embedder(retriever, side, weights.retriever_tokenizer, mesh, CUT).embed_queries(texts, 8))[:2]
         for side in ("query", "passage")
     }
-    expected = np.asarray(passages.queries(texts, 8))[:2]
+    expected = np.asarray(passages.embed_queries(texts, 8))[:2]
     np.testing.assert_allclose(vectors["passage"], expected, rtol=0, atol=1e-5)
     assert np.abs(vectors["query"] - expected).max() > 1e-2
 

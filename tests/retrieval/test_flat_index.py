@@ -122,11 +122,11 @@ def test_a_search_is_begun_with_queries_on_the_devices():
     queries = normal(6, 8, seed=1).astype(np.float32)
     queries[4:] = np.nan
     wanted = index.search(queries[:4], 20)
-    found = index.start(replicate(mesh, queries), 4, 20)()
+    found = index.begin_search(replicate(mesh, queries), 4, 20)()
     np.testing.assert_array_equal(found.numbers, wanted.numbers)
     np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-6)
     with pytest.raises(UserError, match="not finite"):
-        index.start(replicate(mesh, queries), 5, 20)()
+        index.begin_search(replicate(mesh, queries), 5, 20)()
 
 
 def test_queries_may_be_on_a_device_and_in_bfloat16():

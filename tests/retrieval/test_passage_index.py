@@ -62,7 +62,7 @@ def saved(opened, corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def vectors(queries):
     """Of a few questions."""
-    return np.asarray(queries.queries(["a tribe", "what is code?", "king of the river", "star"], 8))[:4]
+    return np.asarray(queries.embed_queries(["a tribe", "what is code?", "king of the river", "star"], 8))[:4]
 
 
 def equal(found, expected):
@@ -75,16 +75,16 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_published_shards_are_one_library(opened, golden, batch):
+def test_published_shards_are_one_index(opened, golden, batch):
     """One shard or four: the reference's vectors bit for bit, its passages in order, and its search results."""
     one, four = (opened(load_index_path=golden / f"index_{name}") for name in ("1shard", "4shards"))
-    for opened_library in (one, four):
-        found = opened_library.index.search(batch["query_emb"], 5)
-        np.testing.assert_array_equal(np.asarray(opened_library.index.rows)[:240].T, batch["index_embeddings"])
-        assert opened_library.index.count == len(opened_library.passages) == 240
-        ids = [[int(passage["id"]) for passage in opened_library.passages.take(row)] for row in found.numbers]
+    for found_index in (one, four):
+        found = found_index.vectors.search(batch["query_emb"], 5)
+        np.testing.assert_array_equal(np.asarray(found_index.vectors.rows)[:240].T, batch["index_embeddings"])
+        assert found_index.vectors.count == len(found_index.passages) == 240
+        ids = [[int(passage["id"]) for passage in found_index.passages.take(row)] for row in found.numbers]
         np.testing.assert_allclose(found.scores, batch["retrieved_scores"], rtol=0, atol=2e-2)
-        gaps = -np.diff(opened_library.index.search(batch["query_emb"], 6).scores, axis=1)  # to the next
+        gaps = -np.diff(found_index.vectors.search(batch["query_emb"], 6).scores, axis=1)  # to the next
         apart = np.minimum(gaps, np.pad(gaps, ((0, 0), (1, 0)), constant_values=np.inf)[:, :-1]) > 2e-2
         assert (np.asarray(ids) == batch["retrieved_ids"])[apart].all()
         assert apart.sum() >= 15
@@ -98,11 +98,11 @@ def test_what_is_built_is_what_was_published(opened, golden, batch):
     built = opened(passages=(str(golden / "passages.jsonl"),))
     published = opened(load_index_path=golden / "index_1shard")
     assert built.passages.take(range(240)) == published.passages.take(range(240))
-    np.testing.assert_allclose(np.asarray(built.index.rows)[:240].T, batch["index_embeddings"], rtol=0, atol=2e-2)
-    equal(built.index.search(batch["query_emb"], 3)[1:], published.index.search(batch["query_emb"], 3)[1:])
+    np.testing.assert_allclose(np.asarray(built.vectors.rows)[:240].T, batch["index_embeddings"], rtol=0, atol=2e-2)
+    equal(built.vectors.search(batch["query_emb"], 3)[1:], published.vectors.search(batch["query_emb"], 3)[1:])
     first = opened(passages=(str(golden / "passages.jsonl"),), max_passages=10)
     assert first.passages.take(range(10)) == built.passages.take(range(10))
-    assert first.index.count == 10
+    assert first.vectors.count == 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,8 +110,8 @@ def test_a_loaded_library_searches_as_the_one_built(opened, saved, corpus, vecto
     """Every bit of every result, with `--save_index_path` and without; the passages are not read again."""
     built = opened(passages=(str(corpus),), **KINDS[kind])
     loaded = opened(load_index_path=saved / kind, passages=("gone.jsonl",), **KINDS[kind])
-    equal(loaded.index.search(vectors, 7), built.index.search(vectors, 7))
-    assert loaded.index.kind == built.index.kind == kind.removeprefix("faiss-")
+    equal(loaded.vectors.search(vectors, 7), built.vectors.search(vectors, 7))
+    assert loaded.vectors.kind == built.vectors.kind == kind.removeprefix("faiss-")
     assert loaded.passages.take(range(COUNT)) == built.passages.take(range(COUNT))
 
 
@@ -120,7 +120,9 @@ def test_a_flat_index_can_be_opened_as_faiss(opened, saved, vectors, kind):
     """Made from its vectors, equal to the one built so; the folder stays as it is."""
     before = content(saved / "flat")
     made = opened(load_index_path=saved / "flat", **KINDS[kind])
-    equal(made.index.search(vectors, 7), opened(load_index_path=saved / kind, **KINDS[kind]).index.search(vectors, 7))
+    equal(
+        made.vectors.search(vectors, 7), opened(load_index_path=saved / kind, **KINDS[kind]).vectors.search(vectors, 7)
+    )
     assert content(saved / "flat") == before
 
 
@@ -143,7 +145,10 @@ def test_a_code_size_belongs_to_pq(opened, saved, corpus, tmp_path, vectors):
     """Beside another kind it means nothing, neither when saving nor when opening."""
     flags = {"index_mode": "faiss", "faiss_code_size": 8}
     made = opened(passages=(str(corpus),), save_index_path=tmp_path / "index", **flags)
-    equal(made.index.search(vectors, 5), opened(load_index_path=saved / "faiss-flat", **flags).index.search(vectors, 5))
+    equal(
+        made.vectors.search(vectors, 5),
+        opened(load_index_path=saved / "faiss-flat", **flags).vectors.search(vectors, 5),
+    )
     opened(load_index_path=tmp_path / "index", index_mode="faiss")
 
 
@@ -167,11 +172,11 @@ def test_size_on_disk(opened, tmp_path, monkeypatch, kind):
 
 def test_the_published_form_as_every_kind(opened, golden, tmp_path, batch):
     """240 published vectors as faiss; too few for "pq", which leaves nothing behind."""
-    flat = opened(load_index_path=golden / "index_4shards").index.search(batch["query_emb"], 5)
+    flat = opened(load_index_path=golden / "index_4shards").vectors.search(batch["query_emb"], 5)
     for kind in ("faiss-flat", "ivfflat"):
         folder = tmp_path / kind
         opened(load_index_path=golden / "index_4shards", save_index_path=folder, **KINDS[kind])
-        found = opened(load_index_path=folder, **KINDS[kind]).index.search(batch["query_emb"], 5)
+        found = opened(load_index_path=folder, **KINDS[kind]).vectors.search(batch["query_emb"], 5)
         np.testing.assert_array_equal(found.numbers, flat.numbers)
         np.testing.assert_allclose(found.scores, flat.scores, rtol=1e-5)
         assert not (folder / "embeddings.npy").exists()

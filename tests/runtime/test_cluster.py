@@ -12,6 +12,7 @@ import pytest
 
 from atlas_jax.config import RunConfig
 from atlas_jax.errors import UserError
+from atlas_jax.runtime import cluster
 from atlas_jax.runtime.cluster import (
     ClusterSpec,
     command_hash,

@@ -114,7 +114,7 @@ def test_prepared_programs_do_not_compile_again(traced):
     program = CompiledFunction("scale", function, donate=True)
     state = jnp.ones(4)
     for _ in range(2):
-        program.prepare(state, np.ones(4, np.float32))
+        program.compile_for(state, np.ones(4, np.float32))
     jax.effects_barrier()
     assert (program.count, len(calls), ran, state.is_deleted()) == (1, 1, [], False)
     program(state, np.ones(4, np.float32))

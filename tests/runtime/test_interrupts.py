@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PRELUDE = """
 import os, signal, sys, threading, time
 from signal import SIGINT, SIGTERM, SIGUSR1
-from atlas_jax.runtime.interrupts import Interrupted, Interrupts, leave
+from atlas_jax.runtime.interrupts import Interrupted, Interrupts, exit_while_compiling
 
 def send(signum):
     os.kill(os.getpid(), signum)
@@ -217,14 +217,14 @@ def test_check_raises_what_somebody_swallowed():
 
 COMPILE = """
     import atexit, jax, jax.numpy as jnp
-    from atlas_jax.runtime.compiled import Program
+    from atlas_jax.runtime.compiled import CompiledFunction
 
     def big(state, x):
         for number in range(300):
             x = jnp.sin(x @ state) + jnp.sort(x, axis=number % 2)
         return x
 
-    program = Program("big", big)
+    program = CompiledFunction("big", big)
 
     def compiling():
         return [thread for thread in threading.enumerate() if thread.name == "compile big" and thread.is_alive()]
@@ -249,7 +249,7 @@ COMPILE = """
 
 def test_a_signal_does_not_wait_for_xla():
     """The run stops while XLA still compiles, and the process ends without the interpreter's orderly end."""
-    status, said, err = run(COMPILE.replace("END", "leave"))
+    status, said, err = run(COMPILE.replace("END", "exit_while_compiling"))
     assert (status, said) == (143, ["compiling", "interrupted 0 1"])
     assert err == "SIGTERM: stopping\n"
 

@@ -37,15 +37,13 @@ def fork_as_asked() -> dict:
     os._exit(0)
 
 
-def talk(exchange, mark: Path) -> None:
-    """What the tests of `exchange` claim, on several channels at once."""
+def talk(group, mark: Path) -> None:
+    """What the tests of `group` claim, on several channels at once."""
 
     def repeat(channel: str) -> None:
         for call in range(20):
-            values = exchange.all_gather(
-                f"{channel} {call} {exchange.index}".encode() * exchange.index, channel=channel
-            )
-            expected = [f"{channel} {call} {one}".encode() * one for one in range(exchange.count)]
+            values = group.all_gather(f"{channel} {call} {group.index}".encode() * group.index, channel=channel)
+            expected = [f"{channel} {call} {one}".encode() * one for one in range(group.count)]
             if values != expected:
                 os._exit(9)
 
@@ -54,31 +52,31 @@ def talk(exchange, mark: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    print("max", exchange.all_max(exchange.index, -exchange.index, 7))
-    print("large", [len(one) for one in exchange.all_gather(bytes(6_000_000 + exchange.index))])
-    print("led", exchange.run_on_first(lambda: f"by {exchange.index}"))
+    print("max", group.all_max(group.index, -group.index, 7))
+    print("large", [len(one) for one in group.all_gather(bytes(6_000_000 + group.index))])
+    print("led", group.run_on_first(lambda: f"by {group.index}"))
     try:
-        exchange.run_on_all(lambda: 1 // (exchange.index - 1))
+        group.run_on_all(lambda: 1 // (group.index - 1))
     except (UserError, ZeroDivisionError) as error:
         print("error", error)
-    exchange.stop_signal = lambda: signal.SIGUSR1 * (exchange.index == 1)
+    group.stop_signal = lambda: signal.SIGUSR1 * (group.index == 1)
     try:
-        exchange.all_max()
+        group.all_max()
     except Interrupted as stop:
         print("stop", stop.signum)
-    with exchange.process_0_first():
-        print("marked", exchange.index == 0 or mark.exists())
-        time.sleep(0.2 * (exchange.index == 0))
+    with group.process_0_first():
+        print("marked", group.index == 0 or mark.exists())
+        time.sleep(0.2 * (group.index == 0))
         mark.touch()
-    exchange.barrier("end")
-    left = exchange._client.key_value_dir_get_bytes("atlas/")
+    group.barrier("end")
+    left = group._client.key_value_dir_get_bytes("atlas/")
     print("keys", sum(key.count("/") for key, _ in left) and len(left))
 
 
 def check_rows(path: Path) -> None:
     """What the test of `checked_rows` claims."""
-    from atlas_jax.evaluation.loop import checked_rows
     from atlas_jax.tasks.qa import QA
+    from atlas_jax.tasks.row_checks import checked_rows
 
     class Counting(QA):
         def check(self, row: dict) -> None:
@@ -97,16 +95,16 @@ def busy(seconds: float) -> None:
 
 def main(mode: str, run: RunConfig, seconds: float, who: int) -> None:
     """What a process does within the run; `seconds` and `who` are the mode's."""
-    with cluster.connect(run) as exchange:
-        index = exchange.index
+    with cluster.connect(run) as group:
+        index = group.index
         print("up", flush=True)
         try:
             if mode == "talk":
-                talk(exchange, Path(f"{run.coordinator}.mark"))
+                talk(group, Path(f"{run.coordinator}.mark"))
             if mode == "rows":
                 check_rows(Path("rows.jsonl"))
             if mode == "late" and index != who:
-                exchange.all_gather(b"x", timeout=seconds)
+                group.all_gather(b"x", timeout=seconds)
             if mode == "error" and index == who:
                 raise UserError("bad.jsonl, line 3: no question")
             if mode == "stuck" and index == who:
@@ -114,7 +112,7 @@ def main(mode: str, run: RunConfig, seconds: float, who: int) -> None:
             if mode == "slow" and index == who:
                 busy(seconds)
             if mode in ("stuck", "slow"):
-                exchange.barrier()
+                group.barrier()
             if mode in ("late", "sleep", "error"):
                 busy(30)
         except Interrupted:

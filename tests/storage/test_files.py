@@ -65,14 +65,14 @@ def test_an_interrupted_exchange_brings_the_old_folder_back(tmp_path, monkeypatc
 
 KILLED = """
 import os, pathlib, signal, sys
-from atlas_jax.storage.files import new_file, new_folder
+from atlas_jax.storage.files import atomic_file, atomic_folder
 folder, file = map(pathlib.Path, sys.argv[1:])
 rename = os.rename
 def last(source, target):
     rename(source, target)
     os.kill(os.getpid(), signal.SIGKILL)
 os.rename = last  # of two: the first makes room for the second
-with new_folder(folder, "", replace=True) as draft, new_file(file) as other:
+with atomic_folder(folder, "", replace=True) as draft, atomic_file(file) as other:
     (draft / "a").write_text("half")
     other.write_text("half")
     if not folder.exists():

@@ -91,7 +91,7 @@ def test_same(mapped, monkeypatch):
     assert arrays_equal(mapped, mapped)
     assert arrays_equal(mapped.T, mapped.copy().T)
     assert not arrays_equal(mapped, mapped.T)
-    for place in (0, 12345, mapped.size - 1):
+    for place_on_mesh in (0, 12345, mapped.size - 1):
         other = mapped.copy()
-        other.flat[place] = -1
+        other.flat[place_on_mesh] = -1
         assert not arrays_equal(mapped, other)

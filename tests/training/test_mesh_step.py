@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.mesh import PARAM_AXES, make_mesh, param_spec, put_batch, put_parameter, put_passages, replicate
+from atlas_jax.models.atlas import build_model
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.training.step import Batch, StepConfig, joint_loss
 from tests.training.test_step import batch, config, norm
@@ -61,7 +61,7 @@ def test_losses_and_gradients_equal_the_reference_on_every_mesh(golden, tiny_wei
     np.testing.assert_allclose(norm(gradients, "reader"), wanted["grad_norm_reader"], rtol=1e-4)
     np.testing.assert_allclose(norm(gradients, "retriever"), wanted["grad_norm_retriever"], rtol=1e-4)
     if spec == "fsdp=8":
-        keeps_no_whole_layers(program(spec, cfg).prepare(params, questions).as_text(), tiny_weights.params)
+        keeps_no_whole_layers(program(spec, cfg).compile_for(params, questions).as_text(), tiny_weights.params)
 
 
 def keeps_no_whole_layers(text: str, params) -> None:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from atlas_jax.checkpoints.weights import build_model
 from atlas_jax.evaluation.batches import put_reader_batch
 from atlas_jax.evaluation.evaluator import reader_program
-from atlas_jax.evaluation.generation import Generation
+from atlas_jax.evaluation.generation import GenerationSettings
 from atlas_jax.mesh import PARAM_AXES, make_mesh, param_spec, put_parameter, replicate
+from atlas_jax.models.atlas import build_model
 from atlas_jax.plan import hlo
 from tests.training.test_mesh_step import placed, program
 from tests.training.test_step import batch, config
@@ -25,7 +25,7 @@ QUESTIONS, N, WIDTH, TARGET = 8, 5, 64, 16
 def collectives(spec, weights, batch):
     mesh = make_mesh(spec)
     params = {path: put_parameter(mesh, path, array) for path, array in weights.params.items()}
-    text = program(spec, config(weights)).prepare(params, placed(mesh, batch)).as_text()
+    text = program(spec, config(weights)).compile_for(params, placed(mesh, batch)).as_text()
     split = {path: x.shape for path, x in params.items() if not x.sharding.is_fully_replicated}
     return hlo.count(hlo.parse(text)).collectives, split
 
@@ -122,8 +122,8 @@ def test_an_answer_is_written_with_what_was_gathered_before(tiny_weights):
     ids, target = np.zeros((8, 2, 32), np.int32), np.zeros((8, 4), np.int32)
     given = put_reader_batch(mesh, ids, ids > 0, target, target > 0)
     text = (
-        reader_program(reader, Generation(max_length=4), mesh)
-        .prepare(nnx.state(reader), given, replicate(mesh, np.zeros(1, np.int32)), None)
+        reader_program(reader, GenerationSettings(max_length=4), mesh)
+        .compile_for(nnx.state(reader), given, replicate(mesh, np.zeros(1, np.int32)), None)
         .as_text()
     )
     found = hlo.count(hlo.parse(text))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atlas_jax.config import OptimConfig
-from atlas_jax.training.optimizer import adamw_update, clip_factor, init_optimizer, rate, schedule
+from atlas_jax.training.optimizer import adamw_update, clip_factor, init_optimizer, learning_rate, schedule
 
 
 def test_learning_from_gradients_is_adamw():
@@ -46,9 +46,9 @@ def test_learning_from_gradients_is_adamw():
 def test_the_schedules(scheduler, rates):
     """Ten updates, four of them rising; the logged number is what the device takes, but for float32."""
     cfg = OptimConfig(total_steps=10, warmup_steps=4, scheduler=scheduler)
-    assert [rate(cfg, 1.0, n) for n in range(10)] == pytest.approx(rates, abs=1e-6)
+    assert [learning_rate(cfg, 1.0, n) for n in range(10)] == pytest.approx(rates, abs=1e-6)
     assert [float(schedule(cfg, jnp.float32(n))) for n in range(10)] == pytest.approx(rates, abs=1e-6)
-    assert rate(cfg, 3e-5, 5) == 3e-5 * rate(cfg, 1.0, 5)
+    assert learning_rate(cfg, 3e-5, 5) == 3e-5 * learning_rate(cfg, 1.0, 5)
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine", "fixed"])
@@ -56,7 +56,7 @@ def test_a_schedule_without_warmup_or_all_warmup_is_finite(scheduler):
     """The defaults are 1,000 steps of which 1,000 rise; none may rise, too."""
     for warmup in (0, 5):
         cfg = OptimConfig(total_steps=5, warmup_steps=warmup, scheduler=scheduler)
-        assert all(0 <= rate(cfg, 1.0, n) <= 1 for n in range(6))
+        assert all(0 <= learning_rate(cfg, 1.0, n) <= 1 for n in range(6))
 
 
 def test_the_clip_shortens_long_gradients_only():

@@ -13,7 +13,7 @@ from tests.training import killing
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run that nobody stopped, its compiled programs, and the seconds that it takes once they are there."""
-    folder = killing.prepare(tmp_path_factory.mktemp("runs"))
+    folder = killing.compile_for(tmp_path_factory.mktemp("runs"))
     killing.finish("first", folder)
     seconds = killing.finish("whole", folder)
     assert killing.same(folder / "first", folder / "whole")

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax.checkpoints.weights import build_model, export_weights
+from atlas_jax.checkpoints.weights import export_weights
 from atlas_jax.config import OptimConfig
-from atlas_jax.evaluation.step import ReaderBatch
+from atlas_jax.models.atlas import build_model
+from atlas_jax.models.fid import ReaderBatch
 from atlas_jax.training.optimizer import init_optimizer
 from atlas_jax.training.step import Batch, RetrieverBatch, StepConfig, TrainState, joint_loss, train_step
 

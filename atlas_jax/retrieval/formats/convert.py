@@ -19,7 +19,7 @@ from atlas_jax.retrieval.formats.index_folder import (
     read_vectors,
     write_about,
 )
-from atlas_jax.retrieval.interface import VectorFile
+from atlas_jax.retrieval.formats.npy_files import VectorFile
 from atlas_jax.retrieval.passage_store import PassageStore
 from atlas_jax.runtime.progress import progress
 from atlas_jax.storage.files import atomic_folder

@@ -12,8 +12,8 @@ import numpy as np
 from atlas_jax.checkpoints.formats.torch_writer import dump, write_tensor
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.formats.convert import CHUNK_ROWS, THREADS, IndexSource
+from atlas_jax.retrieval.formats.npy_files import create_array
 from atlas_jax.retrieval.formats.torch_shards import transpose
-from atlas_jax.retrieval.interface import create_array
 from atlas_jax.runtime.progress import progress
 from atlas_jax.storage.files import atomic_folder
 

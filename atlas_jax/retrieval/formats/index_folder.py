@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from atlas_jax.checkpoints.pretrained import read_json
 from atlas_jax.errors import UserError
-from atlas_jax.retrieval.interface import read_array
-from atlas_jax.storage.files import write_json
+from atlas_jax.retrieval.formats.npy_files import read_array
+from atlas_jax.storage.files import read_json, write_json
 
 FORMAT = 1
 ABOUT = "index.json"

@@ -15,8 +15,8 @@ from atlas_jax.retrieval.formats import convert as module
 from atlas_jax.retrieval.formats.convert import FlatIndexFolder, convert, write_vectors
 from atlas_jax.retrieval.formats.index_folder import Origin, read_about, read_vectors
 from atlas_jax.retrieval.formats.merge import MergedIndexes
+from atlas_jax.retrieval.formats.npy_files import create_array
 from atlas_jax.retrieval.formats.torch_shards import TorchShards, pieces, transpose
-from atlas_jax.retrieval.interface import create_array
 from atlas_jax.storage.mapped_file import release_pages
 from tests.checkpoints.formats import pickles
 

@@ -1,63 +1,13 @@
-"""What both kinds of index share: the question, the answer, and what is refused."""
+"""The .npy files of an index: memory-mapped for reading, written by rows from any number of threads and processes."""
 
 import os
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int64
 
 from atlas_jax.errors import UserError
 
 REBUILD = "copy the index again, or build it again"
-
-
-class SearchResult(NamedTuple):
-    """The best passages of each query, best first; equal scores are ordered by the smaller number."""
-
-    scores: Float32[np.ndarray, "q k"]  # inner products
-    numbers: Int64[np.ndarray, "q k"]  # passage numbers
-
-
-@runtime_checkable
-class Index(Protocol):
-    """Vectors of passages, numbered as they were given, searched by inner product."""
-
-    kind: str
-    count: int
-    dim: int
-
-    def search(self, queries: Float[np.ndarray | Array, "q d"], k: int) -> SearchResult: ...
-
-
-def check_queries(index: Index, queries: Float[np.ndarray | Array, "q d"], k: int) -> None:
-    """Refuses queries that do not fit the index, and more passages than it has."""
-    if queries.shape[1] != index.dim:
-        raise UserError(
-            f"the queries are {queries.shape[1]} wide but the index holds vectors of {index.dim}: "
-            "build the index with the retriever that embeds the queries"
-        )
-    if not 0 < k <= index.count:
-        raise UserError(
-            f"{k} passages asked for but the index holds {index.count}: "
-            f"ask for 1 to {index.count} (--n_context and what multiplies it), or index more passages"
-        )
-
-
-def checked_queries(index: Index, queries: Float[np.ndarray | Array, "q d"], k: int) -> Float32[np.ndarray, "q d"]:
-    """The queries on the host in float32, once they are known to fit the index."""
-    check_queries(index, queries, k)
-    return np.ascontiguousarray(queries, np.float32)
-
-
-def checked_result(scores: Float32[np.ndarray, "q k"], numbers: Int64[np.ndarray, "q k"]) -> SearchResult:
-    """A score that is not finite has no order, so the numbers beside it mean nothing (faiss gives -1)."""
-    if not np.isfinite(scores).all() or (numbers < 0).any():
-        raise UserError(
-            "a search score is not finite: the query encoder has diverged (lower --lr_retriever), "
-            "or the index was built by one that had (build it again)"
-        )
-    return SearchResult(scores, numbers)
 
 
 def read_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
