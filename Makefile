@@ -10,9 +10,9 @@ PROCESSES ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup plan-env lint types test soak layouts fuzz demo clean
+.PHONY: help setup plan-env lint types check test docs soak layouts fuzz demo clean
 
-help: ## what can be made
+help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.installed ## .venv with everything; does nothing unless pyproject.toml or EXTRAS changed
@@ -53,7 +53,13 @@ lint: setup ## ruff: rules and format
 types: setup ## mypy
 	$(BIN)/mypy
 
-test: setup lint types ## lint, types and the tests
+check: setup lint types ## lint, types and the tests that compile little or nothing, for the work at hand
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m 'not slow'
+
+docs: setup ## docs/flags.md from atlas_jax/config.py
+	$(BIN)/python docs/make_flags.py
+
+test: setup lint types ## lint, types and all tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 soak: setup ## kill training runs, of PROCESSES=1 each, a hundred times at random moments and compare what they end with (an hour)

@@ -1,12 +1,13 @@
-"""Every flag once: typed, documented, checked. The comment beside a field is its `--help` (see `command_line`).
+"""Every flag once: typed, documented, checked. The comment beside a field is its `--help` (see `commands.flags`).
 
-A run is a `Config`: frozen groups of flags, by who reads them. Making one settles what flags say about each other and
-refuses contradictions.
+A run is a `Config`: frozen groups of flags, by which part of the code reads them. Creating one resolves flags that
+imply others and raises UserError for contradictions. A run is resumed with the same flags, but for those declared
+`changeable`, which do not affect what it learns, and `warned`, whose change is accepted and logged as a warning.
 """
 
 import re
 import string
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +23,24 @@ READERS = (
     *("google/t5-base-lm-adapt", "google/t5-large-lm-adapt", "google/t5-xl-lm-adapt", "google/t5-xxl-lm-adapt"),
 )
 GoldMode = Literal["evalnormsum", "loop", "ppmean", "emdr"]
-OUR_CHECKPOINT = "atlas.json"  # the file that tells a checkpoint of ours
-BERT_POSITIONS = 512  # the retriever has no more
+OUR_CHECKPOINT = "atlas.json"  # the file by which a checkpoint of ours is recognised
+BERT_POSITIONS = 512  # position embeddings of the retriever
 FOREVER = 2**32
+ResumeRule = Literal["same", "changeable", "warned"]
+
+
+def changeable(default: Any) -> Any:
+    """A flag that may have another value when a run is resumed."""
+    return field(default=default, metadata={"resume": "changeable"})
+
+
+def warned(default: Any) -> Any:
+    """A flag that may have another value when a run is resumed, which is logged as a warning."""
+    return field(default=default, metadata={"resume": "warned"})
 
 
 def require(ok: bool, group: object, flag: str, remedy: str) -> None:
-    """Refuses the value of a flag, naming both."""
+    """Raises UserError with the flag, its value and the remedy, unless `ok`."""
     if not ok:
         raise UserError(f"--{flag} {getattr(group, flag)}: {remedy}")
 
@@ -45,7 +57,7 @@ def _above_zero(group: object, *flags: str) -> None:
 
 
 def _formats(group: object, flag: str, only: str | None = None) -> None:
-    """Can `str.format` fill it in: with the fields of a passage, or with `only` this one?"""
+    """UserError unless `str.format` can fill in the flag: with fields of a passage, or with the field `only`."""
     text = getattr(group, flag) or ""
     try:
         names = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
@@ -60,29 +72,34 @@ def _formats(group: object, flag: str, only: str | None = None) -> None:
 class RunConfig:
     """Run (its name, its files, how often it reports)"""
 
-    name: str = "experiment_name"  # the run's folder inside --checkpoint_dir
-    checkpoint_dir: str = "./checkpoint/"  # where the folders of all runs are
+    name: str = changeable("experiment_name")  # the run's folder inside --checkpoint_dir
+    checkpoint_dir: str = changeable("./checkpoint/")  # where the folders of all runs are
     seed: int = 0  # draws the weights that are not loaded, dropout, and the order of the data
-    train_data: tuple[str, ...] = ()  # jsonl files to train on
-    eval_data: tuple[str, ...] = ()  # jsonl files to evaluate on, each scored by itself
+    train_data: tuple[str, ...] = warned(())  # jsonl files to train on
+    eval_data: tuple[str, ...] = changeable(())  # jsonl files to evaluate on, each scored by itself
     shuffle: bool = False  # train on the rows in a new random order each epoch
-    per_gpu_batch_size: int = 1  # questions per device and step
-    log_freq: int = 100  # train: steps between two lines of metrics
-    eval_freq: int = 500  # train: steps between two evaluations; the last step is evaluated in any case
-    save_freq: int = 5000  # train: steps between two checkpoints; the last step is saved in any case
-    save_optimizer: bool = False  # keep the optimizers in the last checkpoint of a finished run too; the others have
-    # them in any case, so that a run that was stopped resumes exactly
-    keep: int | None = None  # train: only the newest checkpoints stay, so many; left out, all do; 0: none once finished
-    max_bad_steps: int = 20  # train: stop after so many steps in a row whose loss or gradient is not finite
-    write_results: bool = False  # write the predictions of each evaluation to a jsonl file
-    dont_write_passages: bool = False  # leave the passages, most of the bytes, out of the --write_results files
-    mesh: str = "auto"  # how devices share the work: sizes of data, fsdp, passages and model, as data=8,fsdp=8; or auto
-    compile_cache: str = "auto"  # folder that keeps compiled programs for the next run; auto: the user's cache; or none
-    coordinator: str | None = None  # several hosts: host:port of process 0; SLURM, Open MPI and Google's TPUs need none
-    num_processes: int | None = None  # with --coordinator: how many processes there are
-    process_id: int | None = None  # with --coordinator: which of them this one is, from 0
-    main_port: int = -1  # SLURM, Open MPI: port of process 0; -1: one that follows from the job's number
-    host_timeout: int = 300  # seconds to wait for processes at the start, or for one that has fallen silent
+    per_gpu_batch_size: int = changeable(1)  # questions per device and step
+    log_freq: int = changeable(100)  # train: steps between two lines of metrics
+    eval_freq: int = changeable(500)  # train: steps between two evaluations; the last step is evaluated in any case
+    save_freq: int = changeable(5000)  # train: steps between two checkpoints; the last step is saved in any case
+    save_optimizer: bool = changeable(False)  # keep the optimizers in the last checkpoint of a finished run too; the
+    # others have them in any case, so that a run that was stopped resumes exactly
+    keep: int | None = changeable(None)  # train: only the newest checkpoints stay, so many; left out, all do; 0: none
+    # once finished
+    max_bad_steps: int = changeable(20)  # train: stop after so many steps in a row whose loss or gradient is not finite
+    write_results: bool = changeable(False)  # write the predictions of each evaluation to a jsonl file
+    dont_write_passages: bool = changeable(False)  # leave the passages, most of the bytes, out of the --write_results
+    # files
+    mesh: str = changeable("auto")  # how devices share the work: sizes of data, fsdp, passages and model, as
+    # data=8,fsdp=8; or auto
+    compile_cache: str = changeable("auto")  # folder that keeps compiled programs for the next run; auto: the user's
+    # cache; or none
+    coordinator: str | None = changeable(None)  # several hosts: host:port of process 0; SLURM, Open MPI and Google's
+    # TPUs need none
+    num_processes: int | None = changeable(None)  # with --coordinator: how many processes there are
+    process_id: int | None = changeable(None)  # with --coordinator: which of them this one is, from 0
+    main_port: int = changeable(-1)  # SLURM, Open MPI: port of process 0; -1: one that follows from the job's number
+    host_timeout: int = changeable(300)  # seconds to wait for processes at the start, or for one that has fallen silent
 
     def __post_init__(self) -> None:
         _at_least(1, self, "num_processes", "host_timeout")
@@ -96,16 +113,15 @@ class RunConfig:
 class ModelConfig:
     """Model (reader, retriever, and where their weights come from)"""
 
-    reader_model_type: str = ""  # the T5 that reads: t5-{small,base,large,3b,11b}, google/t5-v1_1-{base,large,xl,xxl},
-    # google/t5-{base,large,xl,xxl}-lm-adapt, or a local folder with config.json and tokenizer; a checkpoint of
-    # ours in --model_path knows it already
-    retriever_model_path: str = "facebook/contriever"  # the encoder that retrieves: a known name or a local folder;
-    # weights in --model_path come before its own
-    model_path: str = "none"  # folder with trained Atlas weights, ours or the published model.pth.tar; none: resume the
-    # run's latest checkpoint, or else start from the two models above
-    precision: Literal["fp16", "fp32", "bf16"] = (
-        "fp32"  # numbers to compute with; bf16 halves memory and time, fp16 is refused
-    )
+    reader_model_type: str = changeable("")  # the T5 that reads: t5-{small,base,large,3b,11b},
+    # google/t5-v1_1-{base,large,xl,xxl}, google/t5-{base,large,xl,xxl}-lm-adapt, or a local folder with config.json and
+    # tokenizer; a checkpoint of ours in --model_path knows it already
+    retriever_model_path: str = changeable("facebook/contriever")  # the encoder that retrieves: a known name or a local
+    # folder; weights in --model_path come before its own
+    model_path: str = changeable("none")  # folder with trained Atlas weights, ours or the published model.pth.tar;
+    # none: resume the run's latest checkpoint, or else start from the two models above
+    precision: Literal["fp16", "fp32", "bf16"] = "fp32"  # type to compute with; bf16 halves memory and time, fp16 is
+    # refused
     dropout: float = 0.1  # share of activations dropped in training, reader and retriever
     use_gradient_checkpoint_reader: bool = False  # train with less memory and more time: recompute the reader's layers
     use_gradient_checkpoint_retriever: bool = False  # the same for the retriever
@@ -137,7 +153,7 @@ class TextConfig:
 
     @property
     def retriever_maxlength(self) -> int:
-        """Tokens the retriever sees of a query or of a passage, at most."""
+        """The largest number of tokens that the retriever reads of a query or of a passage."""
         return min(self.text_maxlength, BERT_POSITIONS)
 
 
@@ -166,7 +182,7 @@ class RetrievalConfig:
 
     @property
     def searched(self) -> tuple[str, int]:
-        """The flag that says how many passages a search must find per question, and that number."""
+        """The flag that sets how many passages a search finds per question, and that number."""
         flag = "n_to_rerank_with_retrieve_with_rerank" if self.retrieve_with_rerank else "n_context"
         return flag, getattr(self, flag)
 
@@ -175,15 +191,17 @@ class RetrievalConfig:
 class IndexConfig:
     """Index (the passages to search, and how)"""
 
-    passages: tuple[str, ...] = ()  # jsonl files of passages to embed and search; not read with --load_index_path
+    passages: tuple[str, ...] = warned(())  # jsonl files of passages to embed and search; not read with
+    # --load_index_path
     max_passages: int = -1  # use only this many, the first ones; -1 uses all
-    load_index_path: str | None = None  # folder of an index and its passages: ours, or the published embeddings.N.pt
-    save_index_path: str | None = None  # folder to write the index to whenever it was built
+    load_index_path: str | None = warned(None)  # folder of an index and its passages: ours, or the published
+    # embeddings.N.pt
+    save_index_path: str | None = warned(None)  # folder to write the index to whenever it was built
     index_mode: Literal["flat", "faiss"] = "flat"  # flat: exact search on the mesh; faiss: on the host
     faiss_index_type: Literal["ivfflat", "flat", "ivfsq", "ivfpq", "pq"] = "flat"  # faiss: exact (flat), clustered
     # (ivf...), compressed (sq, pq)
     faiss_code_size: int | None = None  # faiss: bytes per passage for pq and ivfpq; must divide the vectors' width
-    per_gpu_embedder_batch_size: int = 512  # passages embedded at a time per device
+    per_gpu_embedder_batch_size: int = changeable(512)  # passages embedded at a time per device
 
     def __post_init__(self) -> None:
         if self.max_passages != -1:
@@ -197,10 +215,11 @@ class IndexConfig:
 class GenerationConfig:
     """Generation (how an answer is written)"""
 
-    generation_max_length: int = 128  # tokens of an answer at most, the start token included
-    generation_min_length: int | None = None  # tokens of an answer at least
-    generation_length_penalty: float = 1.0  # beam search: above 0 favours longer answers, below 0 shorter ones
-    generation_num_beams: int = 1  # beams of the search; 1 is greedy
+    generation_max_length: int = changeable(128)  # tokens of an answer at most, the start token included
+    generation_min_length: int | None = changeable(None)  # tokens of an answer at least
+    generation_length_penalty: float = changeable(1.0)  # beam search: above 0 favours longer answers, below 0 shorter
+    # ones
+    generation_num_beams: int = changeable(1)  # beams of the search; 1 is greedy
 
     def __post_init__(self) -> None:
         _at_least(1, self, "generation_max_length", "generation_num_beams")
@@ -217,9 +236,8 @@ class TaskConfig:
     qa_prompt_format: str = "question: {question} answer: <extra_id_0>"  # qa: the query, around {question}
     multiple_choice_num_options: int = 4  # multiple_choice: options per question, lettered from A
     multiple_choice_train_permutations: Permutations = "single"  # option orders to train on: as is, rotations, or all
-    multiple_choice_eval_permutations: Permutations = (
-        "single"  # orders to average over; cyclic is nearly as good as all
-    )
+    multiple_choice_eval_permutations: Permutations = changeable("single")  # orders to average over; cyclic is nearly
+    # as good as all
     mlm_noise_density: float = 0.15  # mlm: share of the tokens that is masked
     mlm_mean_noise_span_length: float = 3  # mlm: tokens in a masked span, on average
     min_words_per_lm_instance: int | None = None  # mlm, lm, section: skip texts of fewer words
@@ -243,13 +261,13 @@ class DistillConfig:
 
     train_retriever: bool = False  # train the retriever too, not the reader alone
     gold_score_mode: Literal["evalnormsum", "loop", "ppmean", "emdr", "pdist", "adist"] = "ppmean"  # how the reader
-    # judges passages: ppmean (pdist in the paper), evalnormsum (adist in the paper), loop or emdr
+    # scores passages: ppmean (pdist in the paper), evalnormsum (adist in the paper), loop or emdr
     temperature_score: float = 0.01  # softmax temperature of the retriever's scores
-    temperature_gold: float = 0.01  # softmax temperature of the reader's judgement
+    temperature_gold: float = 0.01  # softmax temperature of the reader's gold scores
     freeze_retriever_steps: int = -1  # steps at the start in which the retriever does not learn
     refresh_index: str = "-1"  # embed the passages again every so many steps, such as 100; or by schedule, such as
     # 0-100:10,100-1000000:500 for every 10 steps in the first 100 and every 500 later; -1 never
-    compute_crossattention_stats: bool = False  # log how far cross-attention agrees with the reader's judgement
+    compute_crossattention_stats: bool = False  # log the correlation of cross-attention with the gold scores
 
     def __post_init__(self) -> None:
         _above_zero(self, "temperature_score", "temperature_gold")
@@ -258,7 +276,7 @@ class DistillConfig:
 
     @property
     def gold(self) -> GoldMode:
-        """The judgement by its name in the code, where the flag may have the paper's."""
+        """The mode by its name in the code; the flag may have the paper's name."""
         match self.gold_score_mode:
             case "pdist":
                 return "ppmean"
@@ -269,7 +287,7 @@ class DistillConfig:
 
     @property
     def refresh_schedule(self) -> tuple[tuple[int, int, int], ...]:
-        """(start, end, every): for steps in [start, end), build at start and every so many steps from there."""
+        """(start, end, every): in steps [start, end) the index is built at start and every `every` steps after it."""
         text = self.refresh_index.replace(" ", "")
         if text == "-1" or text.isdecimal():
             text = f"0-{FOREVER}:{FOREVER if text == '-1' else text}"  # Reference: -1 still builds at step 0
@@ -281,7 +299,7 @@ class DistillConfig:
 class OptimConfig:
     """Optimizer (train)"""
 
-    total_steps: int = 1000  # steps to train for
+    total_steps: int = warned(1000)  # steps to train for
     warmup_steps: int = 1000  # steps in which the learning rates rise
     scheduler: Literal["linear", "cosine", "fixed"] = "cosine"  # how the learning rates fall after that
     lr: float = 1e-4  # highest learning rate of the reader
@@ -303,12 +321,15 @@ class OptimConfig:
 class NoEffectConfig:
     """No effect here (accepted, so that a published command line runs as it is)"""
 
-    local_rank: int = -1  # a process takes the GPUs it sees, under SLURM and Open MPI its share of CUDA_VISIBLE_DEVICES
-    shard_optim: bool = False  # the fsdp axis of --mesh, on which all is by default, splits parameters and optimizers
-    shard_grads: bool = False  # the fsdp axis of --mesh splits gradients too
-    save_index_n_shards: int = 128  # an index is read by the files it has, whatever their number
-    scheduler_steps: int | None = None  # schedules end at --total_steps; the PyTorch code does not read it either
-    alpha: float = 1.0  # AdamW has no such value; the PyTorch code does not read it either
+    local_rank: int = changeable(-1)  # a process takes the GPUs it sees, under SLURM and Open MPI its share of
+    # CUDA_VISIBLE_DEVICES
+    shard_optim: bool = changeable(False)  # the fsdp axis of --mesh, on which all is by default, splits parameters and
+    # optimizers
+    shard_grads: bool = changeable(False)  # the fsdp axis of --mesh splits gradients too
+    save_index_n_shards: int = changeable(128)  # an index is read by the files it has, whatever their number
+    scheduler_steps: int | None = changeable(None)  # schedules end at --total_steps; the PyTorch code does not read it
+    # either
+    alpha: float = changeable(1.0)  # AdamW has no such value; the PyTorch code does not read it either
 
 
 @dataclass(frozen=True)
@@ -328,7 +349,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run. What one flag says about another is settled when it is made."""
+    """All flags of a run, by group; flags that imply others are resolved on creation."""
 
     model: ModelConfig
     task: TaskConfig
@@ -355,7 +376,7 @@ class Config:
 
     @property
     def passages_a_query(self) -> int:
-        """Passages that a training step has; the reader learns from the first --n_context of them."""
+        """Passages of each query in a training step; the reader is trained on the first --n_context of them."""
         retrieval = self.retrieval
         if retrieval.use_file_passages:
             return retrieval.n_context
@@ -365,12 +386,12 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
-        """Where the run writes."""
+        """The folder that the run writes to."""
         return Path(self.run.checkpoint_dir) / self.run.name
 
     @property
     def weights_folder(self) -> Path | None:
-        """Where trained weights come from: --model_path, or else the run's latest checkpoint; None starts afresh."""
+        """The folder of trained weights: --model_path, else the run's latest checkpoint, else None."""
         if self.model.model_path != "none":
             return Path(self.model.model_path)
         latest = self.run_folder / "checkpoint" / "latest"
@@ -381,5 +402,11 @@ class Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Flag to value, flat: what config.json holds."""
+    """Flag to value without groups, as config.json holds it."""
     return {flag: value for group in vars(config).values() for flag, value in vars(group).items()}
+
+
+def resume_rules() -> dict[str, ResumeRule]:
+    """Flag to whether a resumed run may have another value of it."""
+    groups = (getattr(Config, "__annotations__", {})[group.name] for group in fields(Config))
+    return {flag.name: flag.metadata.get("resume", "same") for group in groups for flag in fields(group)}

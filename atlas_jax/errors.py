@@ -1,4 +1,4 @@
-"""The one error a person is meant to read."""
+"""UserError, the one error whose message is written for the user."""
 
 
 class UserError(Exception):

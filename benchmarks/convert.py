@@ -1,9 +1,9 @@
-"""Memory and speed of `atlas convert` on a made-up checkpoint of the reference's, against `cp` of the same file.
+"""Memory and speed of `atlas convert` on a synthetic checkpoint in the reference's format, against `cp` of the file.
 
     python benchmarks/convert.py --layers 12 --limit 2
 
-A conversion runs in a process of its own, whose anonymous memory (RLIMIT_DATA) the kernel limits. Both it and `cp`
-begin with the file out of the page cache and end with the data on the disk.
+A conversion runs in a subprocess, whose anonymous memory is limited (RLIMIT_DATA). The time of a conversion and of `cp`
+starts with the file dropped from the page cache and ends after `sync`.
 """
 
 import argparse
@@ -21,52 +21,52 @@ import numpy as np
 from shapes import contriever_folder, t5_folder
 
 from atlas_jax.checkpoints.formats.torch_writer import write_torch
-from atlas_jax.checkpoints.weights import ExportedArray, StackedViews, weight_entries
+from atlas_jax.checkpoints.weights import ExportedArray, weight_entries
 from atlas_jax.commands.main import main as atlas
 from atlas_jax.models.atlas import AtlasConfig, param_shapes
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
-from atlas_jax.storage.lazy_array import LazyArray, Slices
+from atlas_jax.storage.lazy_array import LazyArray, Slices, StackedViews
 
 BLOCK = np.random.default_rng(0).normal(size=1 << 22).astype(np.float32)
 
 
-class Random(LazyArray):
-    """Numbers out of a block, each array from another place in it."""
+class RandomArray(LazyArray):
+    """An array of random numbers, read from BLOCK at its own offset; takes no memory until it is read."""
 
-    def __init__(self, shape: tuple[int, ...], at: int):
-        self.shape, self.dtype, self.at = shape, np.dtype(np.float32), at
+    def __init__(self, shape: tuple[int, ...], offset: int):
+        self.shape, self.dtype, self.offset = shape, np.dtype(np.float32), offset
 
     def read(self, index: Slices = ()) -> np.ndarray:
-        return np.resize(np.roll(BLOCK, self.at), self.shape)[index]
+        return np.resize(np.roll(BLOCK, self.offset), self.shape)[index]
 
 
-def make(folder: Path, name: str, layers: int) -> list[str]:
-    """A checkpoint with the widths of a published reader, and the flags that name it."""
+def make_checkpoint(folder: Path, name: str, layers: int) -> list[str]:
+    """Writes a checkpoint with the widths of the reader `name` and `layers` layers; returns the flags that name it."""
     reader = dataclasses.replace(T5_CONFIGS[name], num_layers=layers, num_decoder_layers=layers)
     retriever = ContrieverConfig()
     cfg = AtlasConfig(reader, retriever)
-    found, firsts = {}, {}
+    arrays, by_parameter = {}, {}
     shapes = {
-        path: StackedViews([np.broadcast_to(np.float32(0), s.shape)], s.dtype, stacked=False)
-        for path, s in param_shapes(cfg).items()
+        path: StackedViews([np.broadcast_to(np.float32(0), struct.shape)], struct.dtype, stacked=False)
+        for path, struct in param_shapes(cfg).items()
     }
-    for e in weight_entries(cfg):
-        key = e.path, e.layer
-        firsts.setdefault(key, Random(ExportedArray(shapes[e.path], e).shape, len(firsts)))
-        found[e.name] = firsts[key]
+    for entry in weight_entries(cfg):
+        key = entry.path, entry.layer
+        by_parameter.setdefault(key, RandomArray(ExportedArray(shapes[entry.path], entry).shape, len(by_parameter)))
+        arrays[entry.name] = by_parameter[key]
     folder.mkdir(parents=True)
-    write_torch(folder / "model.pth.tar", found, {"step": 1, "opt": None}, lambda count: None)
+    write_torch(folder / "model.pth.tar", arrays, {"step": 1, "opt": None}, lambda count: None)
     os.sync()
-    parts = {
+    models = {
         "reader_model_type": t5_folder(reader, folder / "reader"),
         "retriever_model_path": contriever_folder(retriever, folder / "retriever"),
     }
-    return [f"--{flag}={path}" for flag, path in {"model_path": folder, **parts}.items()]
+    return [f"--{flag}={path}" for flag, path in {"model_path": folder, **models}.items()]
 
 
-def forget(*paths: Path) -> None:
-    """Takes files out of the page cache."""
+def drop_page_cache(*paths: Path) -> None:
+    """Drops files, and the files below folders, from the page cache."""
     os.sync()
     for path in paths:
         for file in [path, *path.rglob("*")]:
@@ -75,27 +75,27 @@ def forget(*paths: Path) -> None:
                     os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def memory() -> dict[str, float]:
-    """GB of this process, as the kernel counts them."""
+def memory_gigabytes() -> dict[str, float]:
+    """Returns anonymous memory now and peak resident memory of this process in GB, from /proc/self/status."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {line[0].rstrip(":"): int(line[1]) / 1e6 for line in lines if line[0] in ("RssAnon:", "VmHWM:")}
 
 
-def child(limit: float, argv: list[str]) -> int:
-    """Converts under the limit, and says what it needed."""
+def convert_with_limit(limit: float, argv: list[str]) -> int:
+    """Runs `atlas convert` with `limit` GB of anonymous memory and prints its peak; returns the exit status."""
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9),) * 2)
-    anonymous, done = [0.0], threading.Event()
+    anonymous, finished = [0.0], threading.Event()
 
-    def watch() -> None:
-        while not done.wait(0.02):
-            anonymous.append(memory()["RssAnon"])
+    def sample_memory() -> None:
+        while not finished.wait(0.02):
+            anonymous.append(memory_gigabytes()["RssAnon"])
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=sample_memory)
     thread.start()
     status = atlas(["convert", *argv])
-    done.set()
+    finished.set()
     thread.join()
-    print(f"peak {memory()['VmHWM']:.2f} GB, of which never more than {max(anonymous):.2f} GB anonymous")
+    print(f"peak {memory_gigabytes()['VmHWM']:.2f} GB, of which never more than {max(anonymous):.2f} GB anonymous")
     return status
 
 
@@ -106,22 +106,27 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=12, help="of encoder and decoder; 12 of xl are 6.4 GB")
     parser.add_argument("--limit", type=float, default=2.0, help="GB of anonymous memory")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        return child(given.limit, given.child)
-    with tempfile.TemporaryDirectory(dir=given.folder) as temporary:
+    args = parser.parse_args()
+    if args.child:
+        return convert_with_limit(args.limit, args.child)
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
-        flags = make(folder / "source", given.reader, given.layers)
-        source, copy, ours = (folder / name for name in ("source/model.pth.tar", "copy", "ours"))
+        flags = make_checkpoint(folder / "source", args.reader, args.layers)
+        source, copy, checkpoint = (folder / name for name in ("source/model.pth.tar", "copy", "ours"))
         print(f"{source.stat().st_size / 1e9:.2f} GB")
         runs = [("cp", ["cp", str(source), str(copy)])]
-        converter = [sys.executable, __file__, "--limit", str(given.limit), "--child"]
-        runs += [("reference to ours", [*converter, *flags, f"--output={ours}"])]
-        for form in ("reference", "huggingface"):
-            target = folder / form
-            runs += [(f"ours to {form}", [*converter, f"--model_path={ours}", "--to", form, f"--output={target}"])]
+        atlas_convert = [sys.executable, __file__, "--limit", str(args.limit), "--child"]
+        runs += [("reference to ours", [*atlas_convert, *flags, f"--output={checkpoint}"])]
+        for target_format in ("reference", "huggingface"):
+            target = folder / target_format
+            runs += [
+                (
+                    f"ours to {target_format}",
+                    [*atlas_convert, f"--model_path={checkpoint}", "--to", target_format, f"--output={target}"],
+                )
+            ]
         for name, command in [*runs, ("cp again", ["cp", str(source), str(copy)])]:
-            forget(folder)
+            drop_page_cache(folder)
             start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run(command, check=True)
             os.sync()

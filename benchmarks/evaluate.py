@@ -1,9 +1,9 @@
-"""Speed and memory of `atlas evaluate` with random weights of a published shape, through the command itself.
+"""Speed and memory of the command `atlas evaluate`, with random weights of a published shape.
 
     python benchmarks/evaluate.py --reader t5-base --passages passages.jsonl --questions mmlu.jsonl --max_questions 3
 
-Prints one JSON object: passages embedded a second, questions a second without compilation, compile seconds and
-programs, peak memory. Weights are random, tokenizers the sample's.
+Prints one JSON object: seconds per question without compilation, passages embedded per second, compile seconds, number
+of compiled programs, peak memory. The tokenizers are those of atlas_jax/sample.
 """
 
 import argparse
@@ -32,45 +32,45 @@ def main() -> None:
     parser.add_argument("--n_context", default="10")
     parser.add_argument("--batch", default="4")
     parser.add_argument("--precision", default="fp32")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        lines = Path(given.questions).read_text(encoding="utf-8").splitlines(keepends=True)
-        step = max(1, len(lines) // given.max_questions)  # spread over the domains
-        (work / "questions.jsonl").write_text("".join(lines[::step][: given.max_questions]), encoding="utf-8")
+        folder = Path(temporary)
+        lines = Path(args.questions).read_text(encoding="utf-8").splitlines(keepends=True)
+        stride = max(1, len(lines) // args.max_questions)  # spread over the domains
+        (folder / "questions.jsonl").write_text("".join(lines[::stride][: args.max_questions]), encoding="utf-8")
         flags = {
-            "reader_model_type": t5_folder(T5_CONFIGS[given.reader], work / "reader"),
-            "retriever_model_path": given.retriever or contriever_folder(ContrieverConfig(), work / "retriever"),
-            "passages": given.passages,
-            "max_passages": given.max_passages,
-            "eval_data": work / "questions.jsonl",
+            "reader_model_type": t5_folder(T5_CONFIGS[args.reader], folder / "reader"),
+            "retriever_model_path": args.retriever or contriever_folder(ContrieverConfig(), folder / "retriever"),
+            "passages": args.passages,
+            "max_passages": args.max_passages,
+            "eval_data": folder / "questions.jsonl",
             "task": "multiple_choice",
             "multiple_choice_eval_permutations": "cyclic",
-            "n_context": given.n_context,
+            "n_context": args.n_context,
             "text_maxlength": 512,
             "target_maxlength": 16,
             "generation_max_length": 16,
-            "per_gpu_batch_size": given.batch,
-            "precision": given.precision,
+            "per_gpu_batch_size": args.batch,
+            "precision": args.precision,
             "name": "benchmark",
-            "checkpoint_dir": work,
+            "checkpoint_dir": folder,
         }
         argv = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
         if atlas(["evaluate", *argv, "--write_results"]):
             sys.exit(2)
-        run = work / "benchmark"
-        found = json.loads((run / "questions-step-1.metrics.json").read_text())
-        log = (run / "run.log").read_text()
-    embedded = re.findall(r"embedding: \d+ of \d+ passages, ([\d.]+)/s, (\d+) s$", log, re.MULTILINE)
+        run_folder = folder / "benchmark"
+        metrics = json.loads((run_folder / "questions-step-1.metrics.json").read_text())
+        log = (run_folder / "run.log").read_text()
+    embedding_lines = re.findall(r"embedding: \d+ of \d+ passages, ([\d.]+)/s, (\d+) s$", log, re.MULTILINE)
     print(
         json.dumps(
             {
-                "reader": given.reader,
-                "questions": found["examples"],
-                "seconds_per_question": 1 / found["examples_per_second"],
-                "compile_seconds": found["compile_seconds"],
-                "programs": found["programs"],
-                "passages_per_second": float(embedded[-1][0]),
+                "reader": args.reader,
+                "questions": metrics["examples"],
+                "seconds_per_question": 1 / metrics["examples_per_second"],
+                "compile_seconds": metrics["compile_seconds"],
+                "programs": metrics["programs"],
+                "passages_per_second": float(embedding_lines[-1][0]),
                 "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             }
         )

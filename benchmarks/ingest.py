@@ -1,10 +1,11 @@
-"""How fast indexes and passages come in, each against the plain thing, measured in turns in one run.
+"""Speed of importing and opening indexes and passages, each against a baseline, measured alternately in one run.
 
     python benchmarks/ingest.py --passages wikipedia-vital.jsonl [--vectors 400000]
 
-Prints a line a comparison: seconds of ours and of the plain thing, the best of --rounds, and their ratio. Published
-shards to our form against a copy of the same files, from a cold cache, and with the passages against their parser;
-opening an index against reading its bytes; passages against `json.loads`, and with all tokens against the tokenizers.
+Prints a line per comparison: our seconds ("ours"), those of the baseline ("plain"), the best of --rounds, and their
+ratio. Converting published shards is compared with a copy of the same files from a cold page cache, and with their
+passages with the copy and the parser of the passages; opening an index with reading its bytes; building a passage store
+with `json.loads`, and with tokenizing by both tokenizers alone.
 """
 
 import argparse
@@ -46,91 +47,91 @@ def main() -> None:
     parser.add_argument("--passages", required=True, help="jsonl rows with id, title, text")
     parser.add_argument("--vectors", type=int, default=400_000, help="vectors of the index, of width 768")
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        ingest(given.passages, folder, given.rounds)
-        index(given.passages, given.vectors, folder, given.rounds)
+        compare_passages(args.passages, folder, args.rounds)
+        compare_indexes(args.passages, args.vectors, folder, args.rounds)
 
 
-def ingest(passages: str, folder: Path, rounds: int) -> None:
-    """Passages of a jsonl file into a store, and into tokens for both models."""
+def compare_passages(passages: str, folder: Path, rounds: int) -> None:
+    """Compares building a passage store from a jsonl file, and tokenizing it for both models, with the baselines."""
     retriever, reader = Tokenizer.load(SAMPLE / "retriever"), Tokenizer.load(SAMPLE / "reader")
-    text = ReaderText(reader, ENCODER_FORMAT, 512)
-    rows = parse(passages)
+    reader_text = ReaderText(reader, ENCODER_FORMAT, 512)
+    rows = parse_jsonl(passages)
     rendered = {retriever: [render(RETRIEVER_FORMAT, row) for row in rows]}
     rendered[reader] = [render(ENCODER_FORMAT.removeprefix("{query}"), row) for row in rows]
 
-    def everything() -> None:
+    def build_and_tokenize() -> None:
         shutil.rmtree(folder / "store")
         store = build_passages([passages], folder / "store")
         store.tokens(retriever, RETRIEVER_FORMAT, "retriever")
-        text.prepare(store)
+        reader_text.prepare(store)
 
     compare(
         "passages in, against json.loads",
         lambda: build_passages([passages], folder / "store"),
-        lambda: parse(passages),
+        lambda: parse_jsonl(passages),
         rounds,
     )
     compare(
         "passages in and tokenized twice, against both tokenizers",
-        everything,
+        build_and_tokenize,
         lambda: [tokenizer.ids(texts) for tokenizer, texts in rendered.items()],
         rounds,
     )
 
 
-def index(passages: str, count: int, folder: Path, rounds: int) -> None:
-    """Published shards into our form; both kinds of index opened."""
-    shards, ours, copy, vectors = (folder / name for name in ("shards", "ours", "copy", "vectors.npy"))
-    export_torch_shards(shards, parse(passages), count)
+def compare_indexes(passages: str, count: int, folder: Path, rounds: int) -> None:
+    """Compares converting published shards, and opening a flat and a faiss index, with the baselines."""
+    shards, index_folder, copies, vectors = (folder / name for name in ("shards", "ours", "copy", "vectors.npy"))
+    export_torch_shards(shards, parse_jsonl(passages), count)
     files = sorted(shards.glob("embeddings.*"))
-    copy.mkdir()
+    copies.mkdir()
 
-    def cold() -> None:
-        forget(shards)
+    def drop_shards_from_cache() -> None:
+        drop_page_cache(shards)
 
     compare(
         "vectors of shards in, against a copy of their files",
         lambda: write_vectors(TorchShards(shards), vectors),
-        lambda: [shutil.copyfile(file, copy / file.name) for file in files],
+        lambda: [shutil.copyfile(file, copies / file.name) for file in files],
         rounds,
-        cold,
+        drop_shards_from_cache,
     )
     compare(
         "shards in, against a copy of the vectors and the parser of the passages",
-        lambda: convert(TorchShards(shards), ours, Origin()),
+        lambda: convert(TorchShards(shards), index_folder, Origin()),
         lambda: [
-            *(shutil.copyfile(file, copy / file.name) for file in files),
+            *(shutil.copyfile(file, copies / file.name) for file in files),
             *(len(load_pickle(file)) for file in shards.glob("passages.*")),
         ],
         rounds,
-        cold,
+        drop_shards_from_cache,
     )
-    about, mesh = read_about(ours), make_mesh()
+    metadata, mesh = read_about(index_folder), make_mesh()
     compare(
         "flat opened, against reading its bytes",
-        lambda: FlatIndex.load(ours, about, mesh).rows.block_until_ready(),
-        lambda: (ours / "embeddings.npy").read_bytes(),
+        lambda: FlatIndex.load(index_folder, metadata, mesh).rows.block_until_ready(),
+        lambda: (index_folder / "embeddings.npy").read_bytes(),
         rounds,
     )
-    small = folder / "small"
-    small.mkdir()
-    meta = FaissIndex.build(read_vectors(ours, about)[:100_000], "ivfsq").save(small)
+    faiss_folder = folder / "small"
+    faiss_folder.mkdir()
+    faiss_metadata = FaissIndex.build(read_vectors(index_folder, metadata)[:100_000], "ivfsq").save(faiss_folder)
     compare(
         "faiss ivfsq opened, against reading its bytes",
-        lambda: FaissIndex.load(small, meta),
-        lambda: [file.read_bytes() for file in small.iterdir()],
+        lambda: FaissIndex.load(faiss_folder, faiss_metadata),
+        lambda: [file.read_bytes() for file in faiss_folder.iterdir()],
         rounds,
     )
 
 
-def compare(what: str, ours: Callable, plain: Callable, rounds: int, before: Callable = lambda: None) -> None:
-    """Prints the seconds of both, run in turns."""
+def compare(what: str, measured: Callable, baseline: Callable, rounds: int, before: Callable = lambda: None) -> None:
+    """Runs both `rounds` times alternately, after `before`; prints the best seconds of each and their ratio."""
     best = [float("inf")] * 2
     for _ in range(rounds):
-        for i, work in enumerate((ours, plain)):
+        for i, work in enumerate((measured, baseline)):
             before()
             start = time.perf_counter()
             work()
@@ -139,24 +140,24 @@ def compare(what: str, ours: Callable, plain: Callable, rounds: int, before: Cal
     print(json.dumps(line), flush=True)
 
 
-def parse(passages: str) -> list[dict]:
-    """What a JSON parser alone takes."""
+def parse_jsonl(passages: str) -> list[dict]:
+    """Baseline: parses the lines of a jsonl file and does nothing else."""
     with open(passages, "rb") as lines:
         return [json.loads(line) for line in lines]
 
 
 def export_torch_shards(folder: Path, rows: list[dict], count: int) -> None:
-    """Random vectors and as many of these passages in the published form."""
+    """Writes `count` random vectors, and as many of the passages `rows`, as SHARDS shards in the published format."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for n in range(SHARDS):
         pickles.save(folder / f"embeddings.{n}.pt", rng.random((DIM, count // SHARDS), np.float32).astype(np.float16))
-        few = [dict(rows[i % len(rows)]) for i in range(count // SHARDS)]
-        (folder / f"passages.{n}.pt").write_bytes(pickle.dumps(few))
+        shard_rows = [dict(rows[i % len(rows)]) for i in range(count // SHARDS)]
+        (folder / f"passages.{n}.pt").write_bytes(pickle.dumps(shard_rows))
 
 
-def forget(folder: Path) -> None:
-    """The next to read these files reads the disk."""
+def drop_page_cache(folder: Path) -> None:
+    """Drops the files of a folder from the page cache, so that the next read is from the disk."""
     for file in folder.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())

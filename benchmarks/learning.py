@@ -1,12 +1,12 @@
-"""Does it learn? A small reader and a small retriever from scratch on real text, with and without retrieval.
+"""Learning curves: a small reader and retriever trained from scratch on real text, with and without retrieval.
 
     python benchmarks/learning.py --passages wikipedia-vital.jsonl
 
-The question is an article's short description, the answer its title. Articles whose description no other has are split:
-most are learnt from, the rest are asked; all are in the index. `atlas train` runs three times: the reader learns to
-read, given the article itself; then it goes on together with a retriever that has learnt nothing, or, everything else
-being equal, closed-book. Prints a line for each evaluation: run, step, losses since the line before, on the articles
-that are asked exact match and F1, and for how many of them the article was among the passages read.
+The question is an article's short description, the answer its title. The articles whose description is unique are split
+into training ("learnt") and evaluation ("asked"); all articles are in the index. `atlas train` runs three times: the
+reader learns to read, given the article itself; then it trains on jointly with an untrained retriever, or closed-book
+with the same settings. Prints a line for each evaluation: run, step, mean losses since the line before, exact match and
+F1 on the evaluation questions, and the percentage of them whose article was among the passages that the reader got.
 """
 
 import argparse
@@ -51,70 +51,75 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--lr_retriever", type=float, default=1e-3)
     parser.add_argument("--keep", metavar="FOLDER", help="keep the runs there")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(given.keep or temporary)
-        make_data(given, work)
-        base = {
+        folder = Path(args.keep or temporary)
+        write_data(args, folder)
+        common_flags = {
             "task": "qa",
             "qa_prompt_format": "{question}",
             "target_maxlength": 16,
             "generation_max_length": 16,
-            "text_maxlength": given.text_maxlength,
-            "per_gpu_batch_size": 2 * given.batch,
+            "text_maxlength": args.text_maxlength,
+            "per_gpu_batch_size": 2 * args.batch,
             "dropout": 0,
             "keep": 1,
-            "checkpoint_dir": work,
+            "checkpoint_dir": folder,
         }
-        reading = {
-            "reader_model_type": t5_folder(READER, work / "reader"),
-            "train_data": work / "learnt-read.jsonl",
-            "eval_data": work / "asked-read.jsonl",
+        reading_flags = {
+            "reader_model_type": t5_folder(READER, folder / "reader"),
+            "train_data": folder / "learnt-read.jsonl",
+            "eval_data": folder / "asked-read.jsonl",
             "n_context": 1,
             "lr": 3e-3,
         }
-        run(work, "reading", base | reading | steps(given.reading_steps, 1), ["--shuffle", "--use_file_passages"])
-        trained = ["--model_path", str(work / "reading/checkpoint/latest"), "--output", str(work / "read")]
-        atlas(["convert", *trained, "--to", "huggingface"])
-        flags = base | {
-            "reader_model_type": work / "read/reader",
-            "train_data": work / "learnt.jsonl",
-            "eval_data": work / "asked.jsonl",
-            "lr": given.lr,
-            "per_gpu_batch_size": given.batch,
-            **steps(given.steps, given.evaluations),
+        train(
+            folder,
+            "reading",
+            common_flags | reading_flags | schedule_flags(args.reading_steps, 1),
+            ["--shuffle", "--use_file_passages"],
+        )
+        trained_reader = ["--model_path", str(folder / "reading/checkpoint/latest"), "--output", str(folder / "read")]
+        atlas(["convert", *trained_reader, "--to", "huggingface"])
+        task_flags = common_flags | {
+            "reader_model_type": folder / "read/reader",
+            "train_data": folder / "learnt.jsonl",
+            "eval_data": folder / "asked.jsonl",
+            "lr": args.lr,
+            "per_gpu_batch_size": args.batch,
+            **schedule_flags(args.steps, args.evaluations),
         }
-        with_passages = {
-            "retriever_model_path": untrained(contriever_folder(RETRIEVER, work / "retriever")),
-            "passages": work / "passages.jsonl",
-            "n_context": given.n_context,
-            "retriever_n_context": given.retriever_n_context,
+        retrieval_flags = {
+            "retriever_model_path": init_retriever(contriever_folder(RETRIEVER, folder / "retriever")),
+            "passages": folder / "passages.jsonl",
+            "n_context": args.n_context,
+            "retriever_n_context": args.retriever_n_context,
             "gold_score_mode": "ppmean",
             "temperature_gold": 0.1,
             "temperature_score": 0.1,
-            "lr_retriever": given.lr_retriever,
-            "refresh_index": given.steps // given.evaluations // 4,
+            "lr_retriever": args.lr_retriever,
+            "refresh_index": args.steps // args.evaluations // 4,
         }
-        run(work, "retrieval", flags | with_passages, ["--shuffle", "--train_retriever"])
-        run(work, "closed-book", flags, ["--shuffle", "--closed_book"])
+        train(folder, "retrieval", task_flags | retrieval_flags, ["--shuffle", "--train_retriever"])
+        train(folder, "closed-book", task_flags, ["--shuffle", "--closed_book"])
 
 
-def steps(total: int, evaluations: int) -> dict[str, object]:
-    """The flags for so many steps and evaluations."""
-    every = total // evaluations
+def schedule_flags(total: int, evaluations: int) -> dict[str, object]:
+    """Returns the flags for a run of `total` steps with evenly spaced evaluations."""
+    eval_freq = total // evaluations
     return {
         "total_steps": total,
         "warmup_steps": total // 20,
-        "log_freq": max(1, every // 10),
-        "eval_freq": every,
+        "log_freq": max(1, eval_freq // 10),
+        "eval_freq": eval_freq,
         "save_freq": total,
     }
 
 
-def untrained(folder: Path) -> Path:
-    """Gives the encoder random words and no positions: until it learns, it finds texts that share words with a query.
+def init_retriever(folder: Path) -> Path:
+    """Writes weights with random word embeddings and no positions, which retrieve texts that share words with a query.
 
-    All random, its vectors say next to nothing of their texts: of 300 questions it finds the article of none.
+    Vectors of a fully random encoder hardly depend on the text: for 300 questions, it retrieves the article of none.
     """
     cfg = AtlasConfig(None, RETRIEVER)
     model = AtlasModel(cfg, rngs=nnx.Rngs(0))
@@ -128,48 +133,52 @@ def untrained(folder: Path) -> Path:
     return folder
 
 
-def make_data(given: argparse.Namespace, work: Path) -> None:
-    """Writes the passages, and the questions that are learnt and that are asked."""
-    work.mkdir(parents=True, exist_ok=True)
-    with open(given.passages, encoding="utf-8") as file:
+def write_data(args: argparse.Namespace, folder: Path) -> None:
+    """Writes passages, training questions (learnt*.jsonl) and evaluation questions (asked*.jsonl) to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(args.passages, encoding="utf-8") as file:
         articles = [json.loads(line) for line in file]
-    count = collections.Counter(article["description"] for article in articles)
+    description_counts = collections.Counter(article["description"] for article in articles)
     questions = [
         {"question": article["description"], "answers": [article["title"]]}
         for article in articles
-        if article["description"] and count[article["description"]] == 1
+        if article["description"] and description_counts[article["description"]] == 1
     ]
     random.Random(0).shuffle(questions)
     passages = [
-        {"id": a["id"], "title": a["title"], "text": " ".join(a["text"].split()[: given.words])} for a in articles
+        {"id": article["id"], "title": article["title"], "text": " ".join(article["text"].split()[: args.words])}
+        for article in articles
     ]
-    parts = {"passages": passages, "asked": questions[: given.asked], "learnt": questions[given.asked :]}
-    article = {passage["title"]: passage for passage in passages}
+    parts = {"passages": passages, "asked": questions[: args.asked], "learnt": questions[args.asked :]}
+    passage_by_title = {passage["title"]: passage for passage in passages}
     for name in ("asked", "learnt"):
-        parts[f"{name}-read"] = [row | {"passages": [article[row["answers"][0]]]} for row in parts[name]]
+        parts[f"{name}-read"] = [row | {"passages": [passage_by_title[row["answers"][0]]]} for row in parts[name]]
     for name, rows in parts.items():
-        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def run(work: Path, name: str, flags: dict[str, object], switches: Sequence[str]) -> None:
-    """Trains, and prints the curve."""
+def train(folder: Path, name: str, flags: dict[str, object], switches: Sequence[str]) -> None:
+    """Runs `atlas train` and prints a line of scores for each evaluation."""
     argv = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     if atlas(["train", "--name", name, *argv, *switches, "--write_results"]):
         sys.exit(2)
-    lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
-    every, total = int(str(flags["eval_freq"])), int(str(flags["total_steps"]))
-    for step in range(every, total + 1, every):
-        since = [line for line in lines if step - every < line["step"] <= step]
-        losses = {key: [line[key] for line in since if key in line] for key in LOSSES}
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    eval_freq, total_steps = int(str(flags["eval_freq"])), int(str(flags["total_steps"]))
+    for step in range(eval_freq, total_steps + 1, eval_freq):
+        since_last = [line for line in lines if step - eval_freq < line["step"] <= step]
+        losses = {key: [line[key] for line in since_last if key in line] for key in LOSSES}
         row = {key: round(statistics.mean(values), 4) for key, values in losses.items() if values}
-        results = work / name / f"{Path(str(flags['eval_data'])).stem}-step-{step}"
+        results = folder / name / f"{Path(str(flags['eval_data'])).stem}-step-{step}"
         scores = json.loads(Path(f"{results}.metrics.json").read_text())
         row |= {key: round(scores[key], 1) for key in ("exact_match", "f1")}
-        print(json.dumps({"run": name, "step": step} | row | {"found": found(Path(f"{results}.jsonl"))}), flush=True)
+        print(
+            json.dumps({"run": name, "step": step} | row | {"found": retrieval_hit_rate(Path(f"{results}.jsonl"))}),
+            flush=True,
+        )
 
 
-def found(path: Path) -> float:
-    """Of the questions, the percentage whose article was among the passages read."""
+def retrieval_hit_rate(path: Path) -> float:
+    """Returns the percentage of questions whose article was among the passages that the reader got."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     hits = [any(passage["title"] in row["answers"] for passage in row["passages"]) for row in rows]
     return round(100 * statistics.mean(hits), 1)

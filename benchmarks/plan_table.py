@@ -1,9 +1,9 @@
-"""The tables of docs/plan.md: what `atlas plan` says of each size on several machines, and of one on many devices.
+"""Tables as in docs/plan.md: `atlas plan` for each model size on several machines, and for one size on many devices.
 
     python benchmarks/plan_table.py --output plans.jsonl [--only xxl --on v5p:4x4x4]
 
-Each plan is a line of the file; those that are there are not made again. Prints what the file holds, as Markdown. It
-takes hours: XXL needs minutes a machine, on a TPU most.
+Each plan is a line of the output file; plans that the file already holds are not made again. Prints the whole file as
+Markdown tables. Takes hours: XXL needs minutes per machine, most on TPUs.
 """
 
 import argparse
@@ -25,78 +25,79 @@ FLAGS = (
 GB = 1e9
 
 
-def plan(size: str, machine: str, passages: int) -> dict[str, Any]:
-    """What the command says; of its last line, if it refuses."""
+def run_plan(size: str, machine: str, passages: int) -> dict[str, Any]:
+    """Runs `atlas plan --json` and returns its result, or the last line of stderr as "error" if it fails."""
     command = [sys.executable, "-m", "atlas_jax", "plan", "--json", "--topology", machine]
     command += ["--reader_model_type", f"google/t5-{size}-lm-adapt", "--passages_count", str(passages), *FLAGS.split()]
-    began = time.monotonic()
+    start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)
-    found = {"size": size, "machine": machine, "passages": passages, "seconds": time.monotonic() - began}
+    result = {"size": size, "machine": machine, "passages": passages, "seconds": time.monotonic() - start}
     if done.returncode not in (0, 1):
-        return found | {"error": (done.stderr.splitlines() or [f"status {done.returncode}"])[-1]}
-    return found | json.loads(done.stdout)
+        return result | {"error": (done.stderr.splitlines() or [f"status {done.returncode}"])[-1]}
+    return result | json.loads(done.stdout)
 
 
-def wanted() -> list[tuple[str, str, int]]:
-    """The plans of all tables; an index of PASSAGES, in weak scaling as many a device as 64 of them have."""
-    sizes = [(size, machine, PASSAGES) for size in SIZES for machine in MACHINES]
+def all_runs() -> list[tuple[str, str, int]]:
+    """Returns (size, machine, passages) of all plans; weak scaling keeps PASSAGES / 64 passages per device."""
+    runs = [(size, machine, PASSAGES) for size in SIZES for machine in MACHINES]
     size, machines = SCALING
     for machine in machines:
         nodes, gpus = map(int, machine.split(":")[1].split("x"))
-        sizes.append((size, machine, PASSAGES * nodes * gpus // 64))
-    return [*sizes, ("xxl", "a100-80gb:8x8", 382_000_000)]
+        runs.append((size, machine, PASSAGES * nodes * gpus // 64))
+    return [*runs, ("xxl", "a100-80gb:8x8", 382_000_000)]
 
 
-def table(plans: list[dict[str, Any]], name: str = "train step") -> str:
-    """One program of each plan, in Markdown."""
+def markdown_table(plans: list[dict[str, Any]], name: str = "train step") -> str:
+    """Formats the figures of the program `name` in each plan as a Markdown table."""
     lines = [
         "| T5 | machine | passages, million | GB in all | of it temporary | TFLOP | all-gather, GB "
         "| reduce-scatter, GB | all-reduce, GB | seconds at best | bound by | compiled in, s |",
         "|---" * 12 + "|",
     ]
-    for one in plans:
-        head = f"| {one['size']} | {one['machine']} | {one['passages'] / 1e6:.3g} |"
-        step = next((step for step in one.get("steps", ()) if step["name"] == name), None)
-        if step is None or step["refused"]:
-            lines.append(f"{head} {one.get('error') or (step or {}).get('refused', 'none')} " + "|" * 9)
+    for plan in plans:
+        cells = f"| {plan['size']} | {plan['machine']} | {plan['passages'] / 1e6:.3g} |"
+        program = next((program for program in plan.get("steps", ()) if program["name"] == name), None)
+        if program is None or program["refused"]:
+            lines.append(f"{cells} {plan.get('error') or (program or {}).get('refused', 'none')} " + "|" * 9)
             continue
-        moved = [
-            step["collectives"].get(kind, {}).get("bytes", 0) for kind in ("all-gather", "reduce-scatter", "all-reduce")
+        collective_bytes = [
+            program["collectives"].get(kind, {}).get("bytes", 0)
+            for kind in ("all-gather", "reduce-scatter", "all-reduce")
         ]
         figures = [
-            f"{step['total'] / GB:.2f}" + ("" if step["fits"] else ", does not fit"),
-            f"{step['memory']['activations and temporaries'] / GB:.2f}",
-            f"{sum(step['flops'].values()) / 1e12:.4g}",
-            *(f"{nbytes / GB:.3g}" for nbytes in moved),
-            f"{step['seconds_at_least']:.3g}",
-            step["bound"],
-            f"{step['compile_seconds']:.0f}",
+            f"{program['total'] / GB:.2f}" + ("" if program["fits"] else ", does not fit"),
+            f"{program['memory']['activations and temporaries'] / GB:.2f}",
+            f"{sum(program['flops'].values()) / 1e12:.4g}",
+            *(f"{nbytes / GB:.3g}" for nbytes in collective_bytes),
+            f"{program['seconds_at_least']:.3g}",
+            program["bound"],
+            f"{program['compile_seconds']:.0f}",
         ]
-        lines.append(f"{head} {' | '.join(figures)} |")
+        lines.append(f"{cells} {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Makes what is missing, then prints."""
+    """Makes the plans that are missing, then prints all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", choices=SIZES, nargs="*", default=SIZES)
     parser.add_argument("--on", nargs="*", help="machines; all of the tables otherwise")
-    given = parser.parse_args()
-    done = [json.loads(line) for line in given.output.read_text().splitlines()] if given.output.exists() else []
-    there = {(one["size"], one["machine"], one["passages"]) for one in done}
-    for size, machine, passages in wanted():
+    args = parser.parse_args()
+    plans = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    existing = {(plan["size"], plan["machine"], plan["passages"]) for plan in plans}
+    for size, machine, passages in all_runs():
         key = size, machine, passages
-        if key not in there and size in given.only and (not given.on or machine in given.on):
-            there.add(key)
-            done.append(plan(*key))
-            with given.output.open("a") as out:
-                out.write(json.dumps(done[-1]) + "\n")
-            print(f"{size} {machine}: {done[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
-    order = {key: place_on_mesh for place_on_mesh, key in reversed(list(enumerate(wanted())))}
-    done.sort(key=lambda one: order.get((one["size"], one["machine"], one["passages"]), len(order)))
+        if key not in existing and size in args.only and (not args.on or machine in args.on):
+            existing.add(key)
+            plans.append(run_plan(*key))
+            with args.output.open("a") as out:
+                out.write(json.dumps(plans[-1]) + "\n")
+            print(f"{size} {machine}: {plans[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
+    order = {key: position for position, key in reversed(list(enumerate(all_runs())))}
+    plans.sort(key=lambda plan: order.get((plan["size"], plan["machine"], plan["passages"]), len(order)))
     for name in ("train step", "reader", "search"):
-        print(f"\n{name}\n\n{table(done, name)}")
+        print(f"\n{name}\n\n{markdown_table(plans, name)}")
 
 
 if __name__ == "__main__":

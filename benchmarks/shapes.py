@@ -1,4 +1,4 @@
-"""Folders of models with the sample's tokenizers and no weights, which makes them random."""
+"""Model folders with configuration and the sample's tokenizers, without weights: `atlas` initializes them at random."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ SAMPLE = Path(atlas_jax.__file__).parent / "sample"
 
 
 def t5_folder(shape: T5Config, folder: Path) -> Path:
-    """A T5."""
-    return _folder(
+    """Writes the folder of a T5 reader of the given shape; returns its path."""
+    return _write_folder(
         "reader",
         folder,
         model_type="t5",
@@ -29,8 +29,8 @@ def t5_folder(shape: T5Config, folder: Path) -> Path:
 
 
 def contriever_folder(shape: ContrieverConfig, folder: Path) -> Path:
-    """A Contriever."""
-    return _folder(
+    """Writes the folder of a Contriever retriever of the given shape; returns its path."""
+    return _write_folder(
         "retriever",
         folder,
         model_type="bert",
@@ -42,7 +42,7 @@ def contriever_folder(shape: ContrieverConfig, folder: Path) -> Path:
     )
 
 
-def _folder(tokenizer: str, folder: Path, **config: object) -> Path:
+def _write_folder(tokenizer: str, folder: Path, **config: object) -> Path:
     shutil.copytree(SAMPLE / tokenizer, folder)
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -1,10 +1,10 @@
-"""Speed and memory of `atlas train` with random weights of a published shape, through the command itself.
+"""Speed and memory of the command `atlas train`, with random weights of a published shape.
 
     python benchmarks/train.py --reader t5-base --passages passages.jsonl --questions questions.jsonl
 
-Joint training with ppmean, query side, both gradient checkpoints; or of the reader only. Prints one JSON object: median
-seconds of a step without compilation, and of its parts, compile seconds and programs, peak memory. Weights are random,
-tokenizers the sample's.
+Trains reader and retriever jointly (gold scores ppmean, query side of the retriever, gradient checkpointing in both),
+or the reader only. Prints one JSON object: median seconds of a step without compilation, and of its parts, compile
+seconds, number of compiled programs, peak memory. The tokenizers are those of atlas_jax/sample.
 """
 
 import argparse
@@ -36,49 +36,49 @@ def main() -> None:
     parser.add_argument("--gold", default="ppmean")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--reader_only", action="store_true", help="the retriever finds passages and does not learn")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
+        folder = Path(temporary)
         flags = {
-            "reader_model_type": t5_folder(T5_CONFIGS[given.reader], work / "reader"),
-            "retriever_model_path": contriever_folder(ContrieverConfig(), work / "retriever"),
-            "passages": given.passages,
-            "max_passages": given.max_passages,
-            "train_data": given.questions,
+            "reader_model_type": t5_folder(T5_CONFIGS[args.reader], folder / "reader"),
+            "retriever_model_path": contriever_folder(ContrieverConfig(), folder / "retriever"),
+            "passages": args.passages,
+            "max_passages": args.max_passages,
+            "train_data": args.questions,
             "task": "multiple_choice",
-            "n_context": given.n_context,
-            "retriever_n_context": given.n_context,
+            "n_context": args.n_context,
+            "retriever_n_context": args.n_context,
             "text_maxlength": 512,
             "target_maxlength": 16,
-            "per_gpu_batch_size": given.batch,
-            "dropout": given.dropout,
-            "gold_score_mode": given.gold,
-            "precision": given.precision,
-            "total_steps": given.steps,
+            "per_gpu_batch_size": args.batch,
+            "dropout": args.dropout,
+            "gold_score_mode": args.gold,
+            "precision": args.precision,
+            "total_steps": args.steps,
             "warmup_steps": 2,
             "log_freq": 1,
             "keep": 0,
             "name": "benchmark",
-            "checkpoint_dir": work,
+            "checkpoint_dir": folder,
         }
         argv = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-        switches = () if given.reader_only else ("train_retriever", "query_side_retriever_training")
+        switches = () if args.reader_only else ("train_retriever", "query_side_retriever_training")
         remat = ("use_gradient_checkpoint_reader", "use_gradient_checkpoint_retriever")
         if atlas(["train", *argv, *(f"--{switch}" for switch in (*switches, *remat))]):
             sys.exit(2)
-        run = work / "benchmark"
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        log = (run / "run.log").read_text()
+        run_folder = folder / "benchmark"
+        rows = [json.loads(row) for row in (run_folder / "metrics.jsonl").read_text().splitlines()]
+        log = (run_folder / "run.log").read_text()
     compiled = re.findall(r"compiled (.+) for .+ in ([\d.]+) s", log)
-    steps = [line["runtime/train_step"] for line in lines]
-    parts = [name for name in lines[-1] if name.startswith("runtime/") and name != "runtime/train_step"]
+    step_seconds = [row["runtime/train_step"] for row in rows]
+    part_names = [name for name in rows[-1] if name.startswith("runtime/") and name != "runtime/train_step"]
     print(
         json.dumps(
             {
-                "reader": given.reader,
-                "seconds_per_step": statistics.median(steps),
-                "steps": steps,
-                **{name: statistics.median(line.get(name, 0.0) for line in lines) for name in parts},
+                "reader": args.reader,
+                "seconds_per_step": statistics.median(step_seconds),
+                "steps": step_seconds,
+                **{name: statistics.median(row.get(name, 0.0) for row in rows) for name in part_names},
                 "compile_seconds": sum(float(seconds) for _, seconds in compiled),
                 "programs": len(compiled),
                 "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Score MMLU predictions: the published accuracy table, from the prediction file of one run or of one run a domain.
+"""Score MMLU predictions: the published accuracy table, from the prediction file of one run or of one run per domain.
 
     evaluate_mmlu_predictions.py --predictions_path runs/demo/mmlu-step-1.jsonl --gold_path mmlu.jsonl
 
-`Acc` takes the highest logit of the question as it was asked; `Debias Acc` the option with the highest probability over
-all permutations of its options. Both are micro averages: every question of a category counts the same.
+`Acc` scores the option with the highest logit in the original order of the options; `Debias Acc` the option with the
+highest mean probability over all permutations. Both are micro averages: every question of a category counts the same.
 """
 
 import argparse
@@ -42,45 +42,45 @@ CATEGORIES = {
     ),
 }
 DOMAINS = frozenset(domain for domains in CATEGORIES.values() for domain in domains)
-SPLITS = {"test": ("test",), "val": ("val", "valid"), "valid": ("valid", "val")}  # two names of one split
+SPLITS = {"test": ("test",), "val": ("val", "valid"), "valid": ("valid", "val")}  # --split: its spellings in file names
 SUFFIXES = ("_test", "_valid", "_val", "_dev")
 
-Key = tuple[str, str, tuple[tuple[str, str], ...]]  # domain, question, options: what makes two questions the same
+QuestionKey = tuple[str, str, tuple[tuple[str, str], ...]]  # (domain, question, sorted options) identify a question
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
     """One line of the gold file."""
 
-    key: Key
+    key: QuestionKey
     answer: str
     line: int
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderOutput:
-    """The option chosen for one question: from its original form alone, and from all permutations."""
+class Prediction:
+    """The options predicted for a question: from its original order of options, and averaged over all permutations."""
 
-    key: Key
+    key: QuestionKey
     original: str
     debiased: str
 
 
 @dataclasses.dataclass
-class Row:
-    """Counts of one line of the table."""
+class Counts:
+    """Numbers of questions and of correct answers: one line of the table."""
 
     questions: int = 0
     correct: int = 0
     debiased_correct: int = 0
 
-    def add(self, question: Question, prediction: DecoderOutput) -> None:
+    def add(self, question: Question, prediction: Prediction) -> None:
         self.questions += 1
         self.correct += prediction.original == question.answer
         self.debiased_correct += prediction.debiased == question.answer
 
     def report(self) -> dict[str, Any]:
-        """Accuracies in percent with their 95 % intervals; None where there is no question to divide by."""
+        """Returns the accuracies in percent with their 95 % intervals; None if there are no questions."""
         return {
             "questions": self.questions,
             "accuracy": 100 * self.correct / self.questions if self.questions else None,
@@ -91,13 +91,13 @@ class Row:
 
 
 def fail(message: str) -> NoReturn:
-    """End with status 2 and one line."""
+    """Prints one line to stderr and exits with status 2."""
     print(f"evaluate_mmlu_predictions: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def wilson(correct: int, questions: int, z: float = 1.959963984540054) -> tuple[float, float] | None:
-    """Wilson's score interval of a proportion, in percent; `z` is the normal quantile of 97.5 %."""
+    """Wilson score interval of a proportion, in percent; `z` is the 97.5 % quantile of the normal distribution."""
     if questions == 0:
         return None
     rate, spread = correct / questions, z * z / questions
@@ -108,8 +108,8 @@ def wilson(correct: int, questions: int, z: float = 1.959963984540054) -> tuple[
     return low, high
 
 
-def rows(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each object of a jsonl file with its line number; blank lines are passed over."""
+def read_rows(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, object) of a jsonl file and skips blank lines; errors end the program and name `remedy`."""
     try:
         with path.open("rb") as file:
             for line, text in enumerate(file, start=1):
@@ -126,8 +126,8 @@ def rows(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
         fail(f"{path}: {error.strerror}; {remedy}")
 
 
-def question_key(row: Mapping[str, Any]) -> Key:
-    """The identity of a question; raises KeyError, TypeError or ValueError if `row` is none."""
+def question_key(row: Mapping[str, Any]) -> QuestionKey:
+    """Returns the key of the question in `row`; raises KeyError, TypeError or ValueError if `row` holds no question."""
     question, options, domain = row["question"], row["options"], row["dataset"]
     if not isinstance(question, str) or not isinstance(domain, str):
         raise TypeError("`question` and `dataset` are not both strings")
@@ -140,15 +140,15 @@ def question_key(row: Mapping[str, Any]) -> Key:
     return domain, question, tuple(sorted((letter, str(text)) for letter, text in options.items()))
 
 
-def problem(error: Exception) -> str:
+def describe(error: Exception) -> str:
     return f"no field {error}" if isinstance(error, KeyError) else str(error)
 
 
 def read_gold(path: Path) -> list[Question]:
-    """The questions to score, in file order."""
+    """Reads the questions to score, in file order."""
     remedy = "--gold_path wants a jsonl file of MMLU questions, the one that was evaluated"
     questions = []
-    for line, row in rows(path, remedy):
+    for line, row in read_rows(path, remedy):
         try:
             key, answer = question_key(row), row["answer"]
             if answer not in row["options"]:
@@ -156,19 +156,19 @@ def read_gold(path: Path) -> list[Question]:
             if key[0] not in DOMAINS:
                 raise ValueError(f"the dataset {row['dataset']!r} is none of MMLU's 57 domains")
         except (KeyError, TypeError, ValueError) as error:
-            fail(f"{path}:{line}: {problem(error)}; {remedy}")
+            fail(f"{path}:{line}: {describe(error)}; {remedy}")
         questions.append(Question(key, answer, line))
     if not questions:
         fail(f"{path}: no question in it; {remedy}")
     return questions
 
 
-def read_prediction(row: Mapping[str, Any]) -> DecoderOutput:
-    """One row of a prediction file; raises KeyError, TypeError or ValueError if it is none."""
+def read_prediction(row: Mapping[str, Any]) -> Prediction:
+    """Parses one row of a prediction file; raises KeyError, TypeError or ValueError if it is malformed."""
     key = question_key(row["metadata"])
-    # Reference: its older prediction files misspell the field.
+    # Reference: older prediction files misspell the field.
     permutations = row["permuatations"] if "permuatations" in row else row["permutations"]
-    # Two equal option texts make a permutation look like the original: the first one is it.
+    # Two equal option texts mark a second permutation as original; the first one marked is the original.
     original = next((p for p in permutations if p["metadata"]["is_original"]), None)
     if original is None:
         raise ValueError("no permutation with `is_original`")
@@ -177,25 +177,25 @@ def read_prediction(row: Mapping[str, Any]) -> DecoderOutput:
         raise ValueError(f"`choice_logits` {logits} cannot be compared")
     if not isinstance(debiased, str):
         raise TypeError("`generation` is not a letter")
-    return DecoderOutput(key, max(logits, key=logits.__getitem__), debiased)
+    return Prediction(key, max(logits, key=logits.__getitem__), debiased)
 
 
-def read_predictions(paths: Sequence[Path]) -> dict[Key, list[DecoderOutput]]:
-    """The predictions for each question, in file order: a question asked twice has two."""
+def read_predictions(paths: Sequence[Path]) -> dict[QuestionKey, list[Prediction]]:
+    """Reads the predictions of each question, in file order; a question that was asked twice has two."""
     remedy = "evaluate again with --task multiple_choice --write_results"
     predictions = collections.defaultdict(list)
     for path in paths:
-        for line, row in rows(path, remedy):
+        for line, row in read_rows(path, remedy):
             try:
                 prediction = read_prediction(row)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                fail(f"{path}:{line}: {problem(error)}; {remedy}")
+                fail(f"{path}:{line}: {describe(error)}; {remedy}")
             predictions[prediction.key].append(prediction)
     return predictions
 
 
 def domain_files(folder: Path, domains: Sequence[str], step: int, split: str) -> tuple[list[Path], list[str]]:
-    """`{folder}/{domain}/{domain}.{split}-step-{step}.jsonl` for each domain, and the domains that have none."""
+    """Returns the files {folder}/{domain}/{domain}.{split}-step-{step}.jsonl that exist, and the domains with none."""
     found, missing = [], []
     for domain in domains:
         names = (folder / domain / f"{domain}.{name}-step-{step}.jsonl" for name in SPLITS[split])
@@ -208,7 +208,7 @@ def domain_files(folder: Path, domains: Sequence[str], step: int, split: str) ->
 
 
 def find_files(folder: Path, domains: Sequence[str], step: int, split: str | None) -> tuple[list[Path], str]:
-    """The prediction file of each domain, and their split: the one whose files exist, unless it is given."""
+    """Returns the prediction file of each domain and the split: `split`, or else the only one whose files all exist."""
     choices = {name: domain_files(folder, domains, step, name) for name in ([split] if split else ["val", "test"])}
     complete = [name for name, (_, missing) in choices.items() if not missing]
     if len(complete) > 1:
@@ -225,56 +225,62 @@ def find_files(folder: Path, domains: Sequence[str], step: int, split: str | Non
 
 
 def score(
-    questions: Sequence[Question], predictions: Mapping[Key, Sequence[DecoderOutput]], gold_path: Path, source: Path
-) -> dict[str, Row]:
-    """The counts of each domain that has questions.
+    questions: Sequence[Question],
+    predictions: Mapping[QuestionKey, Sequence[Prediction]],
+    gold_path: Path,
+    predictions_path: Path,
+) -> dict[str, Counts]:
+    """Counts the questions and correct answers of each domain that has questions.
 
-    A question that stands twice in a domain takes the predictions in file order; if they run out, the last one again.
+    A question that occurs twice in a domain takes its predictions in file order, then the last one again.
     """
     unanswered = [question.line for question in questions if question.key not in predictions]
     if unanswered:
         more = f" (nor for {len(unanswered) - 1} more)" if len(unanswered) > 1 else ""
         fail(
-            f"{gold_path}:{unanswered[0]}: no prediction for this question{more} in {source}; "
+            f"{gold_path}:{unanswered[0]}: no prediction for this question{more} in {predictions_path}; "
             "give the --gold_path that was evaluated, or evaluate it to its end"
         )
-    domains: dict[str, Row] = collections.defaultdict(Row)
-    seen: collections.Counter[Key] = collections.Counter()
+    counts_by_domain: dict[str, Counts] = collections.defaultdict(Counts)
+    occurrences: collections.Counter[QuestionKey] = collections.Counter()
     for question in questions:
         candidates = predictions[question.key]
-        domains[question.key[0]].add(question, candidates[min(seen[question.key], len(candidates) - 1)])
-        seen[question.key] += 1
-    return domains
+        counts_by_domain[question.key[0]].add(question, candidates[min(occurrences[question.key], len(candidates) - 1)])
+        occurrences[question.key] += 1
+    return counts_by_domain
 
 
-def summarize(domains: Mapping[str, Row]) -> dict[str, Row]:
-    """The rows of the table: four categories, then all."""
-    table = {category: Row() for category in (*CATEGORIES, "all")}
+def summarize(counts_by_domain: Mapping[str, Counts]) -> dict[str, Counts]:
+    """Sums the domains into the lines of the table: four categories, then all."""
+    table = {category: Counts() for category in (*CATEGORIES, "all")}
     for category, members in CATEGORIES.items():
-        for row in (domains[domain] for domain in members if domain in domains):
+        for counts in (counts_by_domain[domain] for domain in members if domain in counts_by_domain):
             for total in (table[category], table["all"]):
-                total.questions += row.questions
-                total.correct += row.correct
-                total.debiased_correct += row.debiased_correct
+                total.questions += counts.questions
+                total.correct += counts.correct
+                total.debiased_correct += counts.debiased_correct
     return table
 
 
-def format_table(table: Mapping[str, Row], details: bool) -> str:
-    """The published table; `details` adds the number of questions and both intervals."""
+def format_table(table: Mapping[str, Counts], details: bool) -> str:
+    """Formats the published table; `details` adds the number of questions and both 95 % intervals."""
     header = ["category", "Acc(%)", "Debias Acc(%)"]
     lines = [header + ["questions", "Acc 95%", "Debias Acc 95%"] * details]
-    for category, row in table.items():
-        report = row.report()
-        cells = [category, number(report["accuracy"]), number(report["debiased_accuracy"])]
+    for category, counts in table.items():
+        report = counts.report()
+        cells = [category, format_percent(report["accuracy"]), format_percent(report["debiased_accuracy"])]
         if details:
             intervals = (report["accuracy_interval"], report["debiased_accuracy_interval"])
-            cells += [str(row.questions), *(f"{number(i[0])}-{number(i[1])}" if i else "-" for i in intervals)]
+            cells += [
+                str(counts.questions),
+                *(f"{format_percent(i[0])}-{format_percent(i[1])}" if i else "-" for i in intervals),
+            ]
         lines.append(cells)
     text = ["\t".join(f"{cell:>15}" for cell in cells) for cells in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
-def number(percent: float | None) -> str:
+def format_percent(percent: float | None) -> str:
     return "-" if percent is None else f"{percent:.2f}"
 
 
@@ -306,8 +312,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "gold_path": str(args.gold_path),
             "step": args.step if split else None,
             "split": split,
-            "categories": {name: row.report() for name, row in table.items()},
-            "domains": {name: row.report() for name, row in sorted(scores.items())},
+            "categories": {name: counts.report() for name, counts in table.items()},
+            "domains": {name: counts.report() for name, counts in sorted(scores.items())},
         }
         print(json.dumps(everything, indent=1))
     else:

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Several processes on this machine, as if each were a host; their lines are numbered, and each has its share of the GPUs.
+# Starts N processes of a command on this machine, as if each were a host: each has its share of the GPUs, and each line of
+# output begins with the number of its process.
 #   launch/local.sh -n 2 -- atlas train --task qa ...
 #   ATLAS="launch/local.sh -n 2 -- atlas" launch/mmlu/full.sh
-# Its status is that of the process that fails first; the others then have five seconds to say why they end. Signals go to
-# all, which may then take their time to save. PORT=12345 chooses the port, DRY_RUN=1 prints the commands. The GPUs are those
-# of CUDA_VISIBLE_DEVICES, else all that `nvidia-smi` lists; with JAX_PLATFORMS=cpu none.
+# The exit status is that of the first process that fails; the others are killed five seconds later, so that they can log why
+# they end. Signals are forwarded to all processes, which then may take as long as they need to save. PORT=12345 sets the port
+# of the coordinator, DRY_RUN=1 prints the commands. The GPUs are those of CUDA_VISIBLE_DEVICES, else all that `nvidia-smi`
+# lists; with JAX_PLATFORMS=cpu none.
 set -euo pipefail
 
 usage="usage: launch/local.sh -n N -- COMMAND..."
@@ -14,7 +16,7 @@ shift 3
 PORT=${PORT:-$(python3 -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
 gpus=()
-if [[ "${CUDA_VISIBLE_DEVICES:-}" != -1 && "${JAX_PLATFORMS:-}" != cpu* ]]; then # -1 is none too
+if [[ "${CUDA_VISIBLE_DEVICES:-}" != -1 && "${JAX_PLATFORMS:-}" != cpu* ]]; then # -1 hides all GPUs, as an empty list does
   if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
     IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
   else
@@ -28,7 +30,7 @@ if [ $((${#gpus[@]} % count)) -ne 0 ]; then
 fi
 each=$((${#gpus[@]} / count))
 
-run() { # of all processes, the one with this number
+run() { # starts, or prints, process number $i
   local command=("$@" --coordinator "127.0.0.1:$PORT" --num_processes "$count" --process_id "$i") IFS=,
   [ "$each" = 0 ] || command=(env CUDA_VISIBLE_DEVICES="${gpus[*]:i*each:each}" "${command[@]}")
   if [ -n "${DRY_RUN:-}" ]; then
@@ -40,7 +42,7 @@ run() { # of all processes, the one with this number
 }
 
 pids=()
-set -m # each in a process group of its own, so that a Ctrl-C comes to it once, from here
+set -m # each process has its own process group: Ctrl-C reaches it only once, forwarded by the trap below
 for ((i = 0; i < count; i++)); do
   if [ -n "${DRY_RUN:-}" ]; then
     run "$@"
@@ -50,14 +52,14 @@ for ((i = 0; i < count; i++)); do
   fi
 done
 set +m
-told=
+signalled= # set when a signal has been forwarded
 for signal in INT TERM USR1 HUP; do
-  # shellcheck disable=SC2064 # the signal of now
-  trap "told=1; kill -$signal \"\${pids[@]}\" 2>/dev/null || true" $signal
+  # shellcheck disable=SC2064 # $signal is to be expanded now
+  trap "signalled=1; kill -$signal \"\${pids[@]}\" 2>/dev/null || true" $signal
 done
 
 status=0
-end=
+end= # time, in seconds of this shell, at which the remaining processes are killed
 while [ ${#pids[@]} -gt 0 ]; do
   for i in "${!pids[@]}"; do
     kill -0 "${pids[i]}" 2>/dev/null && continue
@@ -69,11 +71,11 @@ while [ ${#pids[@]} -gt 0 ]; do
       end=$((SECONDS + ${GRACE:-5}))
     fi
   done
-  if [ -n "$end" ] && [ -z "$told" ] && [ "$SECONDS" -ge "$end" ]; then
+  if [ -n "$end" ] && [ -z "$signalled" ] && [ "$SECONDS" -ge "$end" ]; then
     kill -KILL "${pids[@]}" 2>/dev/null || true
   fi
   sleep 0.1 &
-  wait $! || true # a signal ends it
+  wait $! || true # a signal interrupts `wait`
 done
-wait # for the last lines
+wait # for the `sed` processes to write the last lines
 exit "$status"

@@ -7,7 +7,7 @@
 makes $DATA_DIR/corpora/wiki/enwiki-dec2018/{text-list-100-sec,infobox}.jsonl.
 """
 
-from published import Catalogue, exit_while_compiling, main
+from published import Catalogue, exit_without_joining_threads, main
 
 CATALOGUE = Catalogue(
     kind="corpus",
@@ -19,12 +19,12 @@ CATALOGUE = Catalogue(
         "corpora/wiki/enwiki-dec2021": "Wikipedia of December 2021",
     },
     patterns=("text-list-100-sec.jsonl", "infobox.jsonl"),
-    shards=1,
-    then="""\
+    num_shards=1,
+    next_steps="""\
 Next, in atlas evaluate or atlas train, which embed the passages first (--save_index_path DIR keeps the index):
     --passages {folder}/text-list-100-sec.jsonl {folder}/infobox.jsonl
 """,
 )
 
 if __name__ == "__main__":
-    exit_while_compiling(main(CATALOGUE, __doc__))
+    exit_without_joining_threads(main(CATALOGUE, __doc__))

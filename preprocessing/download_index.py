@@ -7,7 +7,7 @@
 makes $DATA_DIR/indices/atlas/wiki/xxl/{embeddings,passages}.N.pt, N from 0 to 127, where launch/mmlu/*.sh look for it.
 """
 
-from published import Catalogue, exit_while_compiling, main
+from published import Catalogue, exit_without_joining_threads, main
 
 CATALOGUE = Catalogue(
     kind="index",
@@ -22,12 +22,12 @@ CATALOGUE = Catalogue(
         "indices/atlas_nq/wiki/base": "wiki-dec2018 for models/atlas_nq/base",
     },
     patterns=("passages.{}.pt", "embeddings.{}.pt"),
-    shards=128,
-    then="""\
+    num_shards=128,
+    next_steps="""\
 Next, in atlas evaluate or atlas train, with the model whose retriever built it:
     --load_index_path {folder} --model_path {output}/models/{family}/{size}
 """,
 )
 
 if __name__ == "__main__":
-    exit_while_compiling(main(CATALOGUE, __doc__))
+    exit_without_joining_threads(main(CATALOGUE, __doc__))

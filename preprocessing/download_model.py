@@ -7,7 +7,7 @@
 makes $DATA_DIR/models/atlas/xxl/model.pth.tar, where launch/mmlu/*.sh look for it.
 """
 
-from published import Catalogue, exit_while_compiling, main
+from published import Catalogue, exit_without_joining_threads, main
 
 CATALOGUE = Catalogue(
     kind="model",
@@ -22,8 +22,8 @@ CATALOGUE = Catalogue(
         "models/atlas_nq/base": "Atlas base, finetuned on Natural Questions",
     },
     patterns=("model.pth.tar",),
-    shards=1,
-    then="""\
+    num_shards=1,
+    next_steps="""\
 Next, in atlas evaluate or atlas train:
     --model_path {folder} --reader_model_type google/t5-{size}-lm-adapt
 or convert it once, and neither PyTorch's file nor the tokenizers are needed later:
@@ -32,4 +32,4 @@ or convert it once, and neither PyTorch's file nor the tokenizers are needed lat
 )
 
 if __name__ == "__main__":
-    exit_while_compiling(main(CATALOGUE, __doc__))
+    exit_without_joining_threads(main(CATALOGUE, __doc__))

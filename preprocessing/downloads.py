@@ -1,9 +1,9 @@
-"""Files from an HTTP server, each whole or not there.
+"""Resumable HTTP downloads with an atomic rename: a target file is complete or absent.
 
-A file grows in a hidden sibling, `.{name}.{version}.part`, and gets its name once every byte is there and on the disk.
-Whatever stops it, no byte comes twice: the next attempt asks for the rest, and takes it if the answer is about the same
-version of the file (its size, and its ETag or else its date). A server that has another version by now, or cannot send
-a rest, starts the file again.
+The bytes go to a hidden file beside the target, `.{name}.{version}.part`, which is fsynced and renamed when it is
+complete. An interrupted download sends no byte twice: the next attempt requests the remaining range, and appends it if
+the response is about the same version of the file (the same size, and the same ETag or else the same Last-Modified). If
+the server has another version by then, or does not support ranges, the file starts again from its first byte.
 """
 
 import contextlib
@@ -31,51 +31,55 @@ from atlas_jax.errors import UserError
 from atlas_jax.storage.files import fsync
 
 CHUNK = 1 << 20
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between attempts: doubled after each, up to the longest
-SECONDS_TO_END = 1.0  # what threads have when all shall end
-BUSY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE}
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between attempts: doubled after each failure, up to LONGEST_WAIT
+SHUTDOWN_SECONDS = 1.0  # how long running threads may take to see `stop`
+RETRY_STATUSES = {
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+}
 
 T = TypeVar("T")
 R = TypeVar("R")
-More = Callable[[int], object]  # hears of each byte that came, and of those thrown away as a negative number
+Advance = Callable[[int], object]  # called with the number of bytes received; negative for bytes that are discarded
 
 
 class FileError(UserError):
-    """One file cannot be had; others perhaps can."""
+    """An error of one file; other files may still be downloaded."""
 
 
-class Temporary(Exception):
-    """What another attempt may mend, after `wait` seconds at least."""
+class RetryableError(Exception):
+    """A failure that may pass: try again after at least `wait` seconds."""
 
     def __init__(self, what: object, *, status: int = 0, wait: float = 0.0):
         super().__init__(str(what) or type(what).__name__)
         self.status, self.wait = status, wait
 
 
-class Unreachable(Temporary):
-    """No server answers."""
+class ServerUnreachable(RetryableError):
+    """The server answered before and cannot be reached now."""
 
 
 class Stopped(Exception):
-    """The work was ended from another thread."""
+    """Another thread set the `stop` event."""
 
 
-class Entry(NamedTuple):
-    """What a file must be."""
+class ManifestEntry(NamedTuple):
+    """Size in bytes and SHA-256 of a complete file, as manifest.json holds them."""
 
     size: int
     sha256: str
 
 
 class Version(NamedTuple):
-    """What a server says that a file is."""
+    """The version of a file on the server: its size in bytes, and its ETag or else its Last-Modified date."""
 
     size: int
     tag: str
 
     @classmethod
-    def of(cls, response: http.client.HTTPResponse) -> "Version":
-        """That of the whole file, also where the answer holds a part of it."""
+    def from_response(cls, response: http.client.HTTPResponse) -> "Version":
+        """Reads the version of the whole file, also from a response that holds only a range of it."""
         headers = response.headers
         size = headers.get("Content-Length", "")
         if response.status == HTTPStatus.PARTIAL_CONTENT:
@@ -86,12 +90,12 @@ class Version(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Short enough for a file name."""
+        """Eight hex digits of a hash of the version, for the name of the part file."""
         return hashlib.sha256(f"{self.size} {self.tag}".encode()).hexdigest()[:8]
 
 
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """They stay with http(s) and never leave https; HEAD stays HEAD, which before Python 3.13 became GET."""
+class SafeRedirectHandler(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http(s), but never from https to http; HEAD stays HEAD (Python before 3.13 sent GET)."""
 
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> Any:
         scheme = urllib.parse.urlsplit(newurl).scheme
@@ -104,18 +108,18 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return new
 
 
-class Server:
-    """The files below one address, asked for with patience. Threads share it; `stop` ends their waiting."""
+class HttpClient:
+    """HTTP client for the files below one address, with retries. Threads share one; setting `stop` ends their waits."""
 
     def __init__(self, base_url: str, timeout: float, retries: int):
         self.base_url, self.timeout, self.retries = base_url.rstrip("/"), timeout, retries
         self.stop = threading.Event()
         self._has_answered = False
-        self._opener = urllib.request.build_opener(Redirects)
+        self._opener = urllib.request.build_opener(SafeRedirectHandler)
         self._opener.addheaders = [("User-Agent", "atlas-jax")]
 
     def open(self, path: str, *, method: str = "GET", start: int = 0) -> http.client.HTTPResponse:
-        """The whole file or, if the server can, what follows its first `start` bytes."""
+        """Requests a file or, if the server supports ranges, the bytes from `start` on."""
         url = f"{self.base_url}/{path}"
         headers = {"Range": f"bytes={start}-"} if start else {}
         try:
@@ -125,52 +129,53 @@ class Server:
             self._has_answered = True
             error.close()
             what = f"HTTP {error.code} {str(error.reason).partition(chr(10))[0]}"
-            if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR or error.code in BUSY:
-                raise Temporary(what, status=error.code, wait=retry_after(error.headers)) from None
+            if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR or error.code in RETRY_STATUSES:
+                raise RetryableError(what, status=error.code, wait=retry_after(error.headers)) from None
             raise FileError(f"{url}: {what}; check --base_url, it may be no mirror of all files") from None
         except urllib.error.URLError as error:
             if self._has_answered:
-                raise Unreachable(error.reason) from None
+                raise ServerUnreachable(error.reason) from None
             raise UserError(
                 f"{self.base_url}: cannot be reached ({error.reason}); if this machine is offline, download on another "
                 "and copy the folder; behind a proxy set https_proxy; a mirror is named with --base_url"
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            raise Temporary(error) from None
+            raise RetryableError(error) from None
         self._has_answered = True
         return response
 
     def head(self, path: str) -> Version:
-        """What the server says of a file, without the file."""
+        """Returns the version of a file on the server, by a HEAD request."""
 
         def attempt() -> Version:
             with self.open(path, method="HEAD") as response:
-                return Version.of(response)
+                return Version.from_response(response)
 
-        return self.insist(path, attempt)
+        return self.retry(path, attempt)
 
-    def insist(self, path: str, attempt: Callable[[], T], reached: Callable[[], int] = lambda: 0) -> T:
-        """Tries until it works, or has failed `retries` times more without getting further than ever before."""
-        failures, furthest = 0, reached()
+    def retry(self, path: str, attempt: Callable[[], T], bytes_received: Callable[[], int] = lambda: 0) -> T:
+        """Calls `attempt` until it succeeds, or until `retries` retries in a row get no further than those before."""
+        failures, furthest = 0, bytes_received()
         while True:
             try:
                 return attempt()
-            except Temporary as error:
-                failures = 1 if reached() > furthest else failures + 1
-                furthest = max(reached(), furthest)
+            except RetryableError as error:
+                failures = 1 if bytes_received() > furthest else failures + 1
+                furthest = max(bytes_received(), furthest)
                 if failures > self.retries:
-                    kind = UserError if isinstance(error, Unreachable) else FileError  # the others would fail as well
+                    # Without a server the other files would fail as well: a UserError ends them too.
+                    kind = UserError if isinstance(error, ServerUnreachable) else FileError
                     remedy = f"gave up (--retries {self.retries}), the same command goes on from there"
                     raise kind(f"{path}: {error}; {remedy}") from None
                 backoff = min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
                 seconds = max(backoff, error.wait)
-                say(f"{path}: {error}; retry {failures} of {self.retries} in {seconds:.0f} s")
+                log_line(f"{path}: {error}; retry {failures} of {self.retries} in {seconds:.0f} s")
                 if self.stop.wait(seconds):
                     raise Stopped from None
 
 
 def retry_after(headers: Message) -> float:
-    """How many seconds a server asks to wait; it gives the number or a date."""
+    """Seconds to wait by the header Retry-After, a number or a date; 0 without a valid one."""
     text = headers.get("Retry-After", "")
     if text.isdecimal():
         return float(text)
@@ -180,20 +185,20 @@ def retry_after(headers: Message) -> float:
         return 0.0
 
 
-def part_of(target: Path) -> Path | None:
-    """What an earlier attempt left of a file."""
+def find_part(target: Path) -> Path | None:
+    """Returns the part file that an earlier attempt left beside `target`, if any."""
     return next(target.parent.glob(f".{target.name}.*.part"), None)
 
 
-class Part:
-    """The beginning of a file: how many bytes of which version, and their hash."""
+class PartFile:
+    """The part file of a download: the first `size` bytes of one version of the file, and their SHA-256."""
 
-    def __init__(self, target: Path, version: Version, stop: threading.Event, more: More):
-        self._target, self._more = target, more
-        self._path = part_of(target) or self._name(version)
+    def __init__(self, target: Path, version: Version, stop: threading.Event, advance: Advance):
+        self._target, self._advance = target, advance
+        self._path = find_part(target) or self._name(version)
         self._path.touch()
         self.size, self._hash = 0, hashlib.sha256()
-        for chunk in chunks(self._path, stop):
+        for chunk in read_chunks(self._path, stop):
             self._hash.update(chunk)
             self.size += len(chunk)
         self._file = self._path.open("ab")
@@ -201,32 +206,32 @@ class Part:
     def _name(self, version: Version) -> Path:
         return self._target.with_name(f".{self._target.name}.{version.key}.part")
 
-    def is_of(self, version: Version) -> bool:
-        """Whether the bytes are the beginning of this version."""
+    def belongs_to(self, version: Version) -> bool:
+        """Tells whether the bytes are the beginning of this version."""
         return self._path == self._name(version)
 
     def write(self, chunk: bytes) -> None:
-        """Once this returns, the bytes survive a kill."""
+        """Appends bytes; once it returns, they survive a kill of the process (not a power cut)."""
         self._file.write(chunk)
         self._file.flush()
         self._hash.update(chunk)
         self.size += len(chunk)
-        self._more(len(chunk))
+        self._advance(len(chunk))
 
     def restart(self, version: Version) -> None:
-        """Begins again, with this version."""
+        """Discards all bytes and starts a part file of `version`."""
         self.discard()
         self._path = self._name(version)
         self._file = self._path.open("ab")
 
     def discard(self) -> None:
-        self._more(-self.size)
+        self._advance(-self.size)
         self.size, self._hash = 0, hashlib.sha256()
         self.close()
 
-    def finish(self, sha256: str | None) -> Entry:
-        """It becomes the file, unless that is known to have another hash."""
-        entry = Entry(self.size, self._hash.hexdigest())
+    def finish(self, sha256: str | None) -> ManifestEntry:
+        """Syncs the part file and renames it to the target; discards it, `FileError`, if its hash is not `sha256`."""
+        entry = ManifestEntry(self.size, self._hash.hexdigest())
         if sha256 not in (None, entry.sha256):
             self.discard()
             raise FileError(
@@ -239,35 +244,37 @@ class Part:
         return entry
 
     def close(self) -> None:
-        """Bytes stay for the next start; without any, nothing does."""
+        """Closes the part file: kept for the next attempt if it has bytes, deleted if it is empty."""
         self._file.close()
         if not self.size:
             self._path.unlink(missing_ok=True)
 
 
-def fetch(server: Server, path: str, target: Path, version: Version, sha256: str | None, more: More) -> Entry:
-    """Downloads what `server.head` said is of this version; with `sha256`, nothing else is accepted."""
+def fetch(
+    client: HttpClient, path: str, target: Path, version: Version, sha256: str | None, advance: Advance
+) -> ManifestEntry:
+    """Downloads `path` to `target`; `version` comes from `client.head`. `FileError` if the hash is not `sha256`."""
 
     def attempt() -> None:
         nonlocal version
-        if part.is_of(version) and part.size == version.size:
+        if part.belongs_to(version) and part.size == version.size:
             return
         try:
-            response = server.open(path, start=part.size)
-        except Temporary as error:
+            response = client.open(path, start=part.size)
+        except RetryableError as error:
             if error.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 part.restart(version)
             raise
         with response:
-            sent = Version.of(response)
-            if sent.size != version.size and sent.size != (version := server.head(path)).size:
-                raise Temporary(f"the server announces {version.size:,} bytes and sends {sent.size:,}")
+            sent = Version.from_response(response)
+            if sent.size != version.size and sent.size != (version := client.head(path)).size:
+                raise RetryableError(f"the server announces {version.size:,} bytes and sends {sent.size:,}")
             version = sent
             if response.status != HTTPStatus.PARTIAL_CONTENT:
                 part.restart(sent)
-            elif not part.is_of(sent) or not response.headers["Content-Range"].startswith(f"bytes {part.size}-"):
+            elif not part.belongs_to(sent) or not response.headers["Content-Range"].startswith(f"bytes {part.size}-"):
                 part.restart(sent)
-                raise Temporary("the server has another version by now")
+                raise RetryableError("the server has another version by now")
             receive(response)
 
     def receive(response: http.client.HTTPResponse) -> None:
@@ -275,22 +282,25 @@ def fetch(server: Server, path: str, target: Path, version: Version, sha256: str
             try:
                 chunk = response.read1(min(CHUNK, version.size - part.size))
             except (OSError, http.client.HTTPException) as error:
-                raise Temporary(f"{error} after {part.size:,} of {version.size:,} bytes") from None
-            if server.stop.is_set():
+                raise RetryableError(f"{error} after {part.size:,} of {version.size:,} bytes") from None
+            if client.stop.is_set():
                 raise Stopped
             if not chunk:
-                raise Temporary(f"the connection broke after {part.size:,} of {version.size:,} bytes")
+                raise RetryableError(f"the connection broke after {part.size:,} of {version.size:,} bytes")
             part.write(chunk)
 
-    with contextlib.closing(Part(target, version, server.stop, more)) as part:
-        server.insist(path, attempt, lambda: part.size)
+    with contextlib.closing(PartFile(target, version, client.stop, advance)) as part:
+        client.retry(path, attempt, lambda: part.size)
         return part.finish(sha256)
 
 
 def in_parallel(
     work: Callable[[T], R], items: Iterable[T], jobs: int, stop: threading.Event
 ) -> tuple[dict[T, R], list[FileError]]:
-    """What `work` makes of each item, and where it cannot. Any other error, and Ctrl-C, ends the work on all."""
+    """Maps `work` over `items` in threads; returns the results by item, and the `FileError`s of the other items.
+
+    Any other exception, Ctrl-C included, sets `stop` and is raised.
+    """
     results, errors = {}, []
     pool = ThreadPoolExecutor(jobs)
     futures = {pool.submit(work, item): item for item in items}
@@ -303,14 +313,14 @@ def in_parallel(
     except BaseException:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        wait([future for future in futures if future.running()], SECONDS_TO_END)
+        wait([future for future in futures if future.running()], SHUTDOWN_SECONDS)
         raise
     pool.shutdown()
     return results, errors
 
 
-def chunks(path: Path, stop: threading.Event) -> Iterator[bytes]:
-    """The content of a file, until `stop`."""
+def read_chunks(path: Path, stop: threading.Event) -> Iterator[bytes]:
+    """Yields the content of a file in chunks; raises `Stopped` once `stop` is set."""
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             if stop.is_set():
@@ -318,6 +328,6 @@ def chunks(path: Path, stop: threading.Event) -> Iterator[bytes]:
             yield chunk
 
 
-def say(text: str) -> None:
-    """A line on stderr, above the bar."""
+def log_line(text: str) -> None:
+    """Writes a line with the time to stderr, above a progress bar."""
     tqdm.write(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr)

@@ -6,7 +6,7 @@
 
 `passages.jsonl`: passages drawn evenly over Wikipedia's topics. `mmlu.jsonl`: two test questions from each of MMLU's 57
 domains. `reader/`, `retriever/`: configuration and tokenizer. `model/`: a checkpoint with tiny random weights for both.
-What the files are and whose, `README.md` beside them says; it is written by hand.
+The content and license of the files are in `README.md` beside them, which is written by hand.
 """
 
 import argparse
@@ -24,22 +24,22 @@ from typing import Any
 
 PASSAGE_FIELDS = ("id", "title", "section", "text")
 LETTERS = "ABCD"
-TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")  # all that AutoTokenizer reads
+TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")  # the only files that AutoTokenizer reads
 
 
 def even_shares(available: Mapping[str, int], total: int) -> dict[str, int]:
-    """How many to draw of each kind: `total` in all, each the same as far as there are so many."""
+    """Returns how many to draw of each kind: `total` in all, spread evenly, and at most `available` of a kind."""
     if sum(available.values()) < total:
         raise ValueError(f"{total} are wanted and {sum(available.values())} there")
-    shares, left = {}, total
-    for done, (kind, count) in enumerate(sorted(available.items(), key=lambda item: (item[1], item[0]))):
-        shares[kind] = min(count, left // (len(available) - done))
-        left -= shares[kind]
+    shares, remaining = {}, total
+    for i, (kind, count) in enumerate(sorted(available.items(), key=lambda item: (item[1], item[0]))):
+        shares[kind] = min(count, remaining // (len(available) - i))
+        remaining -= shares[kind]
     return shares
 
 
 def sample_passages(path: Path, count: int, seed: int) -> list[dict[str, str]]:
-    """`count` passages, spread evenly over the topics, in the order of the file."""
+    """Draws `count` passages, spread evenly over the topics; returns them in file order."""
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     topics: dict[str, list[int]] = collections.defaultdict(list)
@@ -51,8 +51,8 @@ def sample_passages(path: Path, count: int, seed: int) -> list[dict[str, str]]:
     return [{field: rows[number][field] for field in PASSAGE_FIELDS} for number in chosen]
 
 
-def sample_questions(archive: Path, count: int, longest: int, seed: int) -> list[dict[str, Any]]:
-    """`count` test questions of each domain: four distinct options, and with them at most `longest` characters."""
+def sample_questions(archive: Path, count: int, max_characters: int, seed: int) -> list[dict[str, Any]]:
+    """Draws `count` test questions per domain, among those with four distinct options and at most `max_characters`."""
     rng = random.Random(seed)
     sample = []
     with tarfile.open(archive) as tar:
@@ -61,8 +61,8 @@ def sample_questions(archive: Path, count: int, longest: int, seed: int) -> list
             file = tar.extractfile(members[path])
             assert file is not None
             rows = list(csv.reader(io.TextIOWrapper(file, encoding="utf-8", newline="")))
-            fit = [row for row in rows if len(set(row[1:5])) == 4 and sum(map(len, row[:5])) <= longest]
-            for row in (fit[number] for number in sorted(rng.sample(range(len(fit)), count))):
+            eligible = [row for row in rows if len(set(row[1:5])) == 4 and sum(map(len, row[:5])) <= max_characters]
+            for row in (eligible[number] for number in sorted(rng.sample(range(len(eligible)), count))):
                 options = dict(zip(LETTERS, row[1:5], strict=True))
                 sample.append({"question": row[0], "options": options, "answer": row[5], "dataset": path.stem})
     return sample

@@ -1,4 +1,4 @@
-"""What the prepare_*.py scripts share: where an original comes from, archives read in place, how an error ends."""
+"""Shared by the prepare_*.py scripts: find or download a data set's original files, read archives, exit on errors."""
 
 import contextlib
 import gzip
@@ -12,17 +12,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from downloads import Server, fetch
+from downloads import HttpClient, fetch
 
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.progress import progress
 
-DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+DAMAGED_ARCHIVE_ERRORS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
 @contextlib.contextmanager
-def script(name: str) -> Iterator[None]:
-    """Progress goes to stderr; bad input ends the script with one line there and status 2, Ctrl-C with 130."""
+def exit_on_error(name: str) -> Iterator[None]:
+    """Logs progress to stderr; exits after bad input with one line on stderr and status 2, after Ctrl-C with 130."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
     try:
         yield
@@ -39,48 +39,48 @@ def script(name: str) -> Iterator[None]:
     sys.exit(status)
 
 
-def original(given: Path | None, flag: str, url: str, place: Path, *, again: bool = False) -> Path:
-    """The file given with a flag; else the one at `place`, downloaded to there if there is none, or `again`."""
+def find_original(given: Path | None, flag: str, url: str, target: Path, *, overwrite: bool = False) -> Path:
+    """Returns `given`, the value of `flag`; without one `target`, downloaded if it is missing or to be overwritten."""
     if given is not None:
         if not given.is_file():
             raise UserError(f"{given}: no such file; correct {flag}, or leave it out to download {url}")
         return given
-    if again or not place.is_file():
-        place.parent.mkdir(parents=True, exist_ok=True)
+    if overwrite or not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            download(url, place)
+            download(url, target)
         except UserError as error:
             problem = str(error).partition("; ")[0]
             raise UserError(f"{problem}; get {url} where there is a network, and name the file with {flag}") from None
-    return place
+    return target
 
 
-def download(url: str, place: Path) -> None:
+def download(url: str, target: Path) -> None:
     folder, _, name = url.rpartition("/")
-    server = Server(folder, timeout=60, retries=8)
-    version = server.head(name)
-    with progress(f"downloading {url}", "bytes", version.size) as more:
-        fetch(server, name, place, version, None, more)
+    client = HttpClient(folder, timeout=60, retries=8)
+    version = client.head(name)
+    with progress(f"downloading {url}", "bytes", version.size) as advance:
+        fetch(client, name, target, version, None, advance)
 
 
 @contextlib.contextmanager
 def tar_files(archive: Path) -> Iterator[Iterator[tuple[PurePosixPath, IO[bytes]]]]:
-    """The (path, contents) of an archive's files, one after the other; nothing is ever extracted.
+    """Yields an iterator over the (path, open file) of an archive's files, in order; extracts nothing to the disk.
 
-    A member that would leave the folder, a link, a device and a damaged or truncated archive are `UserError`s. They are
-    met where they stand: use nothing of an archive before its end.
+    A member with an absolute path or `..`, a link, a device, and a damaged or truncated archive are `UserError`s. The
+    iterator raises them when it gets there: use nothing of an archive before its end.
     """
     try:
         with tarfile.open(archive) as tar:
-            yield _files(archive, tar)
-    except DAMAGED as error:
+            yield _members(archive, tar)
+    except DAMAGED_ARCHIVE_ERRORS as error:
         problem = str(error).partition("\n")[0].rstrip(":") or "it ends too early"
         raise UserError(
             f"{archive}: no tar archive, or a damaged one ({problem}); delete it and fetch it again"
         ) from None
 
 
-def _files(archive: Path, tar: tarfile.TarFile) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
+def _members(archive: Path, tar: tarfile.TarFile) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
     for member in tar:
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts:
@@ -92,10 +92,10 @@ def _files(archive: Path, tar: tarfile.TarFile) -> Iterator[tuple[PurePosixPath,
         elif not member.isdir():
             raise _refused(archive, member, "is a link or a device")
     assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)  # tarfile takes whatever is no header for the end
+    tar.fileobj.seek(tar.offset)  # tarfile takes an invalid header for the end of the archive
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("its end is missing")
-    while tar.fileobj.read(2**20):  # a compressed one has its checksum last
+    while tar.fileobj.read(2**20):  # a compressed archive is checked against its checksum at its end
         pass
 
 
@@ -107,12 +107,12 @@ def json_line(row: Any, *, ascii_only: bool = True) -> str:
     return json.dumps(row, ensure_ascii=ascii_only) + "\n"
 
 
-def integers(text: str) -> list[int]:
+def parse_integers(text: str) -> list[int]:
     return [int(word) for word in text.split()]
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes a new file, with the folder around it."""
+    """Writes a new file in UTF-8, and creates its folder; the lines bring their own line ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(lines)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Bring FEVER's claims to where `--task fever` reads them, with the paper's 64-shot subset.
+"""Download FEVER's claims for `--task fever`, and make the paper's 64-shot subset of the training claims.
 
-    prepare_fever.py --output_directory $DATA_DIR/data              download what is not there
+    prepare_fever.py --output_directory $DATA_DIR/data              download the files that are missing
     prepare_fever.py --output_directory $DATA_DIR/data --train train.jsonl --dev shared_task_dev.jsonl \\
         --test shared_task_test.jsonl                               without a network
 
@@ -9,9 +9,9 @@ makes, below --output_directory,
 
     fever_data/
         train.jsonl   dev.jsonl   test.jsonl      the originals, unchanged: "claim", "label" (test has none) and more
-        train-64.jsonl                            64 of the training claims, as they follow in train.jsonl
+        train-64.jsonl                            64 of the training claims, in the order of train.jsonl
 
-A file that is there is kept, unless --overwrite; train-64.jsonl is always made from the train.jsonl there.
+An existing file is kept, unless --overwrite; train-64.jsonl is always made again from that train.jsonl.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from originals import integers, json_line, original, script, write_lines
+from originals import exit_on_error, find_original, json_line, parse_integers, write_lines
 
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError
@@ -30,7 +30,7 @@ from atlas_jax.storage.files import atomic_file
 URL = "https://fever.ai/download/fever/"
 ORIGINALS = {"train": "train.jsonl", "dev": "shared_task_dev.jsonl", "test": "shared_task_test.jsonl"}
 LABELS = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
-FEW = integers(  # lines of train.jsonl, the first is 0
+FEW_SHOT_INDICES = parse_integers(  # 0-based line numbers in train.jsonl; blank lines count
     """
     23236 131610 70907 110333 83874 121714 17355 115320 9907 42725 43614 139489 30589 76963 5916 7241 68848 59902
     113855 110886 102332 79223 24359 105929 131435 118883 8152 119911 28803 111318 29503 43420 39533 15214 29807
@@ -41,7 +41,7 @@ FEW = integers(  # lines of train.jsonl, the first is 0
 
 
 def read_claims(path: Path, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, row) of an original's lines, numbered from 0."""
+    """Yields (0-based line number, row) of an original file; `UserError` if it is not FEVER's."""
     for line, row in read_rows(path):
         if not isinstance(row.get("claim"), str):
             raise UserError(f"{path}:{line}: `claim` is no text; give FEVER's {ORIGINALS[split]}")
@@ -59,26 +59,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     folder = args.output_directory / "fever_data"
-    few_place = folder / "train-64.jsonl"
-    with script("prepare_fever"), contextlib.ExitStack() as drafts:
-        paths, said = {}, []
+    few_shot_path = folder / "train-64.jsonl"
+    with exit_on_error("prepare_fever"), contextlib.ExitStack() as stack:
+        sources, messages = {}, []
         for split, name in ORIGINALS.items():
-            place = folder / f"{split}.jsonl"
-            kept = place.is_file() and not args.overwrite
+            target = folder / f"{split}.jsonl"
+            kept = target.is_file() and not args.overwrite
             given = None if kept else getattr(args, split)
-            paths[place] = original(given, f"--{split}", URL + name, place, again=args.overwrite)
-            count = sum(1 for _ in read_claims(paths[place], split))
-            said.append(f"{place}: {count:,} claims{', kept; --overwrite brings it anew' if kept else ''}")
-        train = paths[folder / "train.jsonl"]
-        few = [json_line(row) for number, row in read_claims(train, "train") if number in FEW]
-        write_lines(drafts.enter_context(atomic_file(few_place)), few)
-        for place, path in paths.items():
-            if path != place:
-                shutil.copyfile(path, drafts.enter_context(atomic_file(place)))
-    rest = len(FEW) - len(few)
-    said.append(f"{few_place}: {len(few)} claims{f'; {train} ends before the other {rest}' if rest else ''}")
-    said.append(f"use them: atlas train --task fever --train_data {few_place} --eval_data {folder}/dev.jsonl")
-    print(*said, sep="\n")
+            sources[target] = find_original(given, f"--{split}", URL + name, target, overwrite=args.overwrite)
+            count = sum(1 for _ in read_claims(sources[target], split))
+            messages.append(f"{target}: {count:,} claims{', kept; --overwrite brings it anew' if kept else ''}")
+        train = sources[folder / "train.jsonl"]
+        few_shot = [json_line(row) for number, row in read_claims(train, "train") if number in FEW_SHOT_INDICES]
+        write_lines(stack.enter_context(atomic_file(few_shot_path)), few_shot)
+        for target, source in sources.items():
+            if source != target:
+                shutil.copyfile(source, stack.enter_context(atomic_file(target)))
+    absent = len(FEW_SHOT_INDICES) - len(few_shot)
+    messages.append(
+        f"{few_shot_path}: {len(few_shot)} claims{f'; {train} ends before the other {absent}' if absent else ''}"
+    )
+    messages.append(f"use them: atlas train --task fever --train_data {few_shot_path} --eval_data {folder}/dev.jsonl")
+    print(*messages, sep="\n")
 
 
 if __name__ == "__main__":

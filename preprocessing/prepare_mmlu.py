@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Make MMLU's training, validation and test files from its official archive, for launch/mmlu/*.sh.
 
-    prepare_mmlu.py --output_directory $DATA_DIR                        download data.tar, unless it is there
+    prepare_mmlu.py --output_directory $DATA_DIR                        download data.tar if it is missing
     prepare_mmlu.py --output_directory $DATA_DIR --data_tar data.tar    without a network
 
 makes, below $DATA_DIR/data/mmlu_data,
 
-    5-shot/             a model for each domain, trained on five questions of it
+    5-shot/             one model per domain, trained on five questions of the domain
         individual_train/{domain}.5-shot-train.jsonl
     5-shot-multitask/   one model, trained on the five questions of every domain; zero-shot uses its evaluation files
         train.jsonl
-    full/               one model, trained on MMLU's auxiliary questions and those
+    full/               one model, trained on MMLU's auxiliary questions and the five of every domain
         train.jsonl
         auxillary_valid.jsonl                       5,000 auxiliary questions held out, after a shuffle with seed 10
 
@@ -20,8 +20,8 @@ and, in each of the three,
         individual_test/{domain}.test.jsonl         combined_test.jsonl
 
 A line is {"question": "..", "options": {"A": "..", .., "D": ".."}, "answer": "A", "dataset": "anatomy_test"}. Domains
-stand in sorted order, so the files are the same on every machine. The three folders appear when all is made, and
-replace those of an earlier run as a whole. The archive is read in place.
+are in sorted order, so the files are the same on every machine. The three folders appear when all files are written,
+and replace those of an earlier run as a whole. The archive is not extracted to the disk.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from originals import json_line, original, script, tar_files, write_lines
+from originals import exit_on_error, find_original, json_line, tar_files, write_lines
 
 from atlas_jax.errors import UserError
 from atlas_jax.storage.files import atomic_folder
@@ -48,7 +48,7 @@ Lines = list[str]
 
 
 def read_archive(archive: Path) -> dict[str, dict[str, Lines]]:
-    """The questions of each split by domain, domains in sorted order, each question as its line of JSON."""
+    """Returns {split: {domain: lines}}, domains in sorted order; a line is one question in JSON."""
     data: dict[str, dict[str, Lines]] = {split: {} for split in SPLITS}
     with tar_files(archive) as files:
         for path, file in files:
@@ -63,7 +63,7 @@ def read_archive(archive: Path) -> dict[str, dict[str, Lines]]:
 
 
 def domain_of(stem: str, split: str, where: str) -> str:
-    """`anatomy_test` is of anatomy; auxiliary files have no domain but their own name."""
+    """Domain of a file: `anatomy_test` is of anatomy; the domain of an auxiliary file is its whole name."""
     if split == "auxiliary_train":
         return stem
     domain = stem.removesuffix(f"_{split}")
@@ -79,7 +79,7 @@ def read_csv(file: IO[bytes], dataset: str, where: str) -> Lines:
     try:
         for row in rows:
             if row:
-                lines.append(json_line(question(row, dataset)))
+                lines.append(json_line(question_row(row, dataset)))
             start = rows.line_num + 1
     except (csv.Error, ValueError) as error:
         remedy = "a row is question, A, B, C, D, answer, and quotes come in pairs"
@@ -93,10 +93,10 @@ def text_lines(file: IO[bytes], where: str) -> Iterator[str]:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{where}:{number}: invalid UTF-8; save the file as UTF-8, or fetch it again") from None
-        yield from io.StringIO(text, newline=None)  # Reference: every line end, in fields too, becomes \n
+        yield from io.StringIO(text, newline=None)  # Reference: every line end, also within fields, becomes \n
 
 
-def question(row: Sequence[str], dataset: str) -> dict[str, object]:
+def question_row(row: Sequence[str], dataset: str) -> dict[str, object]:
     if len(row) != 2 + len(LETTERS):
         raise ValueError(f"{len(row)} columns")
     text, *options, answer = row
@@ -106,8 +106,8 @@ def question(row: Sequence[str], dataset: str) -> dict[str, object]:
     return {"question": text, "options": options_by_letter, "answer": answer, "dataset": dataset}
 
 
-def settings(data: Mapping[str, Mapping[str, Lines]]) -> dict[str, dict[str, Lines]]:
-    """The lines of every file, by setting and path."""
+def split_into_settings(data: Mapping[str, Mapping[str, Lines]]) -> dict[str, dict[str, Lines]]:
+    """Returns {setting: {path: lines}}, the content of every output file."""
     auxiliary, train, valid, test = ([line for lines in data[split].values() for line in lines] for split in SPLITS)
     random.Random(SEED).shuffle(auxiliary)
     evaluation = {
@@ -137,19 +137,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_tar", type=Path, metavar="FILE", help=f"MMLU's archive, instead of downloading {URL}")
     args = parser.parse_args(argv)
 
-    with script("prepare_mmlu"):
+    with exit_on_error("prepare_mmlu"):
         root = args.output_directory / "data/mmlu_data"
-        archive = original(args.data_tar, "--data_tar", URL, root / "data.tar")
+        archive = find_original(args.data_tar, "--data_tar", URL, root / "data.tar")
         data = read_archive(archive)
-        made = settings(data)
-        with contextlib.ExitStack() as folders:
-            for setting, files in made.items():
+        files_by_setting = split_into_settings(data)
+        with contextlib.ExitStack() as stack:
+            for setting, files in files_by_setting.items():
                 folder = atomic_folder(root / setting, "choose another --output_directory", replace=True)
-                draft = folders.enter_context(folder)
+                draft = stack.enter_context(folder)
                 for name, lines in files.items():
                     write_lines(draft / name, lines)
         print(f"{root}: {len(data['test'])} domains, from {archive}")
-        for setting, files in made.items():
+        for setting, files in files_by_setting.items():
             sizes = ", ".join(f"{name} {len(lines):,}" for name, lines in files.items() if "/" not in name)
             print(f"  {setting}/: {len(files)} files; {sizes}")
         print(f"use them: DATA_DIR={args.output_directory} SIZE=base launch/mmlu/5-shot.sh, or its neighbours")

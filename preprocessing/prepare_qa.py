@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the questions of NaturalQuestions and TriviaQA from their originals, with the paper's 64-shot subsets.
 
-    prepare_qa.py --output_directory $DATA_DIR/data                 download what is not there (TriviaQA is large)
+    prepare_qa.py --output_directory $DATA_DIR/data                 download the missing originals (TriviaQA is large)
     prepare_qa.py --output_directory $DATA_DIR/data --dataset nq --nq_train NQ-open.train.jsonl \\
         --nq_dev NQ-open.dev.jsonl --index_tar dataindex.tar.gz     without a network; TriviaQA: --triviaqa_tar
 
@@ -10,13 +10,13 @@ makes, below --output_directory, for `--task qa`,
     nq_data/, triviaqa_data/
         train.jsonl   train.64-shot.jsonl   dev.jsonl   test.jsonl
 
-A line is {"question": "..", "answers": ["..", ..]}; in TriviaQA it also has a "target", the answer that is taught.
-Splits are those usual in open-domain question answering: dev is held out of the original's training questions, test is
-the original's dev file. Their numbers in the originals are in the index archive. A folder that is there is kept,
-unless --overwrite.
+A line is {"question": "..", "answers": ["..", ..]}; in TriviaQA it also has a "target", the answer to train on. The
+splits are those usual in open-domain question answering: dev is held out from the original's training questions, test
+is the original's dev file. The index archive holds the numbers of their questions in the originals. An existing folder
+is kept, unless --overwrite.
 
-Originals are read in place, one question at a time. Downloaded ones stay for another time, as index.tar,
-triviaqa_data.tar and original_naturalquestions/; delete them as you like.
+Archives are not extracted to the disk, and originals are read one question at a time. Downloads are kept for the next
+run, as index.tar, triviaqa_data.tar and original_naturalquestions/; delete them as you like.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from originals import integers, json_line, original, script, tar_files, write_lines
+from originals import exit_on_error, find_original, json_line, parse_integers, tar_files, write_lines
 
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError
@@ -39,9 +39,9 @@ NQ_URL = "https://raw.githubusercontent.com/google-research-datasets/natural-que
 TRIVIAQA_URL = "http://nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz"
 
 INDEX_NAMES = {"nq": "NQ", "triviaqa": "TQA"}
-FILES = {"train": "train", "train.64-shot": "train", "dev": "train", "test": "dev"}  # from which original each is taken
-FEW = {  # the 64 training questions of the paper, in their order: numbers in the original's training file
-    "nq": integers(
+FILES = {"train": "train", "train.64-shot": "train", "dev": "train", "test": "dev"}  # file -> split of its originals
+FEW_SHOT_INDICES = {  # the paper's 64 training questions, in its order: 0-based numbers in the original's training file
+    "nq": parse_integers(
         """
         27144 14489 49702 38094 6988 60660 65643 48249 48085 52629 48431 7262 34659 24332 44839 17721 50819 62279 37021
         77405 52556 23802 40974 64678 69673 77277 18419 25635 1513 11930 5542 13453 52754 65663 67400 42409 74541 33159
@@ -49,7 +49,7 @@ FEW = {  # the 64 training questions of the paper, in their order: numbers in th
         42014 77920 45592 32321 3422 61041 34051
         """
     ),
-    "triviaqa": integers(
+    "triviaqa": parse_integers(
         """
         75927 38807 452 68095 44621 34592 36091 65286 56484 48197 34692 28011 16670 62641 37865 6658 45724 37527 17740
         31133 8010 48573 53670 15514 25996 54404 10739 55105 66122 73324 41202 71253 41258 51344 60092 50455 65078
@@ -59,181 +59,187 @@ FEW = {  # the 64 training questions of the paper, in their order: numbers in th
     ),
 }
 
-RetrievedPassages = dict[int, str]  # questions by their number in an original, each as its line of JSON
+QuestionLines = dict[int, str]  # number of a question in an original -> its line of JSON
 
 
 def read_index(archive: Path, dataset: str) -> dict[str, list[int]]:
-    """The numbers of the questions of each split."""
+    """Returns {split: numbers of its questions in the originals}; `UserError` if a split is missing."""
     members = {f"{INDEX_NAMES[dataset]}.{split}.idx.json": split for split in ("train", "dev", "test")}
     index = {}
     with tar_files(archive) as files:
         for path, file in files:
             if path.name in members:
-                index[members[path.name]] = numbers(file.read(), f"{archive}: {path}")
+                index[members[path.name]] = parse_numbers(file.read(), f"{archive}: {path}")
     missing = [name for name, split in members.items() if split not in index]
     if missing:
         raise UserError(f"{archive}: has no {', '.join(missing)}; give the index archive, {INDEX_URL}")
     return index
 
 
-def numbers(raw: bytes, where: str) -> list[int]:
+def parse_numbers(raw: bytes, where: str) -> list[int]:
+    """Parses a JSON list of whole numbers >= 0; `where` names it in error messages."""
     try:
-        found = json.loads(raw)
+        numbers = json.loads(raw)
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}); fetch the archive again") from None
-    if not isinstance(found, list) or not all(type(number) is int and number >= 0 for number in found):
+    if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
         raise UserError(f"{where}: not a list of numbers; fetch the archive again")
-    return found
+    return numbers
 
 
-def read_nq(originals: Mapping[str, Path], wanted: Mapping[str, set[int]]) -> dict[str, RetrievedPassages]:
+def read_nq(originals: Mapping[str, Path], wanted: Mapping[str, set[int]]) -> dict[str, QuestionLines]:
+    """Returns {split: lines of the wanted questions} of NaturalQuestions."""
     return {
-        which: pick(((f"{path}:{line}", row) for line, row in read_rows(path)), wanted[which], nq_row, str(path))
-        for which, path in originals.items()
+        split: select_rows(((f"{path}:{line}", row) for line, row in read_rows(path)), wanted[split], nq_row, str(path))
+        for split, path in originals.items()
     }
 
 
-def read_triviaqa(archive: Path, wanted: Mapping[str, set[int]]) -> dict[str, RetrievedPassages]:
-    found = {}
+def read_triviaqa(archive: Path, wanted: Mapping[str, set[int]]) -> dict[str, QuestionLines]:
+    """Returns {split: lines of the wanted questions} of TriviaQA, read from the archive in one pass."""
+    lines = {}
     with tar_files(archive) as files:
         for path, file in files:
-            for which in wanted:
-                if path.name == f"unfiltered-web-{which}.json":
+            for split in wanted:
+                if path.name == f"unfiltered-web-{split}.json":
                     where = f"{archive}: {path}"
-                    found[which] = pick(elements(JsonText(file, where)), wanted[which], triviaqa_row, where)
-    for which in wanted.keys() - found:
-        raise UserError(f"{archive}: has no unfiltered-web-{which}.json; give the unfiltered archive, {TRIVIAQA_URL}")
-    return found
+                    lines[split] = select_rows(
+                        data_elements(JsonStream(file, where)), wanted[split], triviaqa_row, where
+                    )
+    for split in wanted.keys() - lines:
+        raise UserError(f"{archive}: has no unfiltered-web-{split}.json; give the unfiltered archive, {TRIVIAQA_URL}")
+    return lines
 
 
 def nq_row(row: Any) -> dict[str, Any]:
-    return {"question": text(row["question"]), "answers": texts(row["answer"])}
+    return {"question": require_text(row["question"]), "answers": require_texts(row["answer"])}
 
 
 def triviaqa_row(row: Any) -> dict[str, Any]:
-    target = text(row["Answer"]["Value"])
+    target = require_text(row["Answer"]["Value"])
     return {
-        "question": text(row["Question"]),
-        "answers": texts(row["Answer"]["Aliases"]),
+        "question": require_text(row["Question"]),
+        "answers": require_texts(row["Answer"]["Aliases"]),
         "target": target.title() if target.isupper() else target,
     }
 
 
-def text(value: Any) -> str:
+def require_text(value: Any) -> str:
+    """Returns `value` if it is valid text; otherwise raises TypeError or UnicodeEncodeError."""
     if not isinstance(value, str):
         raise TypeError
-    value.encode()  # half of a surrogate pair is no text
+    value.encode()  # fails for half of a surrogate pair
     return value
 
 
-def texts(value: Any) -> list[str]:
+def require_texts(value: Any) -> list[str]:
     if not isinstance(value, list):
         raise TypeError
-    return [text(one) for one in value]
+    return [require_text(text) for text in value]
 
 
-def pick(
-    rows: Iterable[tuple[str, Any]], wanted: set[int], convert: Callable[[Any], dict[str, Any]], where: str
-) -> RetrievedPassages:
-    """Of the (place, row) in an original, those with the wanted numbers."""
-    found: RetrievedPassages = {}
+def select_rows(
+    rows: Iterable[tuple[str, Any]], wanted: set[int], convert: Callable[[Any], dict[str, Any]], file_name: str
+) -> QuestionLines:
+    """Converts the rows with the wanted numbers; `rows` yields (its place for error messages, row) of an original."""
+    lines: QuestionLines = {}
     count = 0
-    with progress(where, "questions") as more:
-        for place, row in rows:
+    with progress(file_name, "questions") as advance:
+        for where, row in rows:
             if count in wanted:
                 try:
-                    found[count] = json_line(convert(row), ascii_only=False)
+                    lines[count] = json_line(convert(row), ascii_only=False)
                 except (LookupError, TypeError, UnicodeEncodeError):
-                    raise UserError(f"{place}: not a question as in the original; fetch it again") from None
+                    raise UserError(f"{where}: not a question as in the original; fetch it again") from None
             count += 1
-            more(1)
+            advance(1)
     if count <= max(wanted, default=-1):
-        raise UserError(f"{where}: {count:,} questions, and number {max(wanted):,} is asked for; give the original")
-    return found
+        raise UserError(f"{file_name}: {count:,} questions, and number {max(wanted):,} is asked for; give the original")
+    return lines
 
 
-BLANKS = re.compile(r"[ \t\r\n]*")
-ENDS = frozenset(" \t\r\n,:]}")  # what can follow a value
+WHITESPACE = re.compile(r"[ \t\r\n]*")
+VALUE_ENDS = frozenset(" \t\r\n,:]}")  # the characters that may follow a value
 
 
-class JsonText:
-    """A JSON text of any size, read as far as it is asked for."""
+class JsonStream:
+    """Pull parser of a JSON text of any size: reads and keeps only the part that it parses."""
 
-    CHUNK = 2**20  # characters
-    LONGEST = 2**24  # of one value
+    CHUNK = 2**20  # characters a read
+    MAX_VALUE_LENGTH = 2**24  # characters, after which an incomplete value is an error
 
     def __init__(self, file: IO[bytes], where: str):
         self._file, self._where, self._line = io.TextIOWrapper(file, encoding="utf-8-sig"), where, 1
-        self._text, self._at = "", 0
+        self._text, self._position = "", 0
 
     @property
-    def place(self) -> str:
-        """Archive, member and line."""
+    def where(self) -> str:
+        """Archive, member and line of the parser, for error messages."""
         return f"{self._where}:{self._line}"
 
-    def take(self, expected: str) -> str:
-        """Passes blanks, then one of the expected characters."""
-        self._pass_blanks()
-        found = self._text[self._at : self._at + 1]
-        if not found or found not in expected:
-            raise self._error(f"{found or 'the end'} stands where {' or '.join(expected)} is due")
-        self._at += 1
-        return found
+    def expect(self, expected: str) -> str:
+        """Skips whitespace, then one of the expected characters, which it returns; `UserError` at any other."""
+        self._skip_whitespace()
+        character = self._text[self._position : self._position + 1]
+        if not character or character not in expected:
+            raise self._error(f"{character or 'the end'} stands where {' or '.join(expected)} is due")
+        self._position += 1
+        return character
 
-    def value(self) -> Any:
-        """Passes a value."""
-        self._pass_blanks()
+    def read_value(self) -> Any:
+        """Skips whitespace, then parses and returns a value; `UserError` if it is invalid or too long."""
+        self._skip_whitespace()
         while True:
-            problem, end = None, self._at
+            problem, end = None, self._position
             try:
-                value, end = json.JSONDecoder().raw_decode(self._text, self._at)
+                value, end = json.JSONDecoder().raw_decode(self._text, self._position)
             except (ValueError, RecursionError) as error:
                 problem = getattr(error, "msg", error)
-            whole = self._text[end : end + 1] in ENDS and not problem  # else it may go on, as a number does
-            if whole or len(self._text) - self._at > self.LONGEST or not self._read():
+            complete = self._text[end : end + 1] in VALUE_ENDS and not problem  # a number may go on in the next chunk
+            if complete or len(self._text) - self._position > self.MAX_VALUE_LENGTH or not self._read_chunk():
                 break
         if problem:
             raise self._error(problem)
-        self._pass(end)
+        self._advance(end)
         return value
 
-    def _pass_blanks(self) -> None:
+    def _skip_whitespace(self) -> None:
         while True:
-            blanks = BLANKS.match(self._text, self._at)
-            assert blanks
-            self._pass(blanks.end())
-            if self._at < len(self._text) or not self._read():
+            whitespace = WHITESPACE.match(self._text, self._position)
+            assert whitespace
+            self._advance(whitespace.end())
+            if self._position < len(self._text) or not self._read_chunk():
                 return
 
-    def _pass(self, end: int) -> None:
-        self._line += self._text.count("\n", self._at, end)
-        self._at = end
+    def _advance(self, end: int) -> None:
+        self._line += self._text.count("\n", self._position, end)
+        self._position = end
 
-    def _read(self) -> bool:
+    def _read_chunk(self) -> bool:
         try:
             more = self._file.read(self.CHUNK)
         except UnicodeDecodeError:
             raise self._error("invalid UTF-8") from None
-        self._text, self._at = self._text[self._at :] + more, 0
+        self._text, self._position = self._text[self._position :] + more, 0
         return bool(more)
 
     def _error(self, problem: object) -> UserError:
-        return UserError(f"{self.place}: {problem}; fetch the archive again")
+        return UserError(f"{self.where}: {problem}; fetch the archive again")
 
 
-def elements(json_text: JsonText) -> Iterator[tuple[str, Any]]:
-    """The elements of the list "Data" in an object, each with its place."""
-    json_text.take("{")
-    while json_text.value() != "Data":
-        json_text.take(":")
-        json_text.value()
-        json_text.take(",")
-    json_text.take(":")
-    json_text.take("[")
+def data_elements(stream: JsonStream) -> Iterator[tuple[str, Any]]:
+    """Yields (place for error messages, element) of the list under the key "Data" of the object in the stream."""
+    stream.expect("{")
+    while stream.read_value() != "Data":
+        stream.expect(":")
+        stream.read_value()
+        stream.expect(",")
+    stream.expect(":")
+    stream.expect("[")
     while True:
-        element = json_text.value()
-        yield json_text.place, element
-        if json_text.take(",]") == "]":
+        element = stream.read_value()
+        yield stream.where, element
+        if stream.expect(",]") == "]":
             return
 
 
@@ -254,15 +260,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
 
-    with script("prepare_qa"):
+    with exit_on_error("prepare_qa"):
         for dataset in args.dataset:
             prepare(dataset, args)
 
 
-def nq_original(which: str, args: argparse.Namespace) -> Path:
-    name = f"NQ-open.{which}.jsonl"
-    place = args.output_directory / "original_naturalquestions" / name
-    return original(getattr(args, f"nq_{which}"), f"--nq_{which}", NQ_URL + name, place)
+def find_nq_original(split: str, args: argparse.Namespace) -> Path:
+    name = f"NQ-open.{split}.jsonl"
+    target = args.output_directory / "original_naturalquestions" / name
+    return find_original(getattr(args, f"nq_{split}"), f"--nq_{split}", NQ_URL + name, target)
 
 
 def prepare(dataset: str, args: argparse.Namespace) -> None:
@@ -275,18 +281,18 @@ def prepare(dataset: str, args: argparse.Namespace) -> None:
         print(f"{folder}: is there and kept; --overwrite makes it anew")
         return
 
-    index = read_index(original(args.index_tar, "--index_tar", INDEX_URL, output / "index.tar"), dataset)
-    index["train.64-shot"] = FEW[dataset]
+    index = read_index(find_original(args.index_tar, "--index_tar", INDEX_URL, output / "index.tar"), dataset)
+    index["train.64-shot"] = FEW_SHOT_INDICES[dataset]
     wanted = {"train": {*index["train"], *index["train.64-shot"], *index["dev"]}, "dev": {*index["test"]}}
     if dataset == "nq":
-        found = read_nq({which: nq_original(which, args) for which in wanted}, wanted)
+        lines = read_nq({split: find_nq_original(split, args) for split in wanted}, wanted)
     else:
-        place = output / "triviaqa_data.tar"
-        found = read_triviaqa(original(args.triviaqa_tar, "--triviaqa_tar", TRIVIAQA_URL, place), wanted)
+        target = output / "triviaqa_data.tar"
+        lines = read_triviaqa(find_original(args.triviaqa_tar, "--triviaqa_tar", TRIVIAQA_URL, target), wanted)
 
     with atomic_folder(folder, "choose another --output_directory", replace=args.overwrite) as draft:
-        for name, which in FILES.items():
-            write_lines(draft / f"{name}.jsonl", (found[which][number] for number in index[name]))
+        for name, split in FILES.items():
+            write_lines(draft / f"{name}.jsonl", (lines[split][number] for number in index[name]))
     sizes = ", ".join(f"{name}.jsonl {len(index[name]):,}" for name in FILES)
     print(f"{folder}: {sizes}\n  use it: atlas train --task qa --train_data {folder}/train.64-shot.jsonl")
 

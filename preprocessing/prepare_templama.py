@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the questions of TempLAMA whose answer changed between two years, to see whether an index is up to date.
 
-    prepare_templama.py --output_directory $DATA_DIR                     download what is not there
+    prepare_templama.py --output_directory $DATA_DIR                     download the files that are missing
     prepare_templama.py --output_directory $DATA_DIR --train train.json --valid val.json \\
         --test test.json                                                 without a network
 
@@ -10,8 +10,9 @@ makes, below $DATA_DIR/data/templama_data, for `--task qa --qa_prompt_format "{q
     temp_lama.{train,valid,test}.{2017,2020}.jsonl
 
 A line is {"question": ".. <extra_id_0> ..", "answers": ["..", ..], "metadata": {"original_instance": {..}}}. A question
-is taken if it has answers in both years and none of a later one's is among those of the first. The files appear
-together and replace those of an earlier run; downloaded originals are kept beside them as {split}.original.jsonl.
+keeps its first row of these years and the later rows that share no answer with it; without such a later row, it is left
+out. The files appear together and replace those of an earlier run; downloaded originals are kept beside them as
+{split}.original.jsonl.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from originals import json_line, original, script, write_lines
+from originals import exit_on_error, find_original, json_line, write_lines
 
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError
@@ -32,38 +33,38 @@ YEARS = ("2017", "2020")
 
 
 def changed_questions(path: Path) -> dict[str, list[str]]:
-    """The lines of each year's file."""
-    group_by_query: dict[str, list[dict[str, Any]]] = {}
+    """Returns {year: lines}: the questions of an original file whose answer changed, in order of first occurrence."""
+    rows_by_query: dict[str, list[dict[str, Any]]] = {}
     for line, row in read_rows(path):
-        check(row, f"{path}:{line}")
+        check_row(row, f"{path}:{line}")
         if row["date"] in YEARS:
-            group_by_query.setdefault(row["query"], []).append(row)
+            rows_by_query.setdefault(row["query"], []).append(row)
 
     lines: dict[str, list[str]] = {year: [] for year in YEARS}
-    for first, *later in group_by_query.values():
-        changed = [row for row in later if not {*names(row)} & {*names(first)}]
+    for first, *later in rows_by_query.values():
+        changed = [row for row in later if not {*answer_names(row)} & {*answer_names(first)}]
         for row in [first, *changed] if changed else []:
-            lines[row["date"]].append(json_line(question(row)))
+            lines[row["date"]].append(json_line(question_row(row)))
     return lines
 
 
-def check(row: Mapping[str, Any], where: str) -> None:
+def check_row(row: Mapping[str, Any], where: str) -> None:
     try:
-        fit = all(isinstance(text, str) for text in (row["query"], row["date"], *names(row)))
+        valid = all(isinstance(text, str) for text in (row["query"], row["date"], *answer_names(row)))
     except (LookupError, TypeError):
-        fit = False
-    if not fit:
+        valid = False
+    if not valid:
         raise UserError(f"{where}: not TempLAMA's `query`, `date` and `answer` names; give the original, {URL}")
 
 
-def names(row: Mapping[str, Any]) -> list[str]:
-    """The different names of the answers. Reference: their order was another in each run."""
+def answer_names(row: Mapping[str, Any]) -> list[str]:
+    """Returns the distinct answers in their order. Reference: the order there changed from run to run."""
     return list(dict.fromkeys(answer["name"] for answer in row["answer"]))
 
 
-def question(row: Mapping[str, Any]) -> dict[str, Any]:
+def question_row(row: Mapping[str, Any]) -> dict[str, Any]:
     text = row["query"].replace("_X_", "<extra_id_0>")
-    return {"question": text, "answers": names(row), "metadata": {"original_instance": row}}
+    return {"question": text, "answers": answer_names(row), "metadata": {"original_instance": row}}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,16 +77,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     folder = args.output_directory / "data/templama_data"
-    with script("prepare_templama"), contextlib.ExitStack() as drafts:
-        made = {}
+    with exit_on_error("prepare_templama"), contextlib.ExitStack() as stack:
+        lines_by_path = {}
         for split, name in ORIGINALS.items():
-            path = original(getattr(args, split), f"--{split}", URL + name, folder / f"{split}.original.jsonl")
+            path = find_original(getattr(args, split), f"--{split}", URL + name, folder / f"{split}.original.jsonl")
             for year, lines in changed_questions(path).items():
-                made[folder / f"temp_lama.{split}.{year}.jsonl"] = lines
-        for place, lines in made.items():
-            write_lines(drafts.enter_context(atomic_file(place)), lines)
-    for place, lines in made.items():
-        print(f"{place}: {len(lines):,} questions")
+                lines_by_path[folder / f"temp_lama.{split}.{year}.jsonl"] = lines
+        for target, lines in lines_by_path.items():
+            write_lines(stack.enter_context(atomic_file(target)), lines)
+    for target, lines in lines_by_path.items():
+        print(f"{target}: {len(lines):,} questions")
     train = folder / f"temp_lama.train.{YEARS[0]}.jsonl"
     print(f'use them: atlas train --task qa --qa_prompt_format "{{question}}" --train_data {train}')
 

@@ -1,15 +1,16 @@
-"""The command line of download_*.py, and what a published folder holds.
+"""The command line of download_*.py, and the manifest of a downloaded folder.
 
-Nobody has published hashes of these files, so the first download sets them. When a file has arrived, with the size that
-the server announced, its size and SHA-256 are written to `manifest.json` beside it. From then on
+No hashes of these files are published, so the first download sets them. When a file is complete, with the size that the
+server announced, its size and SHA-256 are written to `manifest.json` beside it. From then on
 
-- a file that has its size there is left alone, without asking the server;
-- `--verify` reads the files, without asking the server, and names those that are no longer what they were;
-- a file that is downloaded once more must have its size and hash, or it is not accepted.
+- a file whose size is the manifest's is not downloaded again, and the server gets no request for it;
+- `--verify` reads the files, without any request to the server, and names those whose hash has changed;
+- a file that is downloaded again is rejected unless it has the size and hash of the manifest.
 
-So a manifest shows damage and change, not that the first download was right. For that, compare it with somebody else's,
-or put theirs in the folder beforehand: the first download is then held to it. A file that is there and not in the
-manifest (another program fetched it, or a kill came between the two) is taken up if the server announces its size.
+So a manifest detects damage and changes, but not a first download that was wrong already. For that, compare it with the
+manifest of somebody else, or copy theirs to the folder before the first download, which must then agree with it. A file
+that exists but is not in the manifest (another program downloaded it, or the process was killed between file and
+manifest) is added to the manifest if it has the size that the server announces.
 """
 
 import argparse
@@ -30,7 +31,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from downloads import Entry, FileError, More, Server, Version, chunks, fetch, in_parallel, part_of, say
+from downloads import (
+    Advance,
+    FileError,
+    HttpClient,
+    ManifestEntry,
+    Version,
+    fetch,
+    find_part,
+    in_parallel,
+    log_line,
+    read_chunks,
+)
 from tqdm import tqdm
 
 from atlas_jax.errors import UserError
@@ -38,10 +50,10 @@ from atlas_jax.storage.files import write_json
 
 BASE_URL = "https://dl.fbaipublicfiles.com/atlas"
 MANIFEST = "manifest.json"
-LINE = "{desc}: {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
+LOG_LINE_FORMAT = "{desc}: {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
 SECONDS_PER_LINE = 30.0
-LINES_SHOWN = 10
-MORE_HELP = """\
+MAX_ERROR_LINES = 10
+EPILOG = """\
 However a download ends, the same command goes on from there. manifest.json, beside the files, has the size and SHA-256
 that each had at first; it shows damage later (--verify), and a file downloaded again must have them.
 """
@@ -49,153 +61,155 @@ that each had at first; it shows damage later (--verify), and a file downloaded 
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
-    """Published things of one kind: all have files of the same names."""
+    """The published models, indexes or corpora; all of one kind have the same file names."""
 
     kind: str
-    names: Mapping[str, str]  # path, below the base address and below the output directory; what it is
-    patterns: tuple[str, ...]  # the files of a shard, {} is its number
-    shards: int
-    then: str  # how to use it: {folder}, {output}, and of the name {family} and {size}
+    names: Mapping[str, str]  # path below the base address and the output directory -> description
+    patterns: tuple[str, ...]  # file names of a shard; {} is its number
+    num_shards: int
+    next_steps: str  # text printed after a download, a format string with {folder}, {output}, {family} and {size}
 
-    def shard(self, number: int) -> list[str]:
+    def shard_files(self, number: int) -> list[str]:
         return [pattern.format(number) for pattern in self.patterns]
 
     @property
     def files(self) -> list[str]:
-        """The last shard first: whoever loads the folder too early sees that others are missing."""
-        return [file for number in reversed(range(self.shards)) for file in self.shard(number)]
+        """All file names, the last shard first: a load of the incomplete folder then fails, as shards are missing."""
+        return [file for number in reversed(range(self.num_shards)) for file in self.shard_files(number)]
 
 
 class Manifest:
-    """What the files of a folder must be."""
+    """The manifest.json of a folder: size and SHA-256 of each file. Threads may share one."""
 
     def __init__(self, folder: Path):
         self._folder, self._path, self._lock = folder, folder / MANIFEST, threading.Lock()
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, ManifestEntry] = {}
         with contextlib.suppress(FileNotFoundError):
             try:
                 for file, entry in json.loads(self._path.read_bytes()).items():
-                    self.entries[file] = Entry(int(entry["size"]), str(entry["sha256"]))
+                    self.entries[file] = ManifestEntry(int(entry["size"]), str(entry["sha256"]))
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise UserError(f"{self._path}: damaged; delete it, and the files are taken up as they are") from None
 
-    def is_met(self, file: str) -> bool:
-        """Whether the file is there, by its size."""
-        path, known = self._folder / file, self.entries.get(file)
-        return known is not None and path.is_file() and path.stat().st_size == known.size
+    def is_complete(self, file: str) -> bool:
+        """Tells whether the file exists with the size in the manifest; does not read it."""
+        path, expected = self._folder / file, self.entries.get(file)
+        return expected is not None and path.is_file() and path.stat().st_size == expected.size
 
-    def record(self, file: str, entry: Entry) -> None:
+    def record(self, file: str, entry: ManifestEntry) -> None:
         with self._lock:
             self.entries[file] = entry
             write_json(self._path, {name: self.entries[name]._asdict() for name in sorted(self.entries)})
 
 
-def download(catalogue: Catalogue, name: str, output: Path, server: Server, jobs: int) -> list[FileError]:
-    """Everything that is missing; returns what could not be had."""
+def download(catalogue: Catalogue, name: str, output: Path, client: HttpClient, jobs: int) -> list[FileError]:
+    """Downloads the files that are missing; returns the errors of files that failed."""
     folder = output / name
     manifest = Manifest(folder)
 
-    def ask(file: str) -> Version:
-        version, known, there = server.head(f"{name}/{file}"), manifest.entries.get(file), folder / file
-        if known and version.size != known.size:
+    def check_version(file: str) -> Version:
+        version, expected, path = client.head(f"{name}/{file}"), manifest.entries.get(file), folder / file
+        if expected and version.size != expected.size:
             remedy = "try another --base_url, or, if you trust the server, take the file out of manifest.json"
-            raise FileError(f"{there}: now has {version.size:,} bytes on the server, {known.size:,} before; {remedy}")
-        if not known and there.exists() and version.size != (size := there.stat().st_size):
-            raise FileError(f"{there}: has {size:,} bytes, the published file {version.size:,}; move it away")
+            raise FileError(f"{path}: now has {version.size:,} bytes on the server, {expected.size:,} before; {remedy}")
+        if not expected and path.exists() and version.size != (size := path.stat().st_size):
+            raise FileError(f"{path}: has {size:,} bytes, the published file {version.size:,}; move it away")
         return version
 
-    def obtain(file: str) -> None:
-        target, known = folder / file, manifest.entries.get(file)
-        if not known and target.exists():
-            manifest.record(file, entry_of(target, server.stop, more))
+    def fetch_or_adopt(file: str) -> None:
+        target, expected = folder / file, manifest.entries.get(file)
+        if not expected and target.exists():
+            manifest.record(file, hash_file(target, client.stop, advance))
         else:
-            sha256 = known.sha256 if known else None
-            manifest.record(file, fetch(server, f"{name}/{file}", target, todo[file], sha256, more))
+            sha256 = expected.sha256 if expected else None
+            manifest.record(file, fetch(client, f"{name}/{file}", target, versions[file], sha256, advance))
 
-    missing = [file for file in catalogue.files if not manifest.is_met(file)]
+    missing = [file for file in catalogue.files if not manifest.is_complete(file)]
     if missing:
-        say(f"{folder}: asking {server.base_url} for the sizes of {len(missing)} of {len(catalogue.files)} file(s)")
-    todo, errors = in_parallel(ask, missing, jobs, server.stop)
-    if todo:
-        parts = {file: part.stat().st_size for file in todo if (part := part_of(folder / file))}
-        new = [file for file in todo if file in manifest.entries or not (folder / file).exists()]
-        check_space(folder, sum(max(0, todo[file].size - parts.get(file, 0)) for file in new))
+        log_line(
+            f"{folder}: asking {client.base_url} for the sizes of {len(missing)} of {len(catalogue.files)} file(s)"
+        )
+    versions, errors = in_parallel(check_version, missing, jobs, client.stop)
+    if versions:
+        parts = {file: part.stat().st_size for file in versions if (part := find_part(folder / file))}
+        to_download = [file for file in versions if file in manifest.entries or not (folder / file).exists()]
+        check_free_space(folder, sum(max(0, versions[file].size - parts.get(file, 0)) for file in to_download))
         folder.mkdir(parents=True, exist_ok=True)
-        total = sum(version.size for version in todo.values())
-        with only_process(folder), bytes_progress("downloading", total, sum(parts.values())) as more:
-            errors += in_parallel(obtain, todo, jobs, server.stop)[1]
+        total = sum(version.size for version in versions.values())
+        with exclusive_lock(folder), bytes_progress("downloading", total, sum(parts.values())) as advance:
+            errors += in_parallel(fetch_or_adopt, versions, jobs, client.stop)[1]
     if not errors:
         size = sum(manifest.entries[file].size for file in catalogue.files)
         print(f"{folder}: complete, {len(catalogue.files)} file(s), {tqdm.format_sizeof(size, 'B')}")
         family, size_name = name.split("/")[1], name.rpartition("/")[2]
         paths = {"folder": shlex.quote(str(folder)), "output": shlex.quote(str(output))}
-        print(catalogue.then.format(**paths, family=family, size=size_name), end="")
+        print(catalogue.next_steps.format(**paths, family=family, size=size_name), end="")
     return errors
 
 
 def verify(catalogue: Catalogue, name: str, output: Path, stop: threading.Event, jobs: int) -> list[FileError]:
-    """Reads everything; prints the intact files as `sha256sum` does, returns what is wrong with the others."""
+    """Hashes all files; prints the intact ones in the format of `sha256sum`, returns the errors of the others."""
     folder = output / name
     manifest = Manifest(folder)
     if not manifest.entries:
         raise UserError(f"{folder}: has no {MANIFEST} to verify by; the same command without --verify downloads")
 
-    def check(file: str) -> Entry:
-        path, known = folder / file, manifest.entries.get(file)
-        again = "the same command without --verify"
-        if not known or not path.exists():
-            raise FileError(f"{path}: not there, or not in {MANIFEST}; {again} completes the folder")
-        if not manifest.is_met(file) or entry_of(path, stop, more) != known:
-            raise FileError(f"{path}: damaged; delete it, and {again} fetches it")
-        return known
+    def check(file: str) -> ManifestEntry:
+        path, expected = folder / file, manifest.entries.get(file)
+        remedy = "the same command without --verify"
+        if not expected or not path.exists():
+            raise FileError(f"{path}: not there, or not in {MANIFEST}; {remedy} completes the folder")
+        if not manifest.is_complete(file) or hash_file(path, stop, advance) != expected:
+            raise FileError(f"{path}: damaged; delete it, and {remedy} fetches it")
+        return expected
 
-    total = sum(entry.size for file, entry in manifest.entries.items() if manifest.is_met(file))
-    with bytes_progress("verifying", total) as more:
+    total = sum(entry.size for file, entry in manifest.entries.items() if manifest.is_complete(file))
+    with bytes_progress("verifying", total) as advance:
         intact, errors = in_parallel(check, catalogue.files, jobs, stop)
     for file in reversed(intact):
         print(f"{intact[file].sha256}  {name}/{file}")
     return errors
 
 
-def show(catalogue: Catalogue, server: Server, jobs: int) -> None:
-    """All names, what they are and how large, as far as the server tells; of shards it is asked about the first."""
-    asked = [f"{name}/{file}" for name in catalogue.names for file in catalogue.shard(0)]
+def print_names(catalogue: Catalogue, client: HttpClient, jobs: int) -> None:
+    """Prints the names with description and size: `?` without a server, for an index estimated from its first shard."""
+    asked = [f"{name}/{file}" for name in catalogue.names for file in catalogue.shard_files(0)]
     try:
-        versions, _ = in_parallel(server.head, asked, jobs, server.stop)
+        versions, _ = in_parallel(client.head, asked, jobs, client.stop)
     except UserError as error:
         versions = {}
-        say(f"sizes are not known: {error}")
-    for name, about in catalogue.names.items():
-        paths = [f"{name}/{file}" for file in catalogue.shard(0)]
+        log_line(f"sizes are not known: {error}")
+    for name, description in catalogue.names.items():
+        paths = [f"{name}/{file}" for file in catalogue.shard_files(0)]
         size = "?"
         if versions.keys() >= set(paths):
-            total = catalogue.shards * sum(versions[path].size for path in paths)
-            size = ("about " if catalogue.shards > 1 else "") + tqdm.format_sizeof(total, "B")
-        print(f"{name:<28}{len(catalogue.files):>4} file(s) {size:>14}   {about}")
+            total = catalogue.num_shards * sum(versions[path].size for path in paths)
+            size = ("about " if catalogue.num_shards > 1 else "") + tqdm.format_sizeof(total, "B")
+        print(f"{name:<28}{len(catalogue.files):>4} file(s) {size:>14}   {description}")
 
 
-def entry_of(path: Path, stop: threading.Event, more: More) -> Entry:
-    """Size and hash of a file, read from the disk."""
+def hash_file(path: Path, stop: threading.Event, advance: Advance) -> ManifestEntry:
+    """Reads a file and returns its size and SHA-256."""
     size, digest = 0, hashlib.sha256()
-    for chunk in chunks(path, stop):
+    for chunk in read_chunks(path, stop):
         digest.update(chunk)
         size += len(chunk)
-        more(len(chunk))
-    return Entry(size, digest.hexdigest())
+        advance(len(chunk))
+    return ManifestEntry(size, digest.hexdigest())
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Before anything is written."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raises a `UserError` if `needed` bytes exceed the free disk space; `folder` need not exist."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         needs, has = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
         raise UserError(f"{folder}: needs {needs}, {has} are free; make room, or choose another --output_directory")
 
 
 @contextlib.contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Two would write the same parts. Where the file system knows no locks, nobody is held off."""
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Locks the folder: two processes would write the same part files. No lock where the file system has none."""
     path = folder / ".lock"
     with path.open("w") as lock:
         try:
@@ -210,39 +224,45 @@ def only_process(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-class Lines(io.TextIOBase):
-    """Where there is no terminal: what a bar draws becomes a line."""
+class LogLines(io.TextIOBase):
+    """Output stream of a progress bar without a terminal: every redraw of the bar becomes a line."""
 
     def write(self, text: str) -> int:
         if text.strip():
-            say(text.strip())
+            log_line(text.strip())
         return len(text)
 
 
 @contextlib.contextmanager
-def bytes_progress(what: str, total: int, initial: int = 0) -> Iterator[More]:
-    """Like `atlas_jax.runtime.progress`, of bytes, some of which are there already, for several threads."""
-    look: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
+def bytes_progress(what: str, total: int, initial: int = 0) -> Iterator[Advance]:
+    """Like `atlas_jax.runtime.progress`, for bytes and several threads; `initial` bytes are done at the start."""
+    options: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        look = {"file": Lines(), "bar_format": LINE, "mininterval": SECONDS_PER_LINE, "maxinterval": SECONDS_PER_LINE}
+        options = {
+            "file": LogLines(),
+            "bar_format": LOG_LINE_FORMAT,
+            "mininterval": SECONDS_PER_LINE,
+            "maxinterval": SECONDS_PER_LINE,
+        }
     lock = threading.Lock()
-    with tqdm(total=total, initial=initial, desc=what, unit="B", unit_scale=True, **look) as bar:
+    with tqdm(total=total, initial=initial, desc=what, unit="B", unit_scale=True, **options) as bar:
 
-        def more(count: int) -> None:
+        def advance(count: int) -> None:
             with lock:
                 bar.update(count)
 
-        yield more
+        yield advance
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong flags are one line."""
+    """Raises a `UserError` for wrong flags, in place of usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
 def address(text: str) -> str:
+    """Type of a flag: an http(s) URL. Its name appears in argparse's error messages."""
     url = urllib.parse.urlsplit(text)
     if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or text.split() != [text]:
         raise argparse.ArgumentTypeError(f"{text}: no http(s) address")
@@ -250,6 +270,8 @@ def address(text: str) -> str:
 
 
 def at_least(low: int) -> Callable[[str], int]:
+    """Type of a flag: a whole number of at least `low`."""
+
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < low:
             raise argparse.ArgumentTypeError(f"{text}: must be a whole number, {low} or more")
@@ -258,15 +280,15 @@ def at_least(low: int) -> Callable[[str], int]:
     return number
 
 
-def parse_args(catalogue: Catalogue, about: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; of `name` it is known that there is such a thing, unless only a list is asked for."""
+def parse_args(catalogue: Catalogue, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the flags; `UserError` if they are wrong or, without --list, the name is not in the catalogue."""
     names = "".join(f"\n    {name:<28}{what}" for name, what in catalogue.names.items())
     parser = Parser(
         prog=f"download_{catalogue.kind}",
-        description=about,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog=f"names:{names}\n\n{MORE_HELP}",
+        epilog=f"names:{names}\n\n{EPILOG}",
     )
     url = os.environ.get("ATLAS_BASE_URL", BASE_URL)
     add = parser.add_argument
@@ -295,40 +317,40 @@ def parse_args(catalogue: Catalogue, about: str, argv: Sequence[str] | None) -> 
     return args
 
 
-def run(catalogue: Catalogue, about: str, argv: Sequence[str] | None) -> Sequence[UserError]:
-    """What a command line asks for; returns of which files that could not be done."""
-    args = parse_args(catalogue, about, argv)
-    server = Server(args.base_url, args.timeout, args.retries)
+def run(catalogue: Catalogue, description: str, argv: Sequence[str] | None) -> Sequence[UserError]:
+    """Runs the command that the flags choose: list, verify or download; returns the errors of single files."""
+    args = parse_args(catalogue, description, argv)
+    client = HttpClient(args.base_url, args.timeout, args.retries)
     if args.list:
-        show(catalogue, server, args.jobs)
+        print_names(catalogue, client, args.jobs)
         return []
     if args.verify:
-        return verify(catalogue, args.name, args.output_directory, server.stop, args.jobs)
-    return download(catalogue, args.name, args.output_directory, server, args.jobs)
+        return verify(catalogue, args.name, args.output_directory, client.stop, args.jobs)
+    return download(catalogue, args.name, args.output_directory, client, args.jobs)
 
 
-def main(catalogue: Catalogue, about: str, argv: Sequence[str] | None = None) -> int:
-    """0; or 2, or 130 after Ctrl-C, with a line for each thing that is wrong that says what to do."""
+def main(catalogue: Catalogue, description: str, argv: Sequence[str] | None = None) -> int:
+    """Runs a download command; returns its status: 0, 2 after errors (one line each on stderr), 130 after Ctrl-C."""
     try:
-        wrong: list[object] = [*run(catalogue, about, argv)]
-        status = 2 if wrong else 0
+        errors: list[object] = [*run(catalogue, description, argv)]
+        status = 2 if errors else 0
     except UserError as error:
-        wrong, status = [error], 2
+        errors, status = [error], 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        wrong, status = [f"{where}{error.strerror or error}; check the disk and its permissions, and run again"], 2
+        errors, status = [f"{where}{error.strerror or error}; check the disk and its permissions, and run again"], 2
     except KeyboardInterrupt:
-        wrong, status = ["interrupted; what has arrived is kept, and the same command goes on from there"], 130
-    lines = sorted(" ".join(str(what).split()) for what in wrong)
-    if len(lines) > LINES_SHOWN:
-        lines[LINES_SHOWN:] = [f"and {len(lines) - LINES_SHOWN} other files"]
+        errors, status = ["interrupted; what has arrived is kept, and the same command goes on from there"], 130
+    lines = sorted(" ".join(str(error).split()) for error in errors)
+    if len(lines) > MAX_ERROR_LINES:
+        lines[MAX_ERROR_LINES:] = [f"and {len(lines) - MAX_ERROR_LINES} other files"]
     for line in lines:
         print(f"download_{catalogue.kind}: {line}", file=sys.stderr)
     return status
 
 
-def exit_while_compiling(status: int) -> NoReturn:
-    """Ends the process now: Python would wait for a thread that waits for a byte."""
+def exit_without_joining_threads(status: int) -> NoReturn:
+    """Exits at once: a normal exit would join the download threads, which may be blocked in a read from the network."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()

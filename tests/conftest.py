@@ -35,28 +35,47 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+# Folders and files whose tests compile models, train, or start processes; `make check` leaves them out
+SLOW = ("checkpoints", "commands", "compatibility", "evaluation", "launch", "mesh", "models", "training")
+SLOW_FILES = ("docs/test_commands.py", "runtime/test_cluster.py", "runtime/test_process_group.py")
+QUICK_FILES = ("checkpoints/formats", "commands/test_flags.py")
+QUICK_FILES += ("training/test_optimizer.py", "training/test_reporting.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long tests first: at the end none of the processes that share them has to wait for another."""
+    """Marks slow tests, and runs the longest first: so no worker waits for another at the end."""
     items.sort(key=lambda item: item.path.parent.name != "training")
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        if path.startswith((*SLOW, *SLOW_FILES)) and not path.startswith(QUICK_FILES):
+            item.add_marker("slow")
 
 
 def pytest_sessionfinish() -> None:
-    """The compiled programs go."""
+    """Removes the compilation cache of this run."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["ATLAS_TEST_PROGRAMS"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def quick_compiler():
-    """For programs that run once or are only read: XLA's are the same, without LLVM's optimizations of them."""
+    """Compiles quickly, for programs that run once or are only read: without most of LLVM's optimizations."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
+def quick_compiler_in_subprocesses():
+    """Sets what `quick_compiler` sets, for the commands that a test starts."""
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+
+
+@pytest.fixture(scope="module")
 def one_faiss_thread():
-    """Threads of faiss wait for each other in loops, which is slow where cores are shared."""
+    """One thread for faiss, whose threads otherwise spin while they wait, which is slow on shared cores."""
     import faiss
 
     threads = faiss.omp_get_max_threads()

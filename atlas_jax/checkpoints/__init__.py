@@ -1,1 +1,1 @@
-"""Weights in and out: Orbax checkpoints and the published PyTorch files."""
+"""Reads and writes weights: Orbax checkpoints, PyTorch checkpoints and Hugging Face folders."""

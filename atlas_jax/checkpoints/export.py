@@ -1,4 +1,4 @@
-"""Our weights as others name them: Hugging Face's folders, and the reference's `model.pth.tar`."""
+"""Exports weights to other formats: Hugging Face folders, and the reference's `model.pth.tar`."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -10,8 +10,8 @@ import numpy as np
 from atlas_jax.checkpoints.formats.safetensors_file import write_safetensors
 from atlas_jax.checkpoints.formats.torch_writer import Attributes, write_torch
 from atlas_jax.checkpoints.restore import PUBLISHED
-from atlas_jax.checkpoints.store import REMEDY, Weights, check_room, writing
-from atlas_jax.checkpoints.weights import ExportedArray, retriever_names, weight_entries
+from atlas_jax.checkpoints.store import REMEDY, Weights, check_free_space, user_errors_on_write
+from atlas_jax.checkpoints.weights import ExportedArray, encoder_names, weight_entries
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
@@ -21,24 +21,29 @@ from atlas_jax.storage.lazy_array import ArrayLike
 
 logger = logging.getLogger(__name__)
 
-Tell = Callable[[int], object]
+OnBytes = Callable[[int], object]  # called with the number of bytes after each array is written
 
 
-def write_huggingface(folder: Path, weights: Weights, tell: Tell) -> None:
-    """`reader/` (T5) and `retriever/` (BERT), or `query_encoder/` and `passage_encoder/`, which transformers loads.
+def write_huggingface(folder: Path, weights: Weights, on_bytes: OnBytes) -> None:
+    """Writes Hugging Face folders: `reader/` (T5) and `retriever/` (BERT), or `query_encoder/` and `passage_encoder/`.
 
-    UserError if it cannot be written. There is no such folder yet.
+    `folder` must not exist yet. UserError if it cannot be written.
     """
     cfg, arrays = weights.cfg, exported(weights.params, weights.cfg, aliases=False)
     with atomic_folder(folder, REMEDY) as draft:
-        check_room(draft, folder, size(arrays))
+        check_free_space(draft, folder, total_bytes(arrays))
         if cfg.reader:
-            part = _below("reader.", arrays)
-            _model(draft / "reader", reader_json(cfg.reader), weights.tokenizer, part, tell)
-        for theirs, ours in retriever_names(untied=cfg.untied).items():
+            model_arrays = _select_prefix("reader.", arrays)
+            _write_model(draft / "reader", reader_json(cfg.reader), weights.tokenizer, model_arrays, on_bytes)
+        for reference_name, our_name in encoder_names(untied=cfg.untied).items():
             if cfg.retriever:
-                name, part = "retriever" if ours == "encoder" else ours, _below(f"retriever.{theirs}.", arrays)
-                _model(draft / name, retriever_json(cfg.retriever), weights.retriever_tokenizer, part, tell)
+                name, model_arrays = (
+                    "retriever" if our_name == "encoder" else our_name,
+                    _select_prefix(f"retriever.{reference_name}.", arrays),
+                )
+                _write_model(
+                    draft / name, retriever_json(cfg.retriever), weights.retriever_tokenizer, model_arrays, on_bytes
+                )
         fsync(*draft.rglob("*"), draft)
     fsync(folder.parent)
     if cfg.retriever and cfg.retriever.norm == "atlas":
@@ -49,47 +54,47 @@ def write_huggingface(folder: Path, weights: Weights, tell: Tell) -> None:
         )
 
 
-def write_reference(folder: Path, weights: Weights, tell: Tell) -> None:
-    """`model.pth.tar` as the reference saves it without optimizers; UserError if it cannot be written.
+def write_reference(folder: Path, weights: Weights, on_bytes: OnBytes) -> None:
+    """Writes `model.pth.tar` as the reference saves it, without optimizers; UserError if it cannot be written.
 
-    `opt` has the one attribute that loading asks for. It is an OrderedDict, because `torch.load(weights_only=True)`
-    refuses the reference's own `argparse.Namespace`.
+    `opt` has the one attribute that the reference reads when it loads a checkpoint. It is an OrderedDict, because
+    `torch.load(weights_only=True)` refuses the reference's own `argparse.Namespace`.
     """
     arrays = exported(weights.params, weights.cfg, aliases=True)
     if weights.cfg.retriever:
         positions = np.arange(weights.cfg.retriever.max_positions)[None]  # a buffer of the reference's BERT
-        for theirs in retriever_names(untied=weights.cfg.untied):
-            arrays[f"retriever.{theirs}.embeddings.position_ids"] = positions
-    options = {"query_side_retriever_training": weights.cfg.untied}
-    nothing = dict.fromkeys(("optimizer", "retr_optimizer", "scheduler", "retr_scheduler"))
+        for reference_name in encoder_names(untied=weights.cfg.untied):
+            arrays[f"retriever.{reference_name}.embeddings.position_ids"] = positions
+    opt = {"query_side_retriever_training": weights.cfg.untied}
+    training_state = dict.fromkeys(("optimizer", "retr_optimizer", "scheduler", "retr_scheduler"))
     with atomic_folder(folder, REMEDY) as draft:
-        check_room(draft, folder, size(arrays))
-        about = {"step": weights.step, **nothing, "opt": Attributes(options)}
-        write_torch(draft / PUBLISHED, arrays, about, tell)
+        check_free_space(draft, folder, total_bytes(arrays))
+        extra = {"step": weights.step, **training_state, "opt": Attributes(opt)}
+        write_torch(draft / PUBLISHED, arrays, extra, on_bytes)
         fsync(draft / PUBLISHED, draft)
     fsync(folder.parent)
 
 
 def exported(params: Mapping[str, ArrayLike], cfg: AtlasConfig, *, aliases: bool) -> dict[str, ArrayLike]:
-    """The reference's names and arrays, unread; `aliases` are second names of the same objects."""
-    found: dict[str, ArrayLike] = {}
-    firsts: dict[str, ArrayLike] = {}
+    """Returns lazy arrays by the reference's names; with `aliases`, also its second names, of the same objects."""
+    exported_arrays: dict[str, ArrayLike] = {}
+    by_path: dict[str, ArrayLike] = {}
     for e in weight_entries(cfg):
         if not e.alias:
-            found[e.name] = ExportedArray(params[e.path], e)
-            firsts.setdefault(e.path, found[e.name])
+            exported_arrays[e.name] = ExportedArray(params[e.path], e)
+            by_path.setdefault(e.path, exported_arrays[e.name])
         elif aliases:
-            found[e.name] = firsts[e.path]
-    return found
+            exported_arrays[e.name] = by_path[e.path]
+    return exported_arrays
 
 
-def size(arrays: Mapping[str, ArrayLike]) -> int:
-    """Bytes of all arrays, those of two names once."""
+def total_bytes(arrays: Mapping[str, ArrayLike]) -> int:
+    """Sums the bytes of all arrays, counting an array with two names once."""
     return sum(array.nbytes for array in {id(array): array for array in arrays.values()}.values())
 
 
 def reader_json(cfg: T5Config) -> dict[str, Any]:
-    """config.json of a T5."""
+    """Returns the content of Hugging Face's config.json for a T5."""
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
@@ -114,7 +119,7 @@ def reader_json(cfg: T5Config) -> dict[str, Any]:
 
 
 def retriever_json(cfg: ContrieverConfig) -> dict[str, Any]:
-    """config.json of a BERT; the last three are for atlas, which computes what BERT alone does not say."""
+    """Returns the content of config.json for a BERT; Hugging Face ignores the last three fields, atlas reads them."""
     return {
         "architectures": ["BertModel"],
         "model_type": "bert",
@@ -136,20 +141,24 @@ def retriever_json(cfg: ContrieverConfig) -> dict[str, Any]:
     }
 
 
-def _model(
-    folder: Path, config: dict[str, Any], tokenizer: Tokenizer | None, arrays: Mapping[str, ArrayLike], tell: Tell
+def _write_model(
+    folder: Path,
+    config: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    arrays: Mapping[str, ArrayLike],
+    on_bytes: OnBytes,
 ) -> None:
     folder.mkdir()
     if tokenizer:
-        with writing(folder):
+        with user_errors_on_write(folder):
             tokenizer.save(folder)
-        _for_older_transformers(folder / "tokenizer_config.json")
+        _rewrite_for_transformers_4(folder / "tokenizer_config.json")
     write_json(folder / "config.json", config)
-    write_safetensors(folder / "model.safetensors", arrays, tell)
+    write_safetensors(folder / "model.safetensors", arrays, on_bytes)
 
 
-def _for_older_transformers(path: Path) -> None:
-    """Renames and drops what transformers 4 stumbles over in the file of transformers 5, which reads both."""
+def _rewrite_for_transformers_4(path: Path) -> None:
+    """Renames and drops fields of transformers 5 that transformers 4 cannot read; version 5 reads the result too."""
     config = read_json(path)
     extra = config.pop("extra_special_tokens", None)
     if isinstance(extra, list):
@@ -159,5 +168,5 @@ def _for_older_transformers(path: Path) -> None:
     write_json(path, config)
 
 
-def _below(prefix: str, arrays: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
+def _select_prefix(prefix: str, arrays: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Models as others publish them: a known T5 name, or a local Hugging Face folder (config.json, model.safetensors)."""
+"""Pretrained models: a published T5's name, or a local Hugging Face folder (config.json, model.safetensors)."""
 
 import json
 import logging
@@ -17,45 +17,45 @@ from atlas_jax.storage.files import read_json
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = (
+WEIGHT_FILES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 KNOWN_RETRIEVERS = {"facebook/contriever": ContrieverConfig()}
 
 
-def _choose(config: Mapping[str, Any], key: str, choices: tuple[Any, ...], default: Any, path: Path) -> Any:
+def _read_choice(config: Mapping[str, Any], key: str, choices: tuple[Any, ...], default: Any, path: Path) -> Any:
     value = config.get(key, default)
     if type(value) is not type(choices[0]) or value not in choices:
         raise UserError(f"{path}: {key} is {value!r}; this program knows {', '.join(map(str, choices))}")
     return value
 
 
-def _sizes(config: Mapping[str, Any], path: Path, *keys: str) -> list[int]:
+def _read_sizes(config: Mapping[str, Any], path: Path, *keys: str) -> list[int]:
     for key in keys:
         if type(config.get(key)) is not int or config[key] < 1:
             raise UserError(f"{path}: {key} is {config.get(key)!r}; a whole number above 0 belongs there")
     return [config[key] for key in keys]
 
 
-def _epsilon(config: Mapping[str, Any], path: Path, key: str) -> float:
+def _read_epsilon(config: Mapping[str, Any], path: Path, key: str) -> float:
     if not isinstance(config[key], float) or not 0 < config[key] < 1:
         raise UserError(f"{path}: {key} is {config[key]!r}; a small number above 0 belongs there")
     return float(config[key])
 
 
 def _with_defaults(config: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
-    """What Hugging Face's configurations take where a field is missing or null."""
+    """Fills missing and null fields with Hugging Face's defaults."""
     return defaults | {key: value for key, value in config.items() if value is not None}
 
 
 def reader_config(name_or_folder: str) -> T5Config:
-    """The reader's shape: a published name's, or that of a folder's config.json (model_type t5)."""
+    """Returns the reader's config: of a published T5's name, or from a folder's config.json (model_type t5)."""
     if name_or_folder in T5_CONFIGS and not Path(name_or_folder).is_dir():
         return T5_CONFIGS[name_or_folder]
     path = Path(name_or_folder) / "config.json"
     config = read_json(path)
-    _choose(config, "model_type", ("t5",), "", path)
+    _read_choice(config, "model_type", ("t5",), "", path)
     config = _with_defaults(
         config,
         num_decoder_layers=config.get("num_layers"),
@@ -64,10 +64,10 @@ def reader_config(name_or_folder: str) -> T5Config:
         layer_norm_epsilon=1e-6,
         tie_word_embeddings=True,
     )
-    d_model, heads, head_dim, d_ff = _sizes(config, path, "d_model", "num_heads", "d_kv", "d_ff")
-    layers, decoder_layers, vocabulary = _sizes(config, path, "num_layers", "num_decoder_layers", "vocab_size")
-    buckets, distance = _sizes(config, path, "relative_attention_num_buckets", "relative_attention_max_distance")
-    activation = _choose(config, "feed_forward_proj", ("relu", "gated-gelu"), "relu", path)
+    d_model, heads, head_dim, d_ff = _read_sizes(config, path, "d_model", "num_heads", "d_kv", "d_ff")
+    layers, decoder_layers, vocabulary = _read_sizes(config, path, "num_layers", "num_decoder_layers", "vocab_size")
+    buckets, distance = _read_sizes(config, path, "relative_attention_num_buckets", "relative_attention_max_distance")
+    activation = _read_choice(config, "feed_forward_proj", ("relu", "gated-gelu"), "relu", path)
     return T5Config(
         d_model,
         heads,
@@ -77,33 +77,34 @@ def reader_config(name_or_folder: str) -> T5Config:
         decoder_layers,
         vocab_size=vocabulary,
         gated=activation == "gated-gelu",
-        tied=_choose(config, "tie_word_embeddings", (True, False), True, path),
+        tied=_read_choice(config, "tie_word_embeddings", (True, False), True, path),
         relative_buckets=buckets,
         relative_max_distance=distance,
-        layer_norm_epsilon=_epsilon(config, path, "layer_norm_epsilon"),
+        layer_norm_epsilon=_read_epsilon(config, path, "layer_norm_epsilon"),
     )
 
 
 def retriever_config(name_or_folder: str) -> ContrieverConfig:
-    """The retriever's shape, out of a folder's config.json (model_type bert).
+    """Returns the retriever's config from a folder's config.json (model_type bert).
 
-    The layer norm is what `"layer_norm": "atlas" | "standard"` there says. Without it, a sentence-transformers folder
-    has the standard one, pools and normalises as its modules say; any other is read as the reference reads every BERT.
+    The field `"layer_norm": "atlas" | "standard"` of config.json names the layer norm. Without that field, a
+    sentence-transformers folder has the standard one, with the pooling and normalization of its modules; any other
+    folder is read as the reference reads every BERT.
     """
     folder = Path(name_or_folder)
     if name_or_folder in KNOWN_RETRIEVERS and not folder.is_dir():
         return KNOWN_RETRIEVERS[name_or_folder]
     path = folder / "config.json"
     config = _with_defaults(read_json(path), max_position_embeddings=512, type_vocab_size=2, layer_norm_eps=1e-12)
-    _choose(config, "model_type", ("bert",), "", path)
-    _choose(config, "hidden_act", ("gelu",), "gelu", path)
-    _choose(config, "position_embedding_type", ("absolute",), "absolute", path)
-    d_model, heads, d_ff = _sizes(config, path, "hidden_size", "num_attention_heads", "intermediate_size")
-    layers, vocabulary = _sizes(config, path, "num_hidden_layers", "vocab_size")
-    positions, types = _sizes(config, path, "max_position_embeddings", "type_vocab_size")
+    _read_choice(config, "model_type", ("bert",), "", path)
+    _read_choice(config, "hidden_act", ("gelu",), "gelu", path)
+    _read_choice(config, "position_embedding_type", ("absolute",), "absolute", path)
+    d_model, heads, d_ff = _read_sizes(config, path, "hidden_size", "num_attention_heads", "intermediate_size")
+    layers, vocabulary = _read_sizes(config, path, "num_hidden_layers", "vocab_size")
+    positions, types = _read_sizes(config, path, "max_position_embeddings", "type_vocab_size")
     if d_model % heads:
         raise UserError(f"{path}: {heads} heads do not divide a width of {d_model}")
-    modules = _sentence_transformer(folder)
+    modules = _read_sentence_transformers(folder)
     return ContrieverConfig(
         d_model,
         heads,
@@ -112,70 +113,70 @@ def retriever_config(name_or_folder: str) -> ContrieverConfig:
         vocabulary,
         max_positions=positions,
         type_vocab_size=types,
-        layer_norm_epsilon=_epsilon(config, path, "layer_norm_eps"),
-        norm=_choose(config, "layer_norm", ("atlas", "standard"), "standard" if modules else "atlas", path),
-        pooling=_choose(config, "pooling", ("average", "sqrt", "cls"), modules.get("pooling", "average"), path),
-        normalize=_choose(config, "normalize", (True, False), modules.get("normalize", False), path),
+        layer_norm_epsilon=_read_epsilon(config, path, "layer_norm_eps"),
+        norm=_read_choice(config, "layer_norm", ("atlas", "standard"), "standard" if modules else "atlas", path),
+        pooling=_read_choice(config, "pooling", ("average", "sqrt", "cls"), modules.get("pooling", "average"), path),
+        normalize=_read_choice(config, "normalize", (True, False), modules.get("normalize", False), path),
     )
 
 
-def _sentence_transformer(folder: Path) -> dict[str, Any]:
-    """What a sentence-transformers folder says beside the model: pooling, and whether vectors are normalised."""
+def _read_sentence_transformers(folder: Path) -> dict[str, Any]:
+    """Reads a sentence-transformers folder's pooling and whether it normalizes vectors; {} for other folders."""
     path = folder / "modules.json"
     if not path.is_file():
         return {}
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {module["type"].split(".")[-1]: str(module["path"]) for module in modules}
+        paths = {module["type"].split(".")[-1]: str(module["path"]) for module in modules}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}: no list of modules ({error!r}); restore the file") from None
-    pooling = read_json(folder / kinds["Pooling"] / "config.json") if "Pooling" in kinds else {}
+    pooling = read_json(folder / paths["Pooling"] / "config.json") if "Pooling" in paths else {}
     return {
         "pooling": "cls" if pooling.get("pooling_mode_cls_token") else "average",
-        "normalize": "Normalize" in kinds,
+        "normalize": "Normalize" in paths,
     }
 
 
 def folder_weights(name_or_folder: str) -> dict[str, np.ndarray] | None:
-    """A folder's arrays by name, views of its files; None, said aloud, where there are none."""
+    """Returns a folder's arrays by name, as views of its files; None, with a warning, if it has no weights."""
     file = weights_file(name_or_folder)
     if file is None:
         logger.warning("%s: no model.safetensors there, so its weights are random", name_or_folder)
         return None
-    found: dict[str, np.ndarray] = {}
-    for shard in _shards(file):
-        for name, array in _arrays(shard).items():
-            plain = name.removeprefix("bert.")
-            if plain in found:
-                raise UserError(f"{shard}: has {plain} once more; fetch the folder again")
-            found[plain] = array
-    return found
+    arrays: dict[str, np.ndarray] = {}
+    for shard in _shard_files(file):
+        for name, array in _open_arrays(shard).items():
+            short_name = name.removeprefix("bert.")
+            if short_name in arrays:
+                raise UserError(f"{shard}: has {short_name} once more; fetch the folder again")
+            arrays[short_name] = array
+    return arrays
 
 
 def weights_file(name_or_folder: str) -> Path | None:
-    """The file of a folder's arrays, or the index of its files; safetensors first, as Hugging Face takes them."""
-    paths = [Path(name_or_folder) / name for name in WEIGHTS]
+    """Returns a folder's weights file, or the index of its shards; safetensors come first, as with Hugging Face."""
+    paths = [Path(name_or_folder) / name for name in WEIGHT_FILES]
     return next((path for path in paths if path.is_file()), None)
 
 
-def _shards(file: Path) -> list[Path]:
-    """The files that an index names; of any other file that itself."""
+def _shard_files(file: Path) -> list[Path]:
+    """Returns the files that an index of shards names; for any other file, that file."""
     if file.suffix != ".json":
         return [file]
-    places = read_json(file).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{file}: has no weight_map; restore the file")
-    names = {str(name) for name in places.values()}
+    names = {str(name) for name in weight_map.values()}
     for name in sorted(names):
         if Path(name).name != name or not (file.parent / name).is_file():
             raise UserError(f"{file}: names {name}, which is no file beside it; fetch the folder again")
     return [file.parent / name for name in sorted(names)]
 
 
-def _arrays(file: Path) -> dict[str, np.ndarray]:
+def _open_arrays(file: Path) -> dict[str, np.ndarray]:
     if file.suffix == ".safetensors":
         return open_safetensors(file)
-    found = load_torch(file)
-    if not isinstance(found, dict) or not all(isinstance(array, np.ndarray) for array in found.values()):
+    tensors = load_torch(file)
+    if not isinstance(tensors, dict) or not all(isinstance(array, np.ndarray) for array in tensors.values()):
         raise UserError(f"{file}: holds no named tensors; is this a model of Hugging Face's?")
-    return {str(name): array for name, array in found.items()}
+    return {str(name): array for name, array in tensors.items()}

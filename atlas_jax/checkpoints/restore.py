@@ -1,4 +1,4 @@
-"""What a run starts from: an Atlas checkpoint, ours or the published `model.pth.tar`, or a T5 and an encoder."""
+"""Restores the weights a run starts from: our checkpoint, the published `model.pth.tar`, or a T5 and an encoder."""
 
 import dataclasses
 import hashlib
@@ -33,55 +33,59 @@ PUBLISHED = "model.pth.tar"
 
 
 def restore(config: Config) -> Weights:
-    """The weights that `--model_path` names, or else those of `--reader_model_type` and `--retriever_model_path`.
+    """Returns the weights of `--model_path`, or else of `--reader_model_type` and `--retriever_model_path`.
 
-    Only the retriever's are in memory: of a large reader a process needs its devices' share.
+    Only the retriever's are in memory: of a large reader a process needs only its devices' shards. UserError if the
+    weights lack a model that the run uses.
     """
-    path = config.weights_folder
-    weights = _used(open_weights(config), config)
+    folder = config.weights_folder
+    weights = _drop_unused_models(open_weights(config), config)
     if not (weights.cfg.retriever or config.retrieval.use_file_passages):
-        raise UserError(f"{path}: has no retriever; pass --use_file_passages or --closed_book, or take another")
+        raise UserError(f"{folder}: has no retriever; pass --use_file_passages or --closed_book, or take another")
     if not (weights.cfg.reader or config.retrieval.retrieve_only):
-        raise UserError(f"{path}: has no reader; pass --retrieve_only, or take another")
+        raise UserError(f"{folder}: has no reader; pass --retrieve_only, or take another")
     loaded = weights.load("retriever/")
     if config.retrieval.query_side_retriever_training:
-        loaded = _untied(loaded)
+        loaded = _untie_encoders(loaded)
     count = sum(array.size for array in loaded.params.values())
-    logger.info("%s: %.1f million parameters, step %d", path or "no trained weights", count / 1e6, loaded.step)
+    logger.info("%s: %.1f million parameters, step %d", folder or "no trained weights", count / 1e6, loaded.step)
     return loaded
 
 
 def open_weights(config: Config) -> Weights:
-    """All that is there of what `restore` loads, unread: names and shapes are known to be right, and nothing else."""
-    path = config.weights_folder
-    if path is None:
-        return _fresh(config)
-    if store.is_checkpoint(path):
-        return _ours(path, config)
-    if (path / PUBLISHED).is_file():
-        return _published(path / PUBLISHED, config)
-    raise UserError(f"{path}: neither {PUBLISHED} nor a checkpoint of ours (atlas.json) in this folder")
+    """Opens the weights that `restore` loads, without reading arrays: names and shapes are checked, values are not.
+
+    Models that the run does not use are included where the folder has them.
+    """
+    folder = config.weights_folder
+    if folder is None:
+        return _open_pretrained(config)
+    if store.is_checkpoint(folder):
+        return _open_checkpoint(folder, config)
+    if (folder / PUBLISHED).is_file():
+        return _open_reference(folder / PUBLISHED, config)
+    raise UserError(f"{folder}: neither {PUBLISHED} nor a checkpoint of ours (atlas.json) in this folder")
 
 
 def model_shapes(config: Config) -> AtlasConfig:
-    """Those of the weights, before anything else of them is read; whether they are `untied` is not known yet."""
-    path = config.weights_folder
-    if path and store.is_checkpoint(path):
-        return store.load_config(path)[0]
-    return _shapes(config, untied=False)
+    """Returns the configs of the models without reading weights; `untied` is False unless it is known already."""
+    folder = config.weights_folder
+    if folder and store.is_checkpoint(folder):
+        return store.load_config(folder)[0]
+    return _model_config(config, untied=False)
 
 
 def retriever_fingerprint(params: Mapping[str, ArrayLike]) -> str:
-    """What tells one passage encoder from another: a digest of its parameters, whatever file they came from."""
+    """Returns a SHA-256 digest of the passage encoder's parameters, which does not depend on the file format."""
     digest = hashlib.sha256()
-    encoders = sorted(path for path in params if re.match(r"retriever/(passage_)?encoder/", path))
-    for path in encoders:
+    encoder_paths = sorted(path for path in params if re.match(r"retriever/(passage_)?encoder/", path))
+    for path in encoder_paths:
         digest.update(path.split("encoder/", 1)[1].encode())
         digest.update(np.ascontiguousarray(read(params[path]), np.float32).tobytes())
     return digest.hexdigest()
 
 
-def _shapes(config: Config, *, untied: bool) -> AtlasConfig:
+def _model_config(config: Config, *, untied: bool) -> AtlasConfig:
     return AtlasConfig(
         reader_config(config.model.reader_model_type),
         None if config.retrieval.use_file_passages else retriever_config(config.model.retriever_model_path),
@@ -89,7 +93,7 @@ def _shapes(config: Config, *, untied: bool) -> AtlasConfig:
     )
 
 
-def _tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
+def _load_tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
     no_retriever = config.retrieval.use_file_passages
     return (
         Tokenizer.load(config.model.reader_model_type),
@@ -97,13 +101,13 @@ def _tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
     )
 
 
-def open_published(file: Path) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays of the reference's checkpoint by name, views of the file, and its step.
+def open_reference_arrays(file: Path) -> tuple[dict[str, np.ndarray], int]:
+    """Returns the arrays of a reference checkpoint by name, as views of the file, and its step.
 
-    It is read without PyTorch and without running its pickle; UserError if it is none.
+    Needs no PyTorch and does not run the pickle. UserError if the file is no Atlas checkpoint.
     """
-    found: Any = load_torch(file)
-    model, step = (found.get("model"), found.get("step", 0)) if isinstance(found, Mapping) else (None, 0)
+    content: Any = load_torch(file)
+    model, step = (content.get("model"), content.get("step", 0)) if isinstance(content, Mapping) else (None, 0)
     if not isinstance(model, Mapping) or not all(isinstance(array, np.ndarray) for array in model.values()):
         raise UserError(f"{file}: holds no `model` of named tensors; is this an Atlas checkpoint?")
     if type(step) is not int:
@@ -111,49 +115,51 @@ def open_published(file: Path) -> tuple[dict[str, np.ndarray], int]:
     return strip_module_prefix({str(name): array for name, array in model.items()}), step
 
 
-def _published(file: Path, config: Config) -> Weights:
-    source, step = open_published(file)
+def _open_reference(file: Path, config: Config) -> Weights:
+    source, step = open_reference_arrays(file)
     if config.retrieval.use_file_passages:
         source = {name: array for name, array in source.items() if not name.startswith("retriever.")}
-    cfg = _shapes(config, untied=is_untied(source))
-    tokenizers = _tokenizers(config)  # before the minutes that weights take
+    cfg = _model_config(config, untied=is_untied(source))
+    tokenizers = _load_tokenizers(config)  # before the weights, which may take minutes: a missing one is an error
     return Weights(map_weights(source, cfg, where=str(file)), cfg, *tokenizers, step=step)
 
 
-def _ours(folder: Path, config: Config) -> Weights:
-    """Our checkpoint; a shape that `--reader_model_type` contradicts is an error."""
-    found = store.load_config(folder)[0].reader
+def _open_checkpoint(folder: Path, config: Config) -> Weights:
+    """Opens one of our checkpoints; UserError if `--reader_model_type` names a reader of another shape."""
+    reader = store.load_config(folder)[0].reader
     if config.model.reader_model_type:
-        asked = reader_config(config.model.reader_model_type)
-        fields = [field.name for field in dataclasses.fields(asked)]
-        differing = [name for name in fields if getattr(found, name, None) != getattr(asked, name)]
+        expected = reader_config(config.model.reader_model_type)
+        fields = [field.name for field in dataclasses.fields(expected)]
+        differing = [name for name in fields if getattr(reader, name, None) != getattr(expected, name)]
         if differing:
-            said = ", ".join(
-                f"{name} is {getattr(found, name, None)}, not {getattr(asked, name)}" for name in differing
+            differences = ", ".join(
+                f"{name} is {getattr(reader, name, None)}, not {getattr(expected, name)}" for name in differing
             )
             raise UserError(
-                f"{folder}: its reader is not --reader_model_type {config.model.reader_model_type}: {said}; "
+                f"{folder}: its reader is not --reader_model_type {config.model.reader_model_type}: {differences}; "
                 "leave the flag out or name the right one"
             )
     return store.open_checkpoint(folder)
 
 
-def _fresh(config: Config) -> Weights:
-    """A T5 and an encoder that never met; a part without weights is random."""
-    cfg = _shapes(config, untied=False)
-    tokenizers = _tokenizers(config)
+def _open_pretrained(config: Config) -> Weights:
+    """Opens a pretrained T5 and a pretrained encoder; a model whose folder has no weights is initialized randomly."""
+    cfg = _model_config(config, untied=False)
+    tokenizers = _load_tokenizers(config)
     params: dict[str, ArrayLike] = {}
     if not config.retrieval.retrieve_only:
-        part = AtlasConfig(cfg.reader, None)
-        params |= _part(config.model.reader_model_type, "reader.", part, config.run.seed)
+        model_cfg = AtlasConfig(cfg.reader, None)
+        params |= _pretrained_params(config.model.reader_model_type, "reader.", model_cfg, config.run.seed)
     if cfg.retriever:
-        part = AtlasConfig(None, cfg.retriever)
-        params |= _part(config.model.retriever_model_path, "retriever.contriever.", part, config.run.seed)
+        model_cfg = AtlasConfig(None, cfg.retriever)
+        params |= _pretrained_params(
+            config.model.retriever_model_path, "retriever.contriever.", model_cfg, config.run.seed
+        )
     return Weights(params, cfg, *tokenizers)
 
 
-def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Mapping[str, ArrayLike]:
-    """One of the two models from a folder's own weights, else random."""
+def _pretrained_params(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Mapping[str, ArrayLike]:
+    """Returns a model's parameters from the weights in its folder, or random ones if there are none."""
     source = folder_weights(name)
     if source is not None:
         named = {prefix + key: array for key, array in source.items()}
@@ -163,20 +169,20 @@ def _part(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Mapping[str, A
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
 
 
-def _used(weights: Weights, config: Config) -> Weights:
-    """Without the part that this run does not use."""
+def _drop_unused_models(weights: Weights, config: Config) -> Weights:
+    """Returns a copy without the reader or the retriever if the run does not use it."""
     cfg = weights.cfg
     if config.retrieval.retrieve_only:
         cfg = dataclasses.replace(cfg, reader=None)
     if config.retrieval.use_file_passages:
         cfg = dataclasses.replace(cfg, retriever=None)
-    used = [part for part in ("reader", "retriever") if getattr(cfg, part)]
-    params = {path: array for path, array in weights.params.items() if path.split("/")[0] in used}
+    models = [model for model in ("reader", "retriever") if getattr(cfg, model)]
+    params = {path: array for path, array in weights.params.items() if path.split("/")[0] in models}
     return dataclasses.replace(weights, params=params, cfg=cfg)
 
 
-def _untied(weights: Weights) -> Weights:
-    """With an encoder each for queries and passages; equal ones, where there was one for both."""
+def _untie_encoders(weights: Weights) -> Weights:
+    """Returns a copy with separate query and passage encoders, which start equal if there was one for both."""
     params = {
         path.replace("retriever/encoder/", f"retriever/{side}_encoder/"): array
         for path, array in weights.params.items()
@@ -186,18 +192,22 @@ def _untied(weights: Weights) -> Weights:
 
 
 def compute_dtype(config: Config) -> Any:
-    """What --precision means for matrix products and residuals."""
+    """Returns the dtype of matrix products and residuals that --precision names."""
     return {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.model.precision]
 
 
 def place_on_mesh(weights: Weights, config: Config, mesh: Mesh) -> AtlasModel:
-    """The model on the mesh in --precision: matrices in the compute type, norms and biases in float32."""
+    """Builds the model with its parameters sharded over the mesh: matrices in the --precision dtype, others in float32.
+
+    Each parameter keeps its path and global shape from `weights.params`, and `PARAM_SPECS` says how it is sharded. A
+    collective call: UserError on every process if values read from a checkpoint are not those saved.
+    """
     dtype = compute_dtype(config)
 
-    def put(path: str, array: ArrayLike) -> jax.Array:
+    def place(path: str, array: ArrayLike) -> jax.Array:
         placed: jax.Array = put_parameter(mesh, path, array, dtype if is_matrix(path) else None)
         return placed
 
-    model = build_model(weights.params, weights.cfg.computing(dtype=dtype, for_cpu=is_single_cpu(mesh)), put)
+    model = build_model(weights.params, weights.cfg.computing(dtype=dtype, for_cpu=is_single_cpu(mesh)), place)
     verify_shards(weights.params)
     return model

@@ -1,4 +1,4 @@
-"""The checkpoints of a training run: written behind its back, the newest whole one read."""
+"""Checkpoints of a training run: saves in a background thread and restores the newest complete one."""
 
 import dataclasses
 import functools
@@ -22,78 +22,78 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-STEP = r"step-(0|[1-9][0-9]*)"  # the name of a checkpoint
+STEP_FOLDER = r"step-(0|[1-9][0-9]*)"  # pattern of a checkpoint folder's name
 
 
 class DifferentRun(UserError):
-    """A checkpoint is whole, but the run cannot go on from it, and not from an older one either."""
+    """The checkpoint is complete but belongs to a different run, as do older ones, so this run cannot resume."""
 
 
 class RunCheckpoints:
-    """The folders `step-N` below one that only this run writes, and the link `latest` to the last one written.
+    """Manages the checkpoints `step-N` in a folder that only this run writes, and the link `latest` to the last one.
 
-    The processes of a run call the same methods in the same order, and each has the same answers. With `keep`, only so
-    many of the newest whole ones stay. `failed` says why the last save came to nothing.
+    All processes of a run call the same methods in the same order and get the same results. With `keep`, only that many
+    of the newest complete checkpoints are kept. `failed` is the error message of the last save, None if it succeeded.
     """
 
     def __init__(self, folder: Path, keep: int | None = None):
         self.folder = folder
         self.keep = keep
         self.failed: str | None = None
-        self._damaged: set[Path] = set()  # found by reading; the sizes of files may not tell
+        self._damaged: set[Path] = set()  # checkpoints that failed to load; their file sizes may still be right
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
-        process_group().run_on_first(lambda: _sweep(folder))
+        process_group().run_on_first(lambda: _clean_up_killed_saves(folder))
 
     def restore(
-        self, read: Callable[[Path], T], verify: Callable[[T], None] = lambda found: None
+        self, read: Callable[[Path], T], verify: Callable[[T], None] = lambda result: None
     ) -> tuple[T, Path] | None:
-        """What `read` makes of the newest checkpoint that it does not refuse with a UserError; None if there is none.
+        """Reads the newest readable checkpoint; returns the result of `read` and the folder, None without checkpoints.
 
-        Nor may `verify` refuse it, in which the processes take part together. UserError if there are some but all are
-        refused, or one of them with `DifferentRun`.
+        A checkpoint is skipped if `read`, on any process, or `verify`, a collective call on that result, raises OSError
+        or UserError; but `DifferentRun` is raised at once. UserError if every checkpoint is skipped.
         """
-        found: list[T] = []
+        results: list[T] = []
 
-        def keep(folder: Path) -> None:
-            found.append(read(folder))
+        def read_checkpoint(folder: Path) -> None:
+            results.append(read(folder))
 
         names = process_group().run_on_first(lambda: [folder.name for folder in self._newest_first()])
-        refusals = []
+        errors = []
         for name, older in itertools.zip_longest(names, names[1:]):
             folder = self.folder / name
             try:
-                process_group().run_on_all(functools.partial(keep, folder))
-                verify(found[-1])
-                return found[-1], folder
+                process_group().run_on_all(functools.partial(read_checkpoint, folder))
+                verify(results[-1])
+                return results[-1], folder
             except DifferentRun:
                 raise
             except (OSError, UserError) as error:
-                found.clear()  # it may be large
-                refusals.append(error)
+                results.clear()  # frees the memory of what was read
+                errors.append(error)
                 self._damaged.add(folder)
                 if older:
                     logger.warning("%s is damaged, %s is tried next: %s", name, older, error)
-        if refusals:
-            raise UserError(f"{self.folder}: none of its checkpoints can be read; the newest: {refusals[0]}")
+        if errors:
+            raise UserError(f"{self.folder}: none of its checkpoints can be read; the newest: {errors[0]}")
         return None
 
     def save(self, step: int, weights: Weights, resume_state: ResumeState | None = None) -> None:
-        """Starts to write `step-{step}`, once the save before is done; the arrays must not change until `wait`.
+        """Waits for the previous save, then starts to write `step-{step}` in the background.
 
-        Not being able to write is logged, and the older checkpoints stay.
+        The arrays must not change until `wait` returns. A failure to write is logged, and older checkpoints are kept.
         """
         self.wait()
         self._saving = self._pool.submit(self._save, dataclasses.replace(weights, step=step), resume_state)
 
     def wait(self) -> bool:
-        """Whether the last save, which has ended now, succeeded."""
+        """Waits for the last save and returns whether it succeeded; raises errors other than a failure to write."""
         if self._saving:
             self._saving.result()
         return self.failed is None
 
     def remove(self) -> None:
-        """Removes all of them."""
+        """Removes all checkpoints of the run."""
         self.wait()
         if process_group().index:
             return
@@ -102,7 +102,7 @@ class RunCheckpoints:
         (self.folder / "latest").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Waits for the last save; there can be no more."""
+        """Waits for the last save and accepts no more."""
         self._pool.shutdown()
         self.wait()
 
@@ -127,29 +127,32 @@ class RunCheckpoints:
         try:
             with atomic_file(self.folder / "latest") as link:
                 link.symlink_to(folder.name)
-        except UserError as error:  # a file system without links
+        except UserError as error:  # a file system without symbolic links
             logger.warning("%s is saved, but %s", folder, error)
         if self.keep is not None:
-            self._remove_older(folder, max(self.keep, 1))
+            self._remove_old_checkpoints(folder, max(self.keep, 1))
 
-    def _remove_older(self, written: Path, keep: int) -> None:
+    def _remove_old_checkpoints(self, just_written: Path, keep: int) -> None:
+        """Removes all checkpoints but the one just written and the `keep` newest complete ones."""
         folders = self._newest_first()
         whole = [folder for folder in folders if folder not in self._damaged and store.is_whole(folder)]
-        for folder in set(folders) - {written, *whole[:keep]}:
+        for folder in set(folders) - {just_written, *whole[:keep]}:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _newest_first(self) -> list[Path]:
-        steps = [int(found[1]) for path in self.folder.glob("step-*") if (found := re.fullmatch(STEP, path.name))]
+        steps = [
+            int(match[1]) for path in self.folder.glob("step-*") if (match := re.fullmatch(STEP_FOLDER, path.name))
+        ]
         return [self.folder / f"step-{step}" for step in sorted(steps, reverse=True)]
 
 
-def _sweep(folder: Path) -> None:
-    """Removes what killed processes left behind; a checkpoint that was just being replaced comes back."""
+def _clean_up_killed_saves(folder: Path) -> None:
+    """Removes what saves of killed processes left, and renames a checkpoint back that was being replaced."""
     for retired in folder.glob(".step-*.old"):
-        place = folder / retired.name.split(".")[1]
-        if not place.exists():
-            os.rename(retired, place)
-    for left in [*folder.glob(".step-*.old"), *folder.glob(".step-*.draft")]:
-        shutil.rmtree(left, ignore_errors=True)
+        target = folder / retired.name.split(".")[1]
+        if not target.exists():
+            os.rename(retired, target)
+    for leftover in [*folder.glob(".step-*.old"), *folder.glob(".step-*.draft")]:
+        shutil.rmtree(leftover, ignore_errors=True)
     for link in folder.glob(".latest.*.draft"):
         link.unlink()

@@ -1,7 +1,7 @@
-"""Our checkpoints: what stands in the folder, how it is written, and how it is known to be whole.
+"""The checkpoint folder: writes it atomically, reads it, and checks that it is complete and undamaged.
 
-A folder that needs nothing else: `atlas.json` (shapes, step, sizes of files, checksums of arrays), `params/` (Orbax),
-and the tokenizers `reader/` and `retriever/`. A training run adds what it needs to go on: `training/` (Orbax) and
+A self-contained folder: `atlas.json` (model configuration, step, file sizes, array checksums), `params/` (Orbax), and
+the tokenizers `reader/` and `retriever/`. A training run adds what it needs to resume: `training/` (Orbax) and
 `training.json`.
 """
 
@@ -17,8 +17,8 @@ import numpy as np
 
 from atlas_jax.checkpoints.formats.checksum import checksum
 from atlas_jax.checkpoints.formats.orbax_arrays import (
+    PartialSums,
     Stored,
-    Sums,
     combine_checksums,
     create_arrays,
     damaged_error,
@@ -38,18 +38,18 @@ from atlas_jax.storage.lazy_array import ArrayLike, LocalShards, read
 from atlas_jax.storage.shared_files import atomic_shared_folder
 
 FORMAT = 2
-CHANNEL = "checkpoint"  # on which the processes of a run speak of this
-TREES = ("params", "training")  # what Orbax writes
-ABOUT_TRAINING = "training.json"
+CHANNEL = "checkpoint"  # the process group's channel for saves, which run beside the main thread
+TREES = ("params", "training")  # folders that Orbax writes
+TRAINING_FILE = "training.json"
 REMEDY = "free some space there or choose a folder that can be written"
-OF_THE_RUN = ("dropout", "dtype", "for_cpu")  # fields of a shape that the run chooses, not the weights
+RUN_FIELDS = ("dropout", "dtype", "for_cpu")  # config fields that depend on the run, not on the weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Everything that a run needs of a model: parameters, shapes, and the tokenizers that it was trained with."""
+    """Everything that a run needs of a model: parameters, configuration, and the tokenizers of its training."""
 
-    params: Mapping[str, ArrayLike]  # float32, by our paths, in memory or still in files
+    params: Mapping[str, ArrayLike]  # float32, by parameter path, in memory or still in files
     cfg: AtlasConfig
     tokenizer: Tokenizer  # the reader's
     retriever_tokenizer: Tokenizer | None
@@ -57,7 +57,7 @@ class Weights:
     index: str | None = None  # fingerprint of the passage encoder of the index that the retriever was trained with
 
     def load(self, prefix: str = "") -> "Weights":
-        """Those whose path begins so are read into memory, where each is there once."""
+        """Reads parameters whose path starts with `prefix` into memory, one float32 copy each; returns new Weights."""
         params = {
             path: np.asarray(read(array), np.float32) if path.startswith(prefix) else array
             for path, array in self.params.items()
@@ -67,26 +67,26 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class ResumeState:
-    """What a training run needs besides the weights to go on as if it had not stopped."""
+    """State that a training run needs besides the weights to resume as if it had not stopped."""
 
-    arrays: Mapping[str, ArrayLike]  # the optimizers' moments and the like, by name
-    about: dict[str, Any]  # the position in the data, counters: what JSON holds
+    arrays: Mapping[str, ArrayLike]  # optimizer moments and the like, by name
+    about: dict[str, Any]  # JSON values: the position in the data, counters
 
     def load(self, prefix: str = "") -> "ResumeState":
-        """The arrays whose name begins so are read into memory."""
+        """Reads the arrays whose name starts with `prefix` into memory; returns a new `ResumeState`."""
         arrays = {name: read(array) if name.startswith(prefix) else array for name, array in self.arrays.items()}
         return ResumeState(arrays, self.about)
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `save` wrote this folder."""
+    """Whether `save` wrote this folder: it has an `atlas.json`."""
     return (folder / OUR_CHECKPOINT).is_file()
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all files are there in full, without reading them."""
+    """Whether every file exists with its full size; contents are not read."""
     try:
-        _check_whole(folder)
+        _check_file_sizes(folder)
     except UserError:
         return False
     return True
@@ -96,13 +96,14 @@ def save(
     folder: Path,
     weights: Weights,
     resume_state: ResumeState | None = None,
-    tell: Callable[[int], object] = lambda count: None,
+    on_bytes: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Writes the folder, which appears when it is complete and on the disk; an existing one is replaced then.
+    """Writes a checkpoint folder, which appears, or replaces an existing one, once it is complete and synced to disk.
 
-    Parameters that are in files are never all in memory. `tell` hears how many more bytes of arrays were written. Not
-    being able to write is a `UserError`. All processes of a run take part, each with its pieces; process 0 does the
-    rest. If one of them cannot write, that is an error on all, and nothing appears.
+    Parameters that are still in files are streamed, never all in memory. Calls `on_bytes(count)` after each chunk.
+
+    A collective call: each process writes its own shards, and process 0 everything else. If any process cannot write,
+    all processes raise UserError and no folder appears.
     """
     trees: dict[str, Mapping[str, ArrayLike]] = {"params": weights.params}
     if resume_state:
@@ -110,60 +111,63 @@ def save(
     arrays = {name: tree for name, tree in trees.items() if tree}
     group = process_group()
     with atomic_shared_folder(folder, REMEDY, CHANNEL) as draft:
-        group.run_on_first(lambda: _create(draft, folder, arrays), CHANNEL)
-        mine = {name: _mine(tree, all_else=group.index == 0) for name, tree in arrays.items()}
-        sums = group.run_on_all(lambda: _write(draft, folder, mine, tell), CHANNEL)
+        group.run_on_first(lambda: _create_trees(draft, folder, arrays), CHANNEL)
+        local = {name: _local_arrays(tree, first_process=group.index == 0) for name, tree in arrays.items()}
+        sums = group.run_on_all(lambda: _write_trees(draft, folder, local, on_bytes), CHANNEL)
         checksums: dict[str, Any] = {name: {} for name in trees}
-        checksums |= {name: combine_checksums(tree, [one[name] for one in sums]) for name, tree in arrays.items()}
-        group.run_on_first(lambda: _describe(draft, folder, weights, resume_state, checksums), CHANNEL)
+        checksums |= {
+            name: combine_checksums(tree, [process_sums[name] for process_sums in sums])
+            for name, tree in arrays.items()
+        }
+        group.run_on_first(lambda: _write_metadata(draft, folder, weights, resume_state, checksums), CHANNEL)
     group.run_on_first(lambda: fsync(folder.parent), CHANNEL)
 
 
-def _create(draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, ArrayLike]]) -> None:
-    check_room(draft, folder, sum(array.nbytes for tree in arrays.values() for array in tree.values()))
-    with writing(folder):
+def _create_trees(draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, ArrayLike]]) -> None:
+    check_free_space(draft, folder, sum(array.nbytes for tree in arrays.values() for array in tree.values()))
+    with user_errors_on_write(folder):
         for name, tree in arrays.items():
             create_arrays(draft / name, tree)
 
 
-def _write(
-    draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, ArrayLike]], tell: Callable[[int], object]
-) -> dict[str, Sums]:
-    with writing(folder):
-        return {name: write_arrays(draft / name, tree, tell) for name, tree in arrays.items()}
+def _write_trees(
+    draft: Path, folder: Path, arrays: Mapping[str, Mapping[str, ArrayLike]], on_bytes: Callable[[int], object]
+) -> dict[str, PartialSums]:
+    with user_errors_on_write(folder):
+        return {name: write_arrays(draft / name, tree, on_bytes) for name, tree in arrays.items()}
 
 
-def _describe(
+def _write_metadata(
     draft: Path, folder: Path, weights: Weights, resume_state: ResumeState | None, checksums: dict[str, Any]
 ) -> None:
-    """Writes everything but arrays, and sees to it that all of it is on the disk."""
-    with writing(folder):
+    """Writes everything but the arrays, and syncs all files and folders to disk."""
+    with user_errors_on_write(folder):
         for name, tokenizer in (("reader", weights.tokenizer), ("retriever", weights.retriever_tokenizer)):
             if tokenizer:
                 tokenizer.save(draft / name)
     if resume_state:
-        write_json(draft / ABOUT_TRAINING, resume_state.about)
-        checksums = checksums | {ABOUT_TRAINING: _of_file(draft / ABOUT_TRAINING)}
-    about = {"format": FORMAT, "step": weights.step, "index": weights.index, **_shapes(weights.cfg)}
-    write_json(draft / OUR_CHECKPOINT, about | {"files": _sizes(draft), "checksums": checksums})
+        write_json(draft / TRAINING_FILE, resume_state.about)
+        checksums = checksums | {TRAINING_FILE: _file_checksum(draft / TRAINING_FILE)}
+    metadata = {"format": FORMAT, "step": weights.step, "index": weights.index, **_config_to_json(weights.cfg)}
+    write_json(draft / OUR_CHECKPOINT, metadata | {"files": _file_sizes(draft), "checksums": checksums})
     fsync(*draft.rglob("*"), draft)
 
 
-def _mine(tree: Mapping[str, ArrayLike], *, all_else: bool) -> dict[str, ArrayLike]:
-    """Arrays that this process writes of: those that are spread, and on process 0 all else."""
-    return {name: array for name, array in tree.items() if all_else or isinstance(array, LocalShards)}
+def _local_arrays(tree: Mapping[str, ArrayLike], *, first_process: bool) -> dict[str, ArrayLike]:
+    """Selects the arrays that this process writes: sharded ones (its own shards), and on process 0 all others."""
+    return {name: array for name, array in tree.items() if first_process or isinstance(array, LocalShards)}
 
 
-def check_room(draft: Path, folder: Path, needed: int) -> None:
-    """UserError if the disk has not so many bytes left, before half of them are written."""
+def check_free_space(draft: Path, folder: Path, needed: int) -> None:
+    """UserError if the disk has fewer than `needed` bytes left: checked before anything is written."""
     free = shutil.disk_usage(draft).free
     if needed > free:
         raise UserError(f"{folder}: needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are left there; {REMEDY}")
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What others' code raises when it cannot write is a `UserError`; ours, about what it reads, stays as it is."""
+def user_errors_on_write(folder: Path) -> Iterator[None]:
+    """Converts exceptions of libraries that write to UserError; a UserError, about what is read, stays as it is."""
     try:
         yield
     except UserError:
@@ -173,15 +177,15 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def load_config(folder: Path) -> tuple[AtlasConfig, int]:
-    """The shapes and the step of a checkpoint, without its arrays."""
+    """Reads a checkpoint's model configuration and step, but no arrays."""
     path = folder / OUR_CHECKPOINT
-    found = read_json(path)
-    if found.get("format") != FORMAT:
-        raise UserError(f"{path}: format {found.get('format')!r}, this program reads {FORMAT}; use its release")
+    metadata = read_json(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: format {metadata.get('format')!r}, this program reads {FORMAT}; use its release")
     try:
-        reader = T5Config(**found["reader"]) if found["reader"] else None
-        retriever = ContrieverConfig(**found["retriever"]) if found["retriever"] else None
-        cfg, step = AtlasConfig(reader, retriever, untied=found["untied"]), found["step"]
+        reader = T5Config(**metadata["reader"]) if metadata["reader"] else None
+        retriever = ContrieverConfig(**metadata["retriever"]) if metadata["retriever"] else None
+        cfg, step = AtlasConfig(reader, retriever, untied=metadata["untied"]), metadata["step"]
         if type(step) is not int:
             raise TypeError(f"step {step!r}")
         return cfg, step
@@ -190,82 +194,90 @@ def load_config(folder: Path) -> tuple[AtlasConfig, int]:
 
 
 def load(folder: Path) -> Weights:
-    """Reads a checkpoint whole; UserError if anything is missing, of another shape or not what was saved."""
+    """Reads a checkpoint into memory; UserError if anything is missing, of another shape or not what was saved."""
     return open_checkpoint(folder).load()
 
 
 def open_checkpoint(folder: Path) -> Weights:
-    """The same without its arrays, which are read and verified when they are asked for."""
+    """Opens a checkpoint; its arrays are read and verified when they are used. UserError as in `load`."""
     cfg, step = load_config(folder)
-    _check_whole(folder)
+    _check_file_sizes(folder)
     try:
-        wanted = param_shapes(cfg)
-    except Exception as error:  # numbers that make no model
+        expected = param_shapes(cfg)
+    except Exception as error:  # field values that make no model
         raise UserError(
             f"{folder / OUR_CHECKPOINT}: damaged ({first_line(error)}); write the checkpoint again"
         ) from None
-    index = _field(folder, "index", str | None)
-    params = _open(folder, "params", wanted)
+    index = _metadata_field(folder, "index", str | None)
+    params = _open_tree(folder, "params", expected)
     retriever_tokenizer = Tokenizer.load(folder / "retriever") if cfg.retriever else None
     return Weights(params, cfg, Tokenizer.load(folder / "reader"), retriever_tokenizer, step, index)
 
 
 def load_resume_state(folder: Path) -> ResumeState | None:
-    """What a training run left beside the weights, its arrays unread, if it did; UserError if that is damaged."""
-    _check_whole(folder)
-    checksums = _field(folder, "checksums", dict)
+    """Opens a training run's resume state without reading its arrays, or returns None; UserError if it is damaged."""
+    _check_file_sizes(folder)
+    checksums = _metadata_field(folder, "checksums", dict)
     if "training" not in checksums:
         return None
-    if checksums.get(ABOUT_TRAINING) != _of_file(folder / ABOUT_TRAINING):
-        raise damaged_error(folder / ABOUT_TRAINING)
-    arrays = _open(folder, "training") if checksums["training"] else {}  # Orbax keeps no empty folder
-    return ResumeState(arrays, read_json(folder / ABOUT_TRAINING))
+    if checksums.get(TRAINING_FILE) != _file_checksum(folder / TRAINING_FILE):
+        raise damaged_error(folder / TRAINING_FILE)
+    arrays = _open_tree(folder, "training") if checksums["training"] else {}  # Orbax keeps no empty folder
+    return ResumeState(arrays, read_json(folder / TRAINING_FILE))
 
 
-def _open(folder: Path, tree: str, wanted: Mapping[str, Any] | None = None) -> dict[str, Stored]:
-    """The arrays of one of Orbax's folders, unread; `wanted` names the only shapes that will do."""
-    arrays = open_arrays(folder / tree, _field(folder, "checksums", dict).get(tree, {}))
-    if wanted is not None:
-        shapes, right = ({name: tuple(x.shape) for name, x in tree.items()} for tree in (arrays, wanted))
-        for name in sorted(shapes | right):
-            if shapes.get(name) != right.get(name):
-                said = f"{name} is {shapes.get(name)}, not {right.get(name)}"
-                raise UserError(f"{folder}/{tree}: damaged or incomplete ({said}); write it again")
+def _open_tree(folder: Path, tree: str, expected: Mapping[str, Any] | None = None) -> dict[str, Stored]:
+    """Opens the arrays of one Orbax folder; UserError unless they have the `expected` names and shapes, if given."""
+    arrays = open_arrays(folder / tree, _metadata_field(folder, "checksums", dict).get(tree, {}))
+    if expected is not None:
+        shapes, expected_shapes = (
+            {name: tuple(array.shape) for name, array in tree.items()} for tree in (arrays, expected)
+        )
+        for name in sorted(shapes | expected_shapes):
+            if shapes.get(name) != expected_shapes.get(name):
+                difference = f"{name} is {shapes.get(name)}, not {expected_shapes.get(name)}"
+                raise UserError(f"{folder}/{tree}: damaged or incomplete ({difference}); write it again")
     return arrays
 
 
-def _of_file(path: Path) -> str:
+def _file_checksum(path: Path) -> str:
     return checksum(np.fromfile(path, np.uint8))
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """The files of arrays and of the training, and their bytes."""
-    files = [folder / ABOUT_TRAINING, *(path for tree in TREES for path in (folder / tree).rglob("*"))]
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Returns the sizes in bytes of all array files and of `training.json`, by path relative to the folder."""
+    files = [folder / TRAINING_FILE, *(path for tree in TREES for path in (folder / tree).rglob("*"))]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files) if path.is_file()}
 
 
-def _check_whole(folder: Path) -> None:
-    """A broken copy is told by its sizes: TensorStore, reading one, leaves tracebacks of its threads on stderr."""
-    found = _sizes(folder)
-    for name, size in _field(folder, "files", dict).items():
-        if found.get(name) != size:
-            has = f"{found[name]} bytes, not {size}" if name in found else "missing"
-            raise UserError(f"{folder}/{name}: {has}; copy the checkpoint again")
+def _check_file_sizes(folder: Path) -> None:
+    """UserError if a file is missing or has another size.
+
+    Finds broken copies before TensorStore reads them, which would print tracebacks of its threads to stderr.
+    """
+    sizes = _file_sizes(folder)
+    for name, size in _metadata_field(folder, "files", dict).items():
+        if sizes.get(name) != size:
+            problem = f"{sizes[name]} bytes, not {size}" if name in sizes else "missing"
+            raise UserError(f"{folder}/{name}: {problem}; copy the checkpoint again")
 
 
-def _field(folder: Path, name: str, kind: type | UnionType) -> Any:
-    """A field of `atlas.json`."""
+def _metadata_field(folder: Path, name: str, kind: type | UnionType) -> Any:
+    """Reads a field of `atlas.json`; UserError if it is missing or of another type."""
     path = folder / OUR_CHECKPOINT
-    about = read_json(path)
-    if name not in about or not isinstance(about[name], kind):
+    metadata = read_json(path)
+    if name not in metadata or not isinstance(metadata[name], kind):
         raise UserError(f"{path}: damaged ({name!r}); write the checkpoint again")
-    return about[name]
+    return metadata[name]
 
 
-def _shapes(cfg: AtlasConfig) -> dict[str, Any]:
-    parts = {"reader": cfg.reader, "retriever": cfg.retriever}
-    return {"untied": cfg.untied, **{name: _to_json(shape) if shape else None for name, shape in parts.items()}}
+def _config_to_json(cfg: AtlasConfig) -> dict[str, Any]:
+    models = {"reader": cfg.reader, "retriever": cfg.retriever}
+    return {
+        "untied": cfg.untied,
+        **{name: _model_to_json(model_cfg) if model_cfg else None for name, model_cfg in models.items()},
+    }
 
 
-def _to_json(shape: T5Config | ContrieverConfig) -> Mapping[str, Any]:
-    return {key: value for key, value in dataclasses.asdict(shape).items() if key not in OF_THE_RUN}
+def _model_to_json(cfg: T5Config | ContrieverConfig) -> Mapping[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in RUN_FIELDS}

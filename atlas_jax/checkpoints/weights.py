@@ -1,7 +1,7 @@
-"""The names of weights: the reference's on the left, ours on the right, and how the axes of one become the other's.
+"""Weight names: rules from the reference's names and layouts to our parameter paths and layouts, for both directions.
 
-`{n}` is a layer's number; ours are stacked, so the layer is the leading axis of the array. Layouts are einops patterns
-over one layer. Each table serves both directions.
+`{n}` in a rule's name is a layer number; our layers are stacked, so the layer is the leading axis of our array. Layouts
+are einops patterns over one layer.
 """
 
 import re
@@ -23,19 +23,19 @@ from atlas_jax.storage.lazy_array import (
     arrays_equal,
     contiguous,
     read,
-    take,
+    read_once,
 )
 
-Params = dict[str, np.ndarray]  # our path, as in "reader/encoder/layers/attn/q/kernel", to the array
+Params = dict[str, np.ndarray]  # our parameter path, such as "reader/encoder/layers/attn/q/kernel", -> array
 
 
 class WeightRule(NamedTuple):
-    """One weight of the reference and its place with us."""
+    """Maps one weight name of the reference to one of our parameter paths, with the einops pattern between them."""
 
     name: str
     path: str
     layout: str
-    alias: bool = False  # a second name of the same array: may be absent, must be equal
+    alias: bool = False  # a second name of an array: may be absent, must be equal to it
 
 
 SPLIT, MERGE = "(h k) d -> d h k", "d (h k) -> h k d"
@@ -43,19 +43,22 @@ TRANSPOSE = "o i -> i o"
 VECTOR, MATRIX, HEADS = "d -> d", "v d -> v d", "(h k) -> h k"
 
 
-def _attention(name: str, path: str) -> list[WeightRule]:
-    return [WeightRule(f"{name}.{x}.weight", f"{path}/{x}/kernel", SPLIT) for x in "qkv"] + [
+def _attention_rules(name: str, path: str) -> list[WeightRule]:
+    return [WeightRule(f"{name}.{projection}.weight", f"{path}/{projection}/kernel", SPLIT) for projection in "qkv"] + [
         WeightRule(f"{name}.o.weight", f"{path}/o/kernel", MERGE)
     ]
 
 
-def _mlp(name: str, path: str, *, gated: bool) -> list[WeightRule]:
+def _mlp_rules(name: str, path: str, *, gated: bool) -> list[WeightRule]:
     up = [("wi_0", "gate"), ("wi_1", "up")] if gated else [("wi", "up")]
-    return [WeightRule(f"{name}.{x}.weight", f"{path}/{ours}/kernel", TRANSPOSE) for x, ours in [*up, ("wo", "down")]]
+    return [
+        WeightRule(f"{name}.{layer}.weight", f"{path}/{our_layer}/kernel", TRANSPOSE)
+        for layer, our_layer in [*up, ("wo", "down")]
+    ]
 
 
-def reader_rows(cfg: T5Config) -> list[WeightRule]:
-    """T5 as Hugging Face and the reference name it."""
+def reader_rules(cfg: T5Config) -> list[WeightRule]:
+    """Rules for T5, whose names Hugging Face and the reference share."""
     encoder, decoder = "encoder.block.{n}.layer", "decoder.block.{n}.layer"
     relative = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     return [
@@ -66,134 +69,134 @@ def reader_rows(cfg: T5Config) -> list[WeightRule]:
         if cfg.tied
         else WeightRule("lm_head.weight", "lm_head/kernel", TRANSPOSE),
         WeightRule(f"encoder.{relative}", "encoder/position_bias/embed/embedding", MATRIX),
-        *_attention(f"{encoder}.0.SelfAttention", "encoder/layers/attn"),
+        *_attention_rules(f"{encoder}.0.SelfAttention", "encoder/layers/attn"),
         WeightRule(f"{encoder}.0.layer_norm.weight", "encoder/layers/attn_norm/scale", VECTOR),
-        *_mlp(f"{encoder}.1.DenseReluDense", "encoder/layers/mlp", gated=cfg.gated),
+        *_mlp_rules(f"{encoder}.1.DenseReluDense", "encoder/layers/mlp", gated=cfg.gated),
         WeightRule(f"{encoder}.1.layer_norm.weight", "encoder/layers/mlp_norm/scale", VECTOR),
         WeightRule("encoder.final_layer_norm.weight", "encoder/final_norm/scale", VECTOR),
         WeightRule(f"decoder.{relative}", "decoder/position_bias/embed/embedding", MATRIX),
-        *_attention(f"{decoder}.0.SelfAttention", "decoder/layers/self_attn"),
+        *_attention_rules(f"{decoder}.0.SelfAttention", "decoder/layers/self_attn"),
         WeightRule(f"{decoder}.0.layer_norm.weight", "decoder/layers/self_attn_norm/scale", VECTOR),
-        *_attention(f"{decoder}.1.EncDecAttention", "decoder/layers/cross_attn"),
+        *_attention_rules(f"{decoder}.1.EncDecAttention", "decoder/layers/cross_attn"),
         WeightRule(f"{decoder}.1.layer_norm.weight", "decoder/layers/cross_attn_norm/scale", VECTOR),
-        *_mlp(f"{decoder}.2.DenseReluDense", "decoder/layers/mlp", gated=cfg.gated),
+        *_mlp_rules(f"{decoder}.2.DenseReluDense", "decoder/layers/mlp", gated=cfg.gated),
         WeightRule(f"{decoder}.2.layer_norm.weight", "decoder/layers/mlp_norm/scale", VECTOR),
         WeightRule("decoder.final_layer_norm.weight", "decoder/final_norm/scale", VECTOR),
     ]
 
 
-def _dense(name: str, path: str, layouts: tuple[str, str]) -> list[WeightRule]:
+def _dense_rules(name: str, path: str, layouts: tuple[str, str]) -> list[WeightRule]:
     return [
         WeightRule(f"{name}.weight", f"{path}/kernel", layouts[0]),
         WeightRule(f"{name}.bias", f"{path}/bias", layouts[1]),
     ]
 
 
-def _layer_norm(name: str, path: str) -> list[WeightRule]:
+def _layer_norm_rules(name: str, path: str) -> list[WeightRule]:
     return [WeightRule(f"{name}.weight", f"{path}/scale", VECTOR), WeightRule(f"{name}.bias", f"{path}/bias", VECTOR)]
 
 
-def retriever_rows() -> list[WeightRule]:
-    """BERT as Hugging Face and the reference name it."""
+def retriever_rules() -> list[WeightRule]:
+    """Rules for BERT, whose names Hugging Face and the reference share."""
     layer = "encoder.layer.{n}"
     return [
         WeightRule("embeddings.word_embeddings.weight", "words/embedding", MATRIX),
         WeightRule("embeddings.position_embeddings.weight", "positions/embedding", MATRIX),
         WeightRule("embeddings.token_type_embeddings.weight", "token_types/embedding", MATRIX),
-        *_layer_norm("embeddings.LayerNorm", "embed_norm"),
-        *_dense(f"{layer}.attention.self.query", "layers/q", (SPLIT, HEADS)),
-        *_dense(f"{layer}.attention.self.key", "layers/k", (SPLIT, HEADS)),
-        *_dense(f"{layer}.attention.self.value", "layers/v", (SPLIT, HEADS)),
-        *_dense(f"{layer}.attention.output.dense", "layers/o", (MERGE, VECTOR)),
-        *_layer_norm(f"{layer}.attention.output.LayerNorm", "layers/attn_norm"),
-        *_dense(f"{layer}.intermediate.dense", "layers/up", (TRANSPOSE, VECTOR)),
-        *_dense(f"{layer}.output.dense", "layers/down", (TRANSPOSE, VECTOR)),
-        *_layer_norm(f"{layer}.output.LayerNorm", "layers/mlp_norm"),
+        *_layer_norm_rules("embeddings.LayerNorm", "embed_norm"),
+        *_dense_rules(f"{layer}.attention.self.query", "layers/q", (SPLIT, HEADS)),
+        *_dense_rules(f"{layer}.attention.self.key", "layers/k", (SPLIT, HEADS)),
+        *_dense_rules(f"{layer}.attention.self.value", "layers/v", (SPLIT, HEADS)),
+        *_dense_rules(f"{layer}.attention.output.dense", "layers/o", (MERGE, VECTOR)),
+        *_layer_norm_rules(f"{layer}.attention.output.LayerNorm", "layers/attn_norm"),
+        *_dense_rules(f"{layer}.intermediate.dense", "layers/up", (TRANSPOSE, VECTOR)),
+        *_dense_rules(f"{layer}.output.dense", "layers/down", (TRANSPOSE, VECTOR)),
+        *_layer_norm_rules(f"{layer}.output.LayerNorm", "layers/mlp_norm"),
     ]
 
 
-UNUSED = (  # names that published files carry and no model of ours needs
+UNUSED = (  # patterns of names in published files that our models do not use
     r"embeddings\.position_ids$",  # a buffer: 0, 1, 2, ...
     r"(^|\.)pooler\.dense\.(weight|bias)$",  # BERT's head; Contriever takes the mean over tokens
-    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",  # of the first T5, unused
+    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",  # T5 1.0 has it and ignores it
 )
 
 
-def retriever_names(*, untied: bool) -> dict[str, str]:
-    """The reference's names of the encoders and ours."""
+def encoder_names(*, untied: bool) -> dict[str, str]:
+    """Maps the reference's names of the retriever's encoders to ours."""
     if not untied:
         return {"contriever": "encoder"}
     return {"query_contriever": "query_encoder", "passage_contriever": "passage_encoder"}
 
 
 class WeightEntry(NamedTuple):
-    """One array of the reference's file: its name, where it goes (a layer of a stacked array, or all of it), how."""
+    """One array of the reference's file and the parameter, or the layer of a stacked parameter, that it maps to."""
 
     name: str
     path: str
-    layer: int | None
+    layer: int | None  # None: the whole parameter
     layout: str
     alias: bool
-    sizes: dict[str, int]  # of the axes that a layout splits
+    sizes: dict[str, int]  # sizes of the axes that the layout splits or merges
 
 
 def _expand(
-    rows: list[WeightRule], prefix: str, path: str, depth: Mapping[str, int], heads: int
+    rules: list[WeightRule], prefix: str, path: str, depth: Mapping[str, int], heads: int
 ) -> Iterator[WeightEntry]:
-    for row in rows:
-        layered = "{n}" in row.name
-        count = depth[row.path.split("/")[0]] if layered else 1
-        sizes = {"h": heads} if "(h k)" in row.layout else {}
+    for rule in rules:
+        layered = "{n}" in rule.name
+        count = depth[rule.path.split("/")[0]] if layered else 1
+        sizes = {"h": heads} if "(h k)" in rule.layout else {}
         for n in range(count):
-            name = prefix + row.name.replace("{n}", str(n))
-            yield WeightEntry(name, f"{path}/{row.path}", n if layered else None, row.layout, row.alias, sizes)
+            name = prefix + rule.name.replace("{n}", str(n))
+            yield WeightEntry(name, f"{path}/{rule.path}", n if layered else None, rule.layout, rule.alias, sizes)
 
 
 def weight_entries(cfg: AtlasConfig) -> list[WeightEntry]:
-    """Every array that the reference's checkpoint of this shape holds."""
-    found: list[WeightEntry] = []
+    """Lists every array of a reference checkpoint with this configuration."""
+    entries: list[WeightEntry] = []
     if cfg.reader:
         depth = {"encoder": cfg.reader.num_layers, "decoder": cfg.reader.num_decoder_layers}
-        found += _expand(reader_rows(cfg.reader), "reader.", "reader", depth, cfg.reader.num_heads)
+        entries += _expand(reader_rules(cfg.reader), "reader.", "reader", depth, cfg.reader.num_heads)
     if cfg.retriever:
-        for theirs, ours in retriever_names(untied=cfg.untied).items():
+        for reference_name, our_name in encoder_names(untied=cfg.untied).items():
             depth, heads = {"layers": cfg.retriever.num_layers}, cfg.retriever.num_heads
-            found += _expand(retriever_rows(), f"retriever.{theirs}.", f"retriever/{ours}", depth, heads)
-    return found
+            entries += _expand(retriever_rules(), f"retriever.{reference_name}.", f"retriever/{our_name}", depth, heads)
+    return entries
 
 
-def _list(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def import_weights(source: Mapping[str, np.ndarray], cfg: AtlasConfig, *, where: str) -> Params:
-    """The reference's arrays as our parameters, float32; errors are those of `map_weights`."""
-    return {path: linked.read() for path, linked in map_weights(source, cfg, where=where).items()}
+    """Converts the reference's arrays to our parameters, in float32; raises what `map_weights` raises."""
+    return {path: lazy.read() for path, lazy in map_weights(source, cfg, where=where).items()}
 
 
 def map_weights(source: Mapping[str, np.ndarray], cfg: AtlasConfig, *, where: str) -> dict[str, StackedViews]:
-    """Our parameters, float32, to be read out of the reference's arrays; every name used once, each parameter filled.
+    """Maps our parameter paths to lazy float32 arrays over the reference's arrays, each of which is used once.
 
-    Raises UserError, naming the file `where`, if names are missing or left over, a shape is not that of `cfg`, or two
-    names of one parameter differ: only for that, something is read.
+    UserError, naming the file `where`, if names are missing or unexpected, a shape does not fit `cfg`, or two names of
+    one parameter have different values. Only that comparison reads values.
     """
-    wanted = weight_entries(cfg)
-    names = {e.name for e in wanted}
-    missing = [e.name for e in wanted if e.name not in source and not e.alias]
-    left_over = [name for name in source if name not in names and not any(re.search(p, name) for p in UNUSED)]
-    if missing or left_over:
-        said = [f"it lacks {_list(missing)}"] if missing else []
-        said += [f"nothing takes {_list(left_over)}"] if left_over else []
+    entries = weight_entries(cfg)
+    names = {e.name for e in entries}
+    missing = [e.name for e in entries if e.name not in source and not e.alias]
+    unexpected = [name for name in source if name not in names and not any(re.search(p, name) for p in UNUSED)]
+    if missing or unexpected:
+        problems = [f"it lacks {_join_names(missing)}"] if missing else []
+        problems += [f"nothing takes {_join_names(unexpected)}"] if unexpected else []
         raise UserError(
-            f"{where}: not the weights of this model: {'; '.join(said)}; "
+            f"{where}: not the weights of this model: {'; '.join(problems)}; "
             "check --reader_model_type and --retriever_model_path"
         )
     shapes = param_shapes(cfg)
-    views: dict[str, list[np.ndarray]] = {path: [] for path in shapes}  # of a stacked parameter in the layers' order
+    views: dict[str, list[np.ndarray]] = {path: [] for path in shapes}  # one per layer, in order, or a single one
     aliases: list[tuple[WeightEntry, np.ndarray]] = []
-    for e in wanted:
+    for e in entries:
         if e.name in source:
-            view = _view(source[e.name], _shape(shapes, e), e, where)
+            view = _rearranged_view(source[e.name], _entry_shape(shapes, e), e, where)
             if e.alias:
                 aliases.append((e, view))
             else:
@@ -204,69 +207,71 @@ def map_weights(source: Mapping[str, np.ndarray], cfg: AtlasConfig, *, where: st
                 f"{where}: {e.name} differs from {e.path}, but this model has one array for both; "
                 "check --reader_model_type (T5 1.0 ties its output to its input, 1.1 does not)"
             )
-    stacked = {e.path for e in wanted if e.layer is not None}
+    stacked = {e.path for e in entries if e.layer is not None}
     return {path: StackedViews(views[path], np.dtype(s.dtype), stacked=path in stacked) for path, s in shapes.items()}
 
 
-def _shape(shapes: Mapping[str, jax.ShapeDtypeStruct], entry: WeightEntry) -> tuple[int, ...]:
-    """That of a whole parameter of ours, or of a layer of it."""
+def _entry_shape(shapes: Mapping[str, jax.ShapeDtypeStruct], entry: WeightEntry) -> tuple[int, ...]:
+    """Returns the shape of the parameter, or of one layer if the parameter is stacked."""
     shape = tuple(shapes[entry.path].shape)
     return shape if entry.layer is None else shape[1:]
 
 
-def _view(array: np.ndarray, shape: tuple[int, ...], entry: WeightEntry, where: str) -> np.ndarray:
-    """An array of the reference's with its axes as ours; UserError if it is not of our shape then."""
+def _rearranged_view(array: np.ndarray, shape: tuple[int, ...], entry: WeightEntry, where: str) -> np.ndarray:
+    """Returns a view of the reference's array in our layout; UserError unless that has the shape `shape`."""
     try:
-        value = einops.rearrange(array, entry.layout, **entry.sizes)
+        rearranged = einops.rearrange(array, entry.layout, **entry.sizes)
     except einops.EinopsError:
-        value = array
-    if value.shape == shape:
-        return value
-    theirs = einops.rearrange(np.broadcast_to(np.float32(0), shape), _inverse(entry.layout), **entry.sizes).shape
+        rearranged = array
+    if rearranged.shape == shape:
+        return rearranged
+    expected = einops.rearrange(
+        np.broadcast_to(np.float32(0), shape), _inverse_layout(entry.layout), **entry.sizes
+    ).shape
     raise UserError(
-        f"{where}: {entry.name} has shape {tuple(array.shape)}, this model needs {tuple(theirs)}; "
+        f"{where}: {entry.name} has shape {tuple(array.shape)}, this model needs {tuple(expected)}; "
         "check --reader_model_type and --retriever_model_path"
     )
 
 
-def _inverse(layout: str) -> str:
-    ours, theirs = layout.split(" -> ")
-    return f"{theirs} -> {ours}"
+def _inverse_layout(layout: str) -> str:
+    source, target = layout.split(" -> ")
+    return f"{target} -> {source}"
 
 
 def export_weights(params: Mapping[str, np.ndarray], cfg: AtlasConfig) -> dict[str, np.ndarray]:
-    """Our parameters under the reference's names and in its layouts; aliases are equal."""
+    """Converts our parameters to the reference's names and layouts; an alias equals the array that it names."""
     return {e.name: ExportedArray(params[e.path], e).read() for e in weight_entries(cfg)}
 
 
 class ExportedArray(LazyArray):
-    """One array of the reference's, to be made of a parameter of ours."""
+    """An array of the reference's file, computed from one of our parameters when it is read."""
 
     def __init__(self, parameter: ArrayLike, entry: WeightEntry):
         self.parameter, self.entry, self.dtype = parameter, entry, np.dtype(parameter.dtype)
-        ours = tuple(parameter.shape if entry.layer is None else parameter.shape[1:])
-        self.shape = self._rearranged(np.broadcast_to(np.zeros((), self.dtype), ours)).shape
+        our_shape = tuple(parameter.shape if entry.layer is None else parameter.shape[1:])
+        self.shape = self._rearrange(np.broadcast_to(np.zeros((), self.dtype), our_shape)).shape
 
     def read(self, index: Slices = ()) -> np.ndarray:
-        return self._made_of(read, index)
+        return self._export(read, index)
 
-    def take(self, index: Slices = ()) -> np.ndarray:
-        return self._made_of(take, index)
+    def read_once(self, index: Slices = ()) -> np.ndarray:
+        return self._export(read_once, index)
 
-    def _made_of(self, bring: Callable[[ArrayLike, Slices], np.ndarray], index: Slices) -> np.ndarray:
+    def _export(self, fetch: Callable[[ArrayLike, Slices], np.ndarray], index: Slices) -> np.ndarray:
         layer = self.entry.layer
-        ours = bring(self.parameter, ()) if layer is None else bring(self.parameter, (slice(layer, layer + 1),))[0]
-        return contiguous(self._rearranged(ours), index)
+        array = fetch(self.parameter, ()) if layer is None else fetch(self.parameter, (slice(layer, layer + 1),))[0]
+        return contiguous(self._rearrange(array), index)
 
-    def _rearranged(self, ours: np.ndarray) -> np.ndarray:
-        return einops.rearrange(ours, _inverse(self.entry.layout), **self.entry.sizes)
+    def _rearrange(self, array: np.ndarray) -> np.ndarray:
+        return einops.rearrange(array, _inverse_layout(self.entry.layout), **self.entry.sizes)
 
 
 def strip_module_prefix(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The names without the `module.` that PyTorch's data-parallel wrappers put in."""
+    """Strips the `module.` that PyTorch's data-parallel wrappers insert into names."""
     return {re.sub(r"(^|(?<=\.))module\.", "", name): array for name, array in source.items()}
 
 
 def is_untied(source: Mapping[str, np.ndarray]) -> bool:
-    """Whether these weights hold an encoder each for queries and passages."""
+    """Whether the reference's weights have separate encoders for queries and passages."""
     return any(name.startswith("retriever.query_contriever.") for name in source)

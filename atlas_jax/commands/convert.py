@@ -1,4 +1,4 @@
-"""`atlas convert`: weights from one form into another, whatever their size, and `--inspect`."""
+"""`atlas convert`: converts weights between formats, a part at a time; `--inspect` prints what a checkpoint holds."""
 
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ from atlas_jax.runtime.progress import progress
 logger = logging.getLogger(__name__)
 
 MEGABYTE = 1_000_000
-FORMS = ("orbax", "huggingface", "reference")
+FORMATS = ("orbax", "huggingface", "reference")
 EXAMPLES = """
 examples:
   the published weights, into a folder that needs nothing else:
@@ -36,28 +36,28 @@ examples:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads what the flags name and writes --output, or tells what --inspect names."""
-    given = _parser().parse_args(argv)
-    if given.inspect:
-        facts = inspect(Path(given.inspect))
-        print(json.dumps(facts, indent=2) if given.json else "\n".join(lines(facts)))
+    """Converts the weights that the flags name into --output, or prints the contents of the --inspect path."""
+    args = _parser().parse_args(argv)
+    if args.inspect:
+        facts = inspect(Path(args.inspect))
+        print(json.dumps(facts, indent=2) if args.json else "\n".join(lines(facts)))
         return
-    output = Path(given.output or "")
-    _check(given, output)
-    model = ModelConfig(given.reader_model_type, given.retriever_model_path, given.model_path)
+    output = Path(args.output or "")
+    _check_args(args, output)
+    model = ModelConfig(args.reader_model_type, args.retriever_model_path, args.model_path)
     weights = open_weights(Config(model, TaskConfig("base"), retrieval=RetrievalConfig()))
-    with _megabytes(sum(array.nbytes for array in weights.params.values())) as tell:
-        if given.to == "huggingface":
-            write_huggingface(output, weights, tell)
-        elif given.to == "reference":
-            write_reference(output, weights, tell)
+    with _byte_progress(sum(array.nbytes for array in weights.params.values())) as advance:
+        if args.to == "huggingface":
+            write_huggingface(output, weights, advance)
+        elif args.to == "reference":
+            write_reference(output, weights, advance)
         else:
-            store.save(output, weights, tell=tell)
-    logger.info("wrote %s%s", output, _what_now(given.to, output, weights))
+            store.save(output, weights, on_bytes=advance)
+    logger.info("wrote %s%s", output, _usage_hint(args.to, output, weights))
 
 
 def _parser() -> Parser:
-    about = field_comments(ModelConfig)
+    comments = field_comments(ModelConfig)
     parser = Parser(
         prog="atlas convert",
         description="Converts weights: PyTorch Atlas, Hugging Face and ours, each into each, whatever their size.",
@@ -66,46 +66,47 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     for flag in ("model_path", "reader_model_type", "retriever_model_path"):
-        parser.add_argument(f"--{flag}", default=getattr(ModelConfig, flag, ""), help=about[flag], metavar="TEXT")
+        parser.add_argument(f"--{flag}", default=getattr(ModelConfig, flag, ""), help=comments[flag], metavar="TEXT")
     parser.add_argument("--output", help="folder to write; one of ours is replaced", metavar="DIR")
-    form = f"form to write: orbax is ours; huggingface has a folder for each model; reference is {PUBLISHED}"
-    parser.add_argument("--to", choices=FORMS, default="orbax", help=f"{form} (default: orbax)")
+    formats = f"form to write: orbax is ours; huggingface has a folder for each model; reference is {PUBLISHED}"
+    parser.add_argument("--to", choices=FORMATS, default="orbax", help=f"{formats} (default: orbax)")
     parser.add_argument("--inspect", help="tell what a checkpoint or model holds, and write nothing", metavar="PATH")
     parser.add_argument("--json", action="store_true", help="tell it as JSON")
     return parser
 
 
-def _check(given: argparse.Namespace, output: Path) -> None:
-    """What can be refused before anything is opened."""
-    if not given.output:
+def _check_args(args: argparse.Namespace, output: Path) -> None:
+    """Checks, without opening a file, that --output is new or an Orbax checkpoint and that the models are named."""
+    if not args.output:
         raise UserError("--output is missing: name the folder to write, or --inspect PATH to only look")
-    if output.exists() and not (given.to == "orbax" and store.is_checkpoint(output)):
-        what = "is there and no checkpoint of ours" if given.to == "orbax" else "is there"
-        raise UserError(f"--output {output}: {what}; choose a new folder")
-    if given.model_path != "none" and not Path(given.model_path).is_dir():
-        raise UserError(f"--model_path {given.model_path}: no such folder; name one with {PUBLISHED}, or one of ours")
-    if not given.reader_model_type and not store.is_checkpoint(Path(given.model_path)):
+    if output.exists() and not (args.to == "orbax" and store.is_checkpoint(output)):
+        problem = "is there and no checkpoint of ours" if args.to == "orbax" else "is there"
+        raise UserError(f"--output {output}: {problem}; choose a new folder")
+    if args.model_path != "none" and not Path(args.model_path).is_dir():
+        raise UserError(f"--model_path {args.model_path}: no such folder; name one with {PUBLISHED}, or one of ours")
+    if not args.reader_model_type and not store.is_checkpoint(Path(args.model_path)):
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
 
 
-def _what_now(form: str, output: Path, weights: Weights) -> str:
-    if form == "reference":
+def _usage_hint(output_format: str, output: Path, weights: Weights) -> str:
+    """End of the log line about the written folder: what loads it."""
+    if output_format == "reference":
         return "; the reference's --model_path takes it, torch.load opens it with weights_only=True"
-    if form == "orbax":
+    if output_format == "orbax":
         return "; pass it as --model_path, it needs no --reader_model_type"
     folders = sorted(path.name for path in output.iterdir())
     return f": {', '.join(folders)}; transformers' from_pretrained loads each"
 
 
 @contextlib.contextmanager
-def _megabytes(total: int) -> Iterator[Callable[[int], object]]:
-    """Shows how much is written; is told of bytes."""
+def _byte_progress(total: int) -> Iterator[Callable[[int], object]]:
+    """Shows progress in megabytes; yields a function to call with the number of bytes just written."""
     done = 0
-    with progress("converting", "MB", total // MEGABYTE) as more:
+    with progress("converting", "MB", total // MEGABYTE) as advance_megabytes:
 
-        def tell(count: int) -> None:
+        def advance(count: int) -> None:
             nonlocal done
             before, done = done, done + count
-            more(done // MEGABYTE - before // MEGABYTE)
+            advance_megabytes(done // MEGABYTE - before // MEGABYTE)
 
-        yield tell
+        yield advance

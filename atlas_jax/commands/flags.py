@@ -1,6 +1,6 @@
-"""A command line becomes a `Config`, or one line that says what is wrong with it.
+"""Parses a command line into a `Config`, or raises a `UserError` of one line.
 
-Adds to the checks of `config` what only a command line knows: for which command, and are the files there.
+Checks what `config` cannot: the flags that the command needs, and that the files exist.
 """
 
 import argparse
@@ -21,104 +21,109 @@ from atlas_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-Choice = TypeVar("Choice")
+T = TypeVar("T")
 
 
-def choose(program: str, commands: Mapping[str, Choice], name: str) -> Choice:
-    """What a command's name stands for; UserError if there is no such command."""
+def find_command(program: str, commands: Mapping[str, T], name: str) -> T:
+    """Returns `commands[name]`; UserError, with the nearest name, if there is no such command."""
     if name not in commands:
         raise UserError(f"{program} {name}: no such command; {_suggest(name, list(commands))}")
     return commands[name]
 
 
-def _suggest(text: str, known: Sequence[str], otherwise: str = "") -> str:
-    near = difflib.get_close_matches(text.lower(), known, n=1)
-    return f"did you mean {near[0]}?" if near else otherwise or f"choose from {', '.join(known)}"
+def _suggest(text: str, choices: Sequence[str], fallback: str = "") -> str:
+    """Names the choice nearest to `text`; if none is near, returns `fallback`, or names all choices."""
+    matches = difflib.get_close_matches(text.lower(), choices, n=1)
+    return f"did you mean {matches[0]}?" if matches else fallback or f"choose from {', '.join(choices)}"
 
 
-GROUPS: dict[str, type[Any]] = get_type_hints(Config)
+GROUPS: dict[str, type[Any]] = get_type_hints(Config)  # field of `Config` to its class
 
 
 def parse_args(command: Command, argv: Sequence[str]) -> Config:
-    """The run that a command line asks for; both commands take all flags. `--help` prints and exits."""
-    config = make_config(_given(command, argv))
+    """Parses the flags of `atlas train` or `atlas evaluate`, which are the same; `--help` prints and exits."""
+    config = make_config(_flag_values(command, argv))
     _check_inputs(command, config)
     return config
 
 
 def parse_plan(argv: Sequence[str]) -> tuple[Config, PlanConfig]:
-    """The run that `atlas plan` is asked about, and the machine; no file of the run need be there."""
-    given = _given("plan", argv)
-    asked = PlanConfig(**{field.name: given.pop(field.name) for field in fields(PlanConfig) if field.name in given})
-    config = make_config({"task": "qa"} | given)
-    _check_reads(config)
-    _check_reader(config)
-    return config, asked
+    """Parses the flags of `atlas plan`: the run and the machine; no file that the run names need exist."""
+    values = _flag_values("plan", argv)
+    plan_config = PlanConfig(
+        **{field.name: values.pop(field.name) for field in fields(PlanConfig) if field.name in values}
+    )
+    config = make_config({"task": "qa"} | values)
+    _refuse_retrieve_only(config)
+    _check_reader_model_type(config)
+    return config, plan_config
 
 
-def _given(command: Command, argv: Sequence[str]) -> dict[str, Any]:
-    """Flag to value, of those that are on the command line."""
+def _flag_values(command: Command, argv: Sequence[str]) -> dict[str, Any]:
+    """Values of the flags on the command line, by name; UserError if one is unknown or a required one is missing."""
     namespace, unknown = _parser(command).parse_known_args(argv)
-    given = vars(namespace)
+    values = vars(namespace)
     flags = {field.name: field for group in _groups(command) for field in fields(group)}
     if unknown:
-        what = "no such flag" if unknown[0].startswith("-") else "a value that belongs to no flag"
+        problem = "no such flag" if unknown[0].startswith("-") else "a value that belongs to no flag"
         remedy = _suggest(unknown[0].split("=")[0], [f"--{flag}" for flag in flags], f"see atlas {command} --help")
-        raise UserError(f"{unknown[0]}: {what}; {remedy}")
+        raise UserError(f"{unknown[0]}: {problem}; {remedy}")
     for flag, field in flags.items():
-        if field.default is MISSING and flag not in given and command != "plan":
+        if field.default is MISSING and flag not in values and command != "plan":
             raise UserError(f"--{flag} is missing: {_suggest('', get_args(field.type) or READERS)}")
-        if flag in WITHOUT_MEANING and flag in given:
-            logger.warning("--%s has no effect: %s", flag, WITHOUT_MEANING[flag])
-    return given
+        if flag in NO_EFFECT and flag in values:
+            logger.warning("--%s has no effect: %s", flag, NO_EFFECT[flag])
+    return values
 
 
-def make_config(given: Mapping[str, Any]) -> Config:
-    """The run of these flags, which argparse has read; the others have their defaults."""
-    given = {flag: tuple(value) if isinstance(value, list) else value for flag, value in given.items()}
-    groups = {name: {f.name: given[f.name] for f in fields(group) if f.name in given} for name, group in GROUPS.items()}
-    return Config(**{name: GROUPS[name](**values) for name, values in groups.items()})
+def make_config(values: Mapping[str, Any]) -> Config:
+    """Builds a `Config` from flag values that argparse has converted; flags left out have their defaults."""
+    values = {flag: tuple(value) if isinstance(value, list) else value for flag, value in values.items()}
+    groups = {
+        name: {f.name: values[f.name] for f in fields(group) if f.name in values} for name, group in GROUPS.items()
+    }
+    return Config(**{name: GROUPS[name](**group_values) for name, group_values in groups.items()})
 
 
 def _check_inputs(command: Command, config: Config) -> None:
-    """What a Config cannot know by itself: what the command needs, and what is on the disk."""
+    """Checks the flags that the command requires and that the files and folders exist; UserError otherwise."""
     run, model, retrieval, index = config.run, config.model, config.retrieval, config.index
     if not (run.eval_data if command == "evaluate" else run.train_data):
         kind = command.removesuffix("uate")
         raise UserError(f"no {kind} file: pass --{kind}_data FILE.jsonl")
     if command == "train":
-        _check_reads(config)
+        _refuse_retrieve_only(config)
     if not (index.load_index_path or index.passages or retrieval.use_file_passages):
         raise UserError("no passages: pass --load_index_path, --passages, --use_file_passages or --closed_book")
     for flag, files in (("train_data", run.train_data), ("eval_data", run.eval_data), ("passages", index.passages)):
         for file in files:
             if not Path(file).exists() or Path(file).is_dir():
                 raise UserError(f"--{flag} {file}: no such file")
-    found = model.model_path == "none" or Path(model.model_path).is_dir()
-    require(found, model, "model_path", "no such folder; leave it out to start from plain T5 and Contriever")
-    found = index.load_index_path is None or Path(index.load_index_path).is_dir()
-    require(found, index, "load_index_path", "no such folder; --passages FILE.jsonl builds an index")
+    exists = model.model_path == "none" or Path(model.model_path).is_dir()
+    require(exists, model, "model_path", "no such folder; leave it out to start from plain T5 and Contriever")
+    exists = index.load_index_path is None or Path(index.load_index_path).is_dir()
+    require(exists, index, "load_index_path", "no such folder; --passages FILE.jsonl builds an index")
     reader = model.reader_model_type
     folder = config.weights_folder
     if not reader and folder and (folder / OUR_CHECKPOINT).is_file():
         return
-    _check_reader(config)
+    _check_reader_model_type(config)
 
 
-def _check_reads(config: Config) -> None:
-    """Training, which `atlas plan` is about too, has a reader."""
+def _refuse_retrieve_only(config: Config) -> None:
+    """Refuses --retrieve_only, which has no reader to train or to plan for."""
     if config.retrieval.retrieve_only:
         raise UserError("--retrieve_only: is for atlas evaluate; training needs the reader")
 
 
-def _check_reader(config: Config) -> None:
-    """--reader_model_type is one."""
+def _check_reader_model_type(config: Config) -> None:
+    """Refuses a --reader_model_type that is neither one of READERS nor a folder with config.json."""
     model, reader = config.model, config.model.reader_model_type
     if not reader:
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
-    found = reader in READERS or (Path(reader) / "config.json").is_file()
-    what = "a folder without config.json" if Path(reader).is_dir() else "neither a known reader nor a local folder"
-    require(found, model, "reader_model_type", f"{what}; {_suggest(reader, READERS)}")
+    known = reader in READERS or (Path(reader) / "config.json").is_file()
+    problem = "a folder without config.json" if Path(reader).is_dir() else "neither a known reader nor a local folder"
+    require(known, model, "reader_model_type", f"{problem}; {_suggest(reader, READERS)}")
 
 
 EXAMPLES: dict[Command, str] = {
@@ -137,7 +142,7 @@ EXAMPLES: dict[Command, str] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses as all of ours does, with a `UserError`."""
+    """An `ArgumentParser` that raises a `UserError` instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
@@ -152,56 +157,58 @@ def _parser(command: Command) -> argparse.ArgumentParser:
 
 
 def _groups(command: Command) -> list[type[Any]]:
+    """Configuration classes whose fields are flags of the command."""
     return [PlanConfig, *GROUPS.values()] if command == "plan" else [*GROUPS.values()]
 
 
 def add_flags(parser: Any, group: type[Any], *names: str) -> None:
-    """Adds these flags of a group to a parser or to a section of one."""
-    known, help_of = {field.name: field for field in fields(group)}, field_comments(group)
+    """Adds the flags `names` of a configuration class to a parser or to an argument group of one."""
+    by_name, comments = {field.name: field for field in fields(group)}, field_comments(group)
     for name in names:
-        parser.add_argument(f"--{name}", **_argument(known[name], help_of[name]))
+        parser.add_argument(f"--{name}", **_argument_options(by_name[name], comments[name]))
 
 
-def _argument(field: Field[Any], text: str) -> dict[str, Any]:
-    """How argparse takes a field: by its type."""
-    kind: Any = get_args(field.type)[0] if NoneType in get_args(field.type) else field.type  # X | None: an X
+def _argument_options(field: Field[Any], text: str) -> dict[str, Any]:
+    """Keyword arguments of `add_argument` for a field, by its type; `text` is its help."""
+    # `X | None` is parsed as X
+    flag_type: Any = get_args(field.type)[0] if NoneType in get_args(field.type) else field.type
     text = text.replace("%", "%%")
-    if kind is bool:
+    if flag_type is bool:
         return {"help": text, "action": "store_true"}
     if field.default not in (None, ()):
         text += " (required)" if field.default is MISSING else f" (default: {field.default})"
-    if get_origin(kind) is tuple:
+    if get_origin(flag_type) is tuple:
         return {"help": text, "nargs": "+", "metavar": "FILE"}
-    read = functools.partial(_read, field.name, kind)
-    if get_origin(kind) is Literal:
-        return {"help": text, "type": read, "choices": get_args(kind)}
-    return {"help": text, "type": read, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+    convert = functools.partial(_convert_value, field.name, flag_type)
+    if get_origin(flag_type) is Literal:
+        return {"help": text, "type": convert, "choices": get_args(flag_type)}
+    return {"help": text, "type": convert, "metavar": {int: "N", float: "X", str: "TEXT"}[flag_type]}
 
 
-def _read(flag: str, kind: Any, text: str) -> Any:
-    """A value of a flag, from its text."""
-    if choices := get_args(kind):
+def _convert_value(flag: str, flag_type: Any, text: str) -> Any:
+    """Converts the text of a flag's value to its type; UserError if it is not a choice or not a number."""
+    if choices := get_args(flag_type):
         if text in choices:
             return text
         raise UserError(f"--{flag} {text}: {_suggest(text, choices)}")
     try:
-        return kind(text)
+        return flag_type(text)
     except ValueError:
-        raise UserError(f"--{flag} {text}: expected a {'whole ' if kind is int else ''}number") from None
+        raise UserError(f"--{flag} {text}: expected a {'whole ' if flag_type is int else ''}number") from None
 
 
 def field_comments(group: type[Any]) -> dict[str, str]:
-    """Field to the comment beside it, continued on the comment lines right below."""
-    found: dict[str, str] = {}
+    """Maps each field of a configuration class to the comment beside it, with the comment lines right below joined."""
+    comments: dict[str, str] = {}
     names, name = {f.name for f in fields(group)}, ""
     for kind, text, (_, column), _, line in tokenize.generate_tokens(io.StringIO(inspect.getsource(group)).readline):
         if kind == tokenize.NAME and column == 4 and text in names:
             name = text
         elif kind == tokenize.COMMENT and name:
-            found[name] = f"{found.get(name, '')} {text.lstrip('# ')}".strip()
+            comments[name] = f"{comments.get(name, '')} {text.lstrip('# ')}".strip()
         elif kind == tokenize.NL and not line.strip():
             name = ""  # a blank line: the next comment is not about this field
-    return found
+    return comments
 
 
-WITHOUT_MEANING = field_comments(NoEffectConfig)
+NO_EFFECT = field_comments(NoEffectConfig)  # flag that is accepted but does nothing -> why

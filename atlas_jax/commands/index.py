@@ -1,4 +1,4 @@
-"""`atlas index build | convert | compress | inspect | merge`: what a person does with an index between runs."""
+"""`atlas index build | convert | compress | inspect | merge`: commands that make and inspect an index between runs."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from atlas_jax.commands.flags import Parser, add_flags, choose, make_config
+from atlas_jax.commands.flags import Parser, add_flags, find_command, make_config
 from atlas_jax.config import OUR_CHECKPOINT, READERS, Config, IndexConfig, ModelConfig, RunConfig, TextConfig
 from atlas_jax.errors import UserError
 
@@ -32,11 +32,11 @@ An index is passages, their vectors, and which retriever made them; runs take it
   merge      indexes built in parts to one:                     atlas index merge --help
 """
 
-MODEL = ("model_path", "reader_model_type", "retriever_model_path")
+MODEL_FLAGS = ("model_path", "reader_model_type", "retriever_model_path")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs one of the five."""
+    """Prints USAGE, or runs the subcommand; UserError if there is no such subcommand."""
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "build": _build,
         "convert": _convert,
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return
-    choose("atlas index", commands, argv[0])(argv[1:])
+    find_command("atlas index", commands, argv[0])(argv[1:])
 
 
 def _build(argv: Sequence[str]) -> None:
@@ -59,20 +59,20 @@ def _build(argv: Sequence[str]) -> None:
 in parts, side by side on several machines: give each some of the files and an --output of its own, then
   atlas index merge index/part1 index/part2 --output index/base""",
     )
-    add_flags(parser, ModelConfig, *MODEL, "precision")
+    add_flags(parser, ModelConfig, *MODEL_FLAGS, "precision")
     add_flags(parser, IndexConfig, "passages", "max_passages", "index_mode", "faiss_index_type", "faiss_code_size")
     add_flags(parser, IndexConfig, "per_gpu_embedder_batch_size")
     add_flags(parser, TextConfig, "text_maxlength", "retriever_format")
     add_flags(parser, RunConfig, "seed", "mesh", "compile_cache")
     _add_output(parser)
-    given = vars(parser.parse_args(argv))
-    config, output = _config(given), _output(given)
+    args = vars(parser.parse_args(argv))
+    config, output = _config(args), _output_folder(args)
     if not config.index.passages:
         raise UserError("no passages: pass --passages FILE.jsonl")
     for file in config.index.passages:
         if not Path(file).is_file():
             raise UserError(f"--passages {file}: no such file")
-    embedder, fingerprint = _embedder(config, "passage")
+    embedder, fingerprint = _load_embedder(config, "passage")
     from atlas_jax.retrieval.passage_index import build_passage_index
 
     build_passage_index(config, embedder, fingerprint, output)
@@ -95,22 +95,22 @@ for the PyTorch code, on as many GPUs as divide the number of shards:
     _add_source(parser, "folder of the published shards, or of a flat index of ours")
     parser.add_argument("--to", choices=("ours", "published"), default="ours", help="form to write (default: ours)")
     _add_number(parser, "shards", 128, "with --to published, how many")
-    add_flags(parser, ModelConfig, *MODEL)
+    add_flags(parser, ModelConfig, *MODEL_FLAGS)
     add_flags(parser, TextConfig, "text_maxlength", "retriever_format")
     _add_output(parser)
-    given = vars(parser.parse_args(argv))
-    source, output = _source(given), _output(given)
+    args = vars(parser.parse_args(argv))
+    source, output = _source_folder(args), _output_folder(args)
     from atlas_jax.retrieval.formats.convert import FlatIndexFolder, convert
     from atlas_jax.retrieval.formats.index_folder import is_index
     from atlas_jax.retrieval.formats.torch_shards import TorchShards
 
     shards = FlatIndexFolder(source) if is_index(source) else TorchShards(source)
-    if given["to"] == "published":
+    if args["to"] == "published":
         from atlas_jax.retrieval.formats.export import export_torch_shards
 
-        export_torch_shards(shards, output, given["shards"])
+        export_torch_shards(shards, output, args["shards"])
     else:
-        convert(shards, output, _origin(given, shards.dim, shards.origin))
+        convert(shards, output, _index_origin(args, shards.dim, shards.origin))
     logger.info("wrote %s; pass it as --load_index_path", output)
 
 
@@ -132,32 +132,32 @@ then: atlas evaluate ... --load_index_path index/xxl-sq --index_mode faiss --fai
     parser.add_argument("--queries", help="jsonl rows with `question` to measure recall with", metavar="FILE")
     _add_number(parser, "sample", 200, "how many queries, at most")
     _add_number(parser, "k", 20, "how many passages a query finds")
-    add_flags(parser, ModelConfig, *MODEL)
+    add_flags(parser, ModelConfig, *MODEL_FLAGS)
     add_flags(parser, TextConfig, "text_maxlength")
     add_flags(parser, RunConfig, "seed")
     _add_output(parser)
-    given = vars(parser.parse_args(argv))
-    if "faiss_index_type" not in given:
+    args = vars(parser.parse_args(argv))
+    if "faiss_index_type" not in args:
         raise UserError("--faiss_index_type is missing: choose ivfsq (a quarter of the bytes), or ivfpq or pq (fewer)")
-    source, output, config = _source(given), _output(given), _config(given | {"index_mode": "faiss"})
+    source, output, config = _source_folder(args), _output_folder(args), _config(args | {"index_mode": "faiss"})
     from atlas_jax.retrieval.compress import compress, from_passages
     from atlas_jax.retrieval.formats.index_folder import read_about, read_vectors
 
-    if given["sample"] < 1:
-        raise UserError(f"--sample {given['sample']}: must be at least 1")
+    if args["sample"] < 1:
+        raise UserError(f"--sample {args['sample']}: must be at least 1")
     count = len(read_vectors(source, read_about(source)))
-    if not 0 < given["k"] < count:
-        raise UserError(f"--k {given['k']}: must be 1 to {count - 1}, as the index holds {count} passages")
-    if "queries" in given:
-        queries = _questions(given["queries"], given["sample"], config, source)
+    if not 0 < args["k"] < count:
+        raise UserError(f"--k {args['k']}: must be 1 to {count - 1}, as the index holds {count} passages")
+    if "queries" in args:
+        queries = _sample_questions(args["queries"], args["sample"], config, source)
     else:
-        queries = from_passages(source, given["sample"], config.run.seed)
-    before, after = compress(source, output, config, queries, given["k"])
-    recall = f"recall@{given['k']}"
+        queries = from_passages(source, args["sample"], config.run.seed)
+    before, after = compress(source, output, config, queries, args["k"])
+    recall = f"recall@{args['k']}"
     print(f"{'':10}{'bytes':>16}{'bytes/passage':>16}{recall:>12}{'ms/query':>12}")
     for name, cost in (("before", before), ("after", after)):
         print(f"{name:10}{cost.bytes:16}{cost.bytes / count:16.1f}{cost.recall:12.4f}{cost.milliseconds:12.3f}")
-    logger.info("%d %s as queries", len(queries.own), "questions" if "queries" in given else "passages")
+    logger.info("%d %s as queries", len(queries.own), "questions" if "queries" in args else "passages")
 
 
 def _inspect(argv: Sequence[str]) -> None:
@@ -168,10 +168,10 @@ def _inspect(argv: Sequence[str]) -> None:
         "example: atlas index inspect index/xxl",
     )
     parser.add_argument("folder", metavar="DIR")
-    given = vars(parser.parse_args(argv))
+    args = vars(parser.parse_args(argv))
     from atlas_jax.retrieval.formats.inspection import inspect
 
-    for name, value in inspect(Path(given["folder"])).items():
+    for name, value in inspect(Path(args["folder"])).items():
         print(f"{name + ':':20}{value}")
 
 
@@ -183,11 +183,11 @@ def _merge(argv: Sequence[str]) -> None:
     )
     parser.add_argument("folders", nargs="+", metavar="DIR")
     _add_output(parser)
-    given = vars(parser.parse_args(argv))
-    folders = [Path(folder) for folder in given["folders"]]
+    args = vars(parser.parse_args(argv))
+    folders = [Path(folder) for folder in args["folders"]]
     for folder in folders:
-        _source(given | {"load_index_path": str(folder)}, flag="")
-    output = _output(given)
+        _source_folder(args | {"load_index_path": str(folder)}, flag="")
+    output = _output_folder(args)
     from atlas_jax.retrieval.formats.convert import convert
     from atlas_jax.retrieval.formats.merge import MergedIndexes
 
@@ -197,7 +197,7 @@ def _merge(argv: Sequence[str]) -> None:
 
 
 def _parser(name: str, description: str, examples: str) -> Parser:
-    """A parser whose flags are there only if they are given, unless they have a default of their own."""
+    """Builds a subcommand's parser; a flag that is left out is absent from the namespace, unless it has a default."""
     return Parser(
         prog=f"atlas index {name}",
         description=textwrap.fill(description, 110),
@@ -221,39 +221,43 @@ def _add_number(parser: Parser, name: str, default: int, text: str) -> None:
     parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})", metavar="N")
 
 
-def _config(given: dict[str, Any]) -> Config:
-    """The run that these flags belong to: one that retrieves and does not read."""
-    return make_config(given | {"task": "base", "retrieve_only": True})
+def _config(args: dict[str, Any]) -> Config:
+    """Builds the configuration of a run that retrieves with these flags and does not read."""
+    return make_config(args | {"task": "base", "retrieve_only": True})
 
 
-def _source(given: dict[str, Any], flag: str = "--load_index_path ") -> Path:
-    """The folder to read, which must not be the one to write."""
-    source = Path(_need(given, "load_index_path", "read"))
+def _source_folder(args: dict[str, Any], flag: str = "--load_index_path ") -> Path:
+    """The folder to read; UserError if it does not exist or is the one to write."""
+    source = Path(_required_folder(args, "load_index_path", "read"))
     if not source.is_dir():
         raise UserError(f"{flag}{source}: no such folder; name the folder of an index")
-    output = Path(_need(given, "output", "write"))
+    output = Path(_required_folder(args, "output", "write"))
     if output.exists() and source.samefile(output):
         raise UserError(f"--output {output}: is the folder that is read; choose another")
     return source
 
 
-def _output(given: dict[str, Any]) -> Path:
+def _output_folder(args: dict[str, Any]) -> Path:
+    """Absolute path of --output; UserError if something other than an index is there."""
     from atlas_jax.retrieval.formats.index_folder import check_replaceable
 
-    output = Path(os.path.abspath(_need(given, "output", "write")))
+    output = Path(os.path.abspath(_required_folder(args, "output", "write")))
     check_replaceable(output, "--output")
     return output
 
 
-def _need(given: dict[str, Any], flag: str, what: str) -> str:
-    """A flag that must be there; argparse, if it insisted, would not tell of a misspelt one."""
-    if flag not in given:
-        raise UserError(f"--{flag} is missing: name the folder to {what}")
-    return given[flag]
+def _required_folder(args: dict[str, Any], flag: str, purpose: str) -> str:
+    """Value of a required flag, or UserError.
+
+    Not `required=True`: argparse would report the missing flag and not the misspelt one.
+    """
+    if flag not in args:
+        raise UserError(f"--{flag} is missing: name the folder to {purpose}")
+    return args[flag]
 
 
-def _embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[Embedder, str]":
-    """One side of the retriever, and the fingerprint of its passage side."""
+def _load_embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[Embedder, str]":
+    """Loads one encoder of the retriever; returns it with the fingerprint of the passage encoder."""
     if not config.model.reader_model_type and not (Path(config.model.model_path) / OUR_CHECKPOINT).is_file():
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
     from atlas_jax.checkpoints.restore import place_on_mesh, restore, retriever_fingerprint
@@ -270,8 +274,8 @@ def _embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[Embed
     return Embedder(retriever, side, tokenizer, mesh, length), retriever_fingerprint(weights.params)
 
 
-def _questions(file: str, sample: int, config: Config, source: Path) -> "Queries":
-    """Questions of a file, drawn at random, as the retriever embeds them."""
+def _sample_questions(file: str, sample: int, config: Config, source: Path) -> "Queries":
+    """Embeds up to `sample` questions of a file, drawn at random; UserError if a row has none."""
     from atlas_jax.data.jsonl import JsonlRows
     from atlas_jax.retrieval.compress import from_questions
     from atlas_jax.retrieval.formats.index_folder import check_retriever, read_about
@@ -282,25 +286,25 @@ def _questions(file: str, sample: int, config: Config, source: Path) -> "Queries
     for number, question in zip(numbers, questions, strict=True):
         if not isinstance(question, str) or not question:
             raise rows.error(number, "no `question`; name a file whose rows have one, or leave --queries out")
-    embedder, fingerprint = _embedder(config, "query")
+    embedder, fingerprint = _load_embedder(config, "query")
     check_retriever(source, read_about(source), embedder.dim, [fingerprint])
     return from_questions(embedder, questions)
 
 
-def _origin(given: dict[str, Any], dim: int, known: "Origin") -> "Origin":
-    """Where vectors are from: what is known, and what the flags add."""
+def _index_origin(args: dict[str, Any], dim: int, known: "Origin") -> "Origin":
+    """Adds to the known origin of an index what the flags say: its retriever, passage format and text length."""
     from atlas_jax.retrieval.formats.index_folder import check_retriever
 
     retriever = known.retriever
-    if {"model_path", "reader_model_type"} & given.keys():
-        embedder, retriever = _embedder(_config(given), "passage")
+    if {"model_path", "reader_model_type"} & args.keys():
+        embedder, retriever = _load_embedder(_config(args), "passage")
         check_retriever(
-            Path(given["load_index_path"]), {"dim": dim, "retriever": known.retriever}, embedder.dim, [retriever]
+            Path(args["load_index_path"]), {"dim": dim, "retriever": known.retriever}, embedder.dim, [retriever]
         )
-    text = _config(given).text
+    text = _config(args).text
     return dataclasses.replace(
         known,
         retriever=retriever,
-        retriever_format=text.retriever_format if "retriever_format" in given else known.retriever_format,
-        max_length=text.retriever_maxlength if "text_maxlength" in given else known.max_length,
+        retriever_format=text.retriever_format if "retriever_format" in args else known.retriever_format,
+        max_length=text.retriever_maxlength if "text_maxlength" in args else known.max_length,
     )

@@ -1,21 +1,17 @@
-"""The `atlas` command."""
+"""The `atlas` command: runs a subcommand, logs to stderr, and turns errors into one line and an exit status."""
 
 import contextlib
+import importlib
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from atlas_jax.commands.flags import choose
+from atlas_jax.commands.flags import find_command
+from atlas_jax.commands.run_context import log_handler
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.cpu_threads import set_cpu_threads
 from atlas_jax.runtime.interrupts import Interrupted, exit_while_compiling
-
-if TYPE_CHECKING:
-    from atlas_jax.config import Config
 
 USAGE = """usage: atlas COMMAND [FLAGS]
 
@@ -28,167 +24,78 @@ ATLAS: a retriever and a reader, in JAX (arXiv 2208.03299).
   plan       will a run fit, how fast is it: atlas plan --help
 """
 
-logger = logging.getLogger(__name__)
-
-INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell reports of a program that these signals end
-SMALLER = "take a smaller --per_gpu_batch_size, --per_gpu_embedder_batch_size or --text_maxlength, or --precision bf16"
+# Subcommand to the module whose `main` runs it; imported only when called, since JAX takes seconds to import
+COMMANDS = {name: f"atlas_jax.commands.{name}" for name in ("train", "evaluate", "index", "convert", "plan")}
+INTERRUPTED, BROKEN_PIPE = 130, 141  # exit statuses: 128 + SIGINT and 128 + SIGPIPE, as a shell reports them
+MEMORY_REMEDY = (
+    "take a smaller --per_gpu_batch_size, --per_gpu_embedder_batch_size or --text_maxlength, or --precision bf16"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 0, or 2 with one line on stderr that says what is wrong and what to do.
+    """Runs a subcommand and returns the exit status.
 
-    1 is an answer: of `atlas plan`, that the run does not fit.
+    0: success; 2: an error, with one line on stderr that says what is wrong and what to do; 128 + the number of the
+    signal: interrupted. `atlas plan` also returns 1: the run does not fit.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         set_cpu_threads()
         with _log_to_stderr():
-            status = _run(arguments)
+            status = _dispatch(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read this has gone, as in `atlas evaluate --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor shall the interpreter complain when it flushes
+    except BrokenPipeError:  # the reader of stdout has exited, as in `atlas evaluate --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would complain when it flushes stdout
         return BROKEN_PIPE
     except KeyboardInterrupt:
-        return exit_while_compiling(_failed("interrupted", INTERRUPTED))
-    except Interrupted as stop:
+        return exit_while_compiling(_print_error("interrupted", INTERRUPTED))
+    except Interrupted as interruption:
         return exit_while_compiling(
-            _failed(f"{stop}; the same command goes on from its newest checkpoint", stop.status)
+            _print_error(f"{interruption}; the same command goes on from its newest checkpoint", interruption.status)
         )
     except UserError as error:
-        return _failed(str(error))
+        return _print_error(str(error))
     except MemoryError as error:
-        return _failed(f"out of memory ({str(error) or 'of this machine'}); {SMALLER}")
+        return _print_error(f"out of memory ({str(error) or 'of this machine'}); {MEMORY_REMEDY}")
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        return _failed(f"{where}{error.strerror}; check the disk, its space and its permissions, and try again")
+        return _print_error(f"{where}{error.strerror}; check the disk, its space and its permissions, and try again")
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's
+        if "RESOURCE_EXHAUSTED" not in str(error):  # the status that XLA reports when memory runs out
             raise
-        return _failed(f"out of memory ({str(error).splitlines()[0]:.200}); {SMALLER}")
+        return _print_error(f"out of memory ({str(error).splitlines()[0]:.200}); {MEMORY_REMEDY}")
     return status
 
 
-def _failed(message: str, status: int = 2) -> int:
+def _print_error(message: str, status: int = 2) -> int:
+    """Prints one line on stderr and returns `status`."""
     with contextlib.suppress(BrokenPipeError):
         print(f"atlas: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return status
 
 
-def _run(arguments: Sequence[str]) -> int:
-    commands: dict[str, Callable[[Sequence[str]], int | None]] = {
-        "train": _train,
-        "evaluate": _evaluate,
-        "index": _index,
-        "convert": _convert,
-        "plan": _plan,
-    }
+def _dispatch(arguments: Sequence[str]) -> int:
+    """Prints USAGE, or runs the subcommand and returns its exit status; UserError if there is no such subcommand."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    command = choose("atlas", commands, arguments[0])
+    module = importlib.import_module(find_command("atlas", COMMANDS, arguments[0]))
+    command: Callable[[Sequence[str]], int | None] = module.main
     try:
         return command(arguments[1:]) or 0
     except SystemExit as done:
-        if done.code:  # else argparse has shown --help
+        if done.code:  # 0: argparse has printed --help
             raise
         return 0
-
-
-def _train(argv: Sequence[str]) -> None:
-    from atlas_jax.commands.flags import parse_args
-
-    config = parse_args("train", argv)
-    from atlas_jax.training.loop import train
-
-    with _hosts(config), _run_folder(config) as run:
-        train(config, run)
-
-
-def _evaluate(argv: Sequence[str]) -> None:
-    from atlas_jax.commands.flags import parse_args
-
-    config = parse_args("evaluate", argv)
-    from atlas_jax.evaluation.loop import evaluate  # takes seconds: after the flags are known to be right
-
-    with _hosts(config), _run_folder(config) as run:
-        evaluate(config, run)
-
-
-@contextlib.contextmanager
-def _hosts(config: "Config") -> Iterator[None]:
-    """All processes of the run are there, and share the run's folder; those but the first only warn."""
-    from atlas_jax.runtime.cluster import connect
-    from atlas_jax.storage.shared_files import check_shared
-
-    with connect(config.run) as group:
-        if group.index:
-            logging.getLogger("atlas_jax").setLevel(logging.WARNING)
-        check_shared(config.run_folder, "--checkpoint_dir")
-        yield
-
-
-@contextlib.contextmanager
-def _run_folder(config: "Config") -> Iterator[Path]:
-    """The run's folder, with its flags in config.json and its log in run.log.
-
-    All processes but the first have one of their own instead, which nobody will see.
-    """
-    from atlas_jax.config import to_dict
-    from atlas_jax.runtime.process_group import process_group
-    from atlas_jax.storage.files import write_json
-
-    with contextlib.ExitStack() as stack:
-        run = config.run_folder
-        if process_group().index:
-            run = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="atlas-")))
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            log = logging.FileHandler(run / "run.log", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{run}: cannot be written ({error.strerror}); choose another --checkpoint_dir") from None
-        stack.enter_context(_handler(log))
-        write_json(run / "config.json", to_dict(config))
-        yield run
-
-
-def _index(argv: Sequence[str]) -> None:
-    from atlas_jax.commands.index import main as index
-
-    index(argv)
-
-
-def _convert(argv: Sequence[str]) -> None:
-    from atlas_jax.commands.convert import main as convert
-
-    convert(argv)
-
-
-def _plan(argv: Sequence[str]) -> int:
-    from atlas_jax.commands.flags import parse_plan
-    from atlas_jax.commands.plan import plan
-
-    return plan(*parse_plan(argv), argv)
 
 
 @contextlib.contextmanager
 def _log_to_stderr() -> Iterator[None]:
     logging.getLogger("atlas_jax").setLevel(logging.INFO)
-    with _handler(logging.StreamHandler()):
+    with log_handler(logging.StreamHandler()):
         yield
-
-
-@contextlib.contextmanager
-def _handler(handler: logging.Handler) -> Iterator[None]:
-    """Log records go to the handler too, until the block ends."""
-    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`atlas plan`: will a run fit into a machine, how long will its steps take, and what would help if not."""
+"""`atlas plan`: predicts whether a run fits on a machine and how long a step takes, and tries flags to save memory."""
 
 import dataclasses
 import json
@@ -10,149 +10,174 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from atlas_jax.commands.flags import parse_plan
 from atlas_jax.config import Config, PlanConfig
 from atlas_jax.errors import UserError
-from atlas_jax.plan import topology as machines
-from atlas_jax.plan.topology import Topology
+from atlas_jax.plan.topology import Topology, configure_jax, has_compiler, parse_topology, topology_devices
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from atlas_jax.plan.programs import Plan
-    from atlas_jax.plan.report import StepReport
+    from atlas_jax.plan.report import ProgramReport
 
 logger = logging.getLogger(__name__)
 
-FITS, DOES_NOT = 0, 1  # exit statuses
-MODEL_AXIS = 4  # devices that share a matrix product, at most, in what is tried: more would wait for each other
+FITS, DOES_NOT_FIT = 0, 1  # exit statuses
+MAX_MODEL_AXIS = 4  # the largest size of the mesh axis `model` that is tried: more devices would wait for each other
 ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-plan" / "bin" / "python"
+PLAN_PYTHON = ROOT / ".venv-plan" / "bin" / "python"  # of the environment that `make plan-env` makes
 
 
-def plan(config: Config, asked: PlanConfig, argv: Sequence[str]) -> int:
-    """Prints the plan; whether everything fits. `argv` are the flags, for an environment that has the compiler."""
-    topology = machines.parse(asked.topology)
-    if not machines.has_compiler(topology.device.platform):
-        _elsewhere(topology, argv)
-    machines.prepare(topology)
+def main(argv: Sequence[str]) -> int:
+    """Prints the plan of a run and returns whether all its programs fit, as an exit status."""
+    config, plan_config = parse_plan(argv)
+    topology = parse_topology(plan_config.topology)
+    if not has_compiler(topology.device.platform):
+        _exec_in_plan_environment(topology, argv)
+    configure_jax(topology)
     from atlas_jax.plan.programs import make_plan, planned_mesh
-    from atlas_jax.plan.report import text, text_of_resident
+    from atlas_jax.plan.report import format_reports, format_resident
 
-    devices = machines.devices(topology)
+    devices = topology_devices(topology)
     mesh = planned_mesh(config, devices)
-    made = make_plan(config, mesh, asked.passages_count)
-    full = made.held > topology.device.memory
-    reports = list(_examined(config, made, topology))
-    failed = [report.name for report in reports if not report.fits and not report.broken]
-    tried = list(_tried(config, asked, topology, devices, mesh, failed)) if failed and not full else []
+    plan = make_plan(config, mesh, plan_config.passages_count)
+    resident_fits = plan.resident_bytes <= topology.device.memory
+    reports = list(_compile_reports(config, plan, topology))
+    too_large = [report.name for report in reports if not report.fits and not report.broken]
+    attempts: list[Attempt] = []
     advice = ""
-    if full:
-        advice = _advice(config, asked, topology, devices, made)
-    elif failed and not any(one.fits for one in tried):
-        faiss = ", --index_mode faiss" if "index" in made.resident else ""
+    if too_large and resident_fits:
+        attempts = list(_try_memory_saving(config, plan_config, topology, devices, mesh, too_large))
+    if not resident_fits:
+        advice = _advise_from_shapes(config, plan_config, topology, devices, plan)
+    elif too_large and not any(attempt.fits for attempt in attempts):
+        faiss = ", --index_mode faiss" if "index" in plan.resident else ""
         advice = f"nothing that was tried fits: take more devices{faiss}, or a smaller --text_maxlength or --n_context"
     elif any(report.broken for report in reports):
         advice = (
             "where it does not compile, XLA failed, not for want of memory: please report what it says, and the flags"
         )
-    if asked.json:
+    if plan_config.json:
         steps = [report.to_dict() for report in reports]
-        found = {"topology": topology.text, "mesh": dict(mesh.shape), "steps": steps}
-        print(json.dumps(found | {"tried": [one._asdict() for one in tried], "advice": advice}, indent=1))
+        result = {"topology": topology.text, "mesh": dict(mesh.shape), "steps": steps}
+        print(json.dumps(result | {"tried": [attempt._asdict() for attempt in attempts], "advice": advice}, indent=1))
     else:
-        parts = [text_of_resident(made, topology, mesh.shape) if full else text(reports, topology, mesh.shape)]
-        print("\n\n".join(filter(None, [*parts, *map(str, tried), advice])))
-    return FITS if all(report.fits for report in reports) else DOES_NOT
+        if resident_fits:
+            text = format_reports(reports, topology, mesh.shape)
+        else:
+            text = format_resident(plan, topology, mesh.shape)
+        print("\n\n".join(filter(None, [text, *map(str, attempts), advice])))
+    return FITS if all(report.fits for report in reports) else DOES_NOT_FIT
 
 
-class Tried(NamedTuple):
-    """Flags that were tried because a plan does not fit."""
+class Attempt(NamedTuple):
+    """Flags that were tried because the plan does not fit; its fields are keys of `atlas plan --json`."""
 
     flags: str
     fits: bool
-    totals: dict[str, str]  # of the programs by name, or why there is none
+    totals: dict[str, str]  # program to its memory in GB, or why it was not compiled
 
     def __str__(self) -> str:
-        said = ", ".join(f"{name} {total}" for name, total in self.totals.items())
-        return f"tried {self.flags}: {'fits' if self.fits else 'does not fit'} ({said})"
+        totals = ", ".join(f"{name} {total}" for name, total in self.totals.items())
+        return f"tried {self.flags}: {'fits' if self.fits else 'does not fit'} ({totals})"
 
 
-def _elsewhere(topology: Topology, argv: Sequence[str]) -> None:
-    """Becomes the same command in the environment of `make plan-env`."""
-    if not PYTHON.exists() or Path(sys.prefix) == PYTHON.parents[1]:
+def _exec_in_plan_environment(topology: Topology, argv: Sequence[str]) -> None:
+    """Replaces this process by the same command in the environment of `make plan-env`; UserError if there is none."""
+    if not PLAN_PYTHON.exists() or Path(sys.prefix) == PLAN_PYTHON.parents[1]:
         kind = {"cuda": "GPUs", "tpu": "TPUs"}[topology.device.platform]
         raise UserError(f"--topology {topology.text}: no compiler for {kind} in this environment; run `make plan-env`")
     sys.stdout.flush()
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.execve(PYTHON, [str(PYTHON), "-m", "atlas_jax", "plan", *argv], os.environ | {"PYTHONPATH": paths})
+    os.execve(PLAN_PYTHON, [str(PLAN_PYTHON), "-m", "atlas_jax", "plan", *argv], os.environ | {"PYTHONPATH": paths})
 
 
-def _examined(config: Config, made: "Plan", topology: Topology, only: Sequence[str] = ()) -> Iterator["StepReport"]:
-    """The programs of a run, or only those of these names, compiled one after the other."""
-    from atlas_jax.plan.report import examine
+def _compile_reports(
+    config: Config, plan: "Plan", topology: Topology, names: Sequence[str] = ()
+) -> Iterator["ProgramReport"]:
+    """Compiles the programs of a plan, or only those in `names`, one after the other, and yields their reports."""
+    from atlas_jax.plan.report import compile_and_report
 
-    steps = [step for step in made.steps if not only or step.name in only]
-    for number, step in enumerate(steps, 1):
-        if made.held <= topology.device.memory:
-            logger.info("compiling %s for %s (%d of %d)", step.name, topology.text, number, len(steps))
-        yield examine(step, made, topology, config.generation.generation_max_length - 1)
+    programs = [program for program in plan.programs if not names or program.name in names]
+    for number, program in enumerate(programs, 1):
+        if plan.resident_bytes <= topology.device.memory:
+            logger.info("compiling %s for %s (%d of %d)", program.name, topology.text, number, len(programs))
+        yield compile_and_report(program, plan, topology, config.generation.generation_max_length - 1)
 
 
-def _tried(
-    config: Config, asked: PlanConfig, topology: Topology, devices: Sequence[Any], mesh: "Mesh", names: Sequence[str]
-) -> Iterator[Tried]:
-    """What was tried to make these programs fit, one measure on top of the other, up to the first that does."""
+def _try_memory_saving(
+    config: Config,
+    plan_config: PlanConfig,
+    topology: Topology,
+    devices: Sequence[Any],
+    mesh: "Mesh",
+    names: Sequence[str],
+) -> Iterator[Attempt]:
+    """Compiles the programs in `names` with each of `memory_saving_configs`, up to the first with which they fit."""
     from atlas_jax.plan.programs import make_plan, planned_mesh
 
-    for flags, changed in alternatives(config, len(devices)):
+    for flags, changed in memory_saving_configs(config, len(devices)):
         logger.info("does not fit; trying %s", flags)
-        if changed.run.mesh != config.run.mesh:  # then what did fit may no longer
+        if changed.run.mesh != config.run.mesh:  # programs that fitted before may not fit on another mesh: compile all
             mesh, names = planned_mesh(changed, devices), ()
         config = changed
-        made = make_plan(config, mesh, asked.passages_count)
-        reports = list(_examined(config, made, topology, names))
+        plan = make_plan(config, mesh, plan_config.passages_count)
+        reports = list(_compile_reports(config, plan, topology, names))
         fits = all(report.fits for report in reports)
-        yield Tried(flags, fits, {one.name: one.refused or f"{one.total / 1e9:.2f} GB" for one in reports})
+        totals = {report.name: report.refused or f"{report.total / 1e9:.2f} GB" for report in reports}
+        yield Attempt(flags, fits, totals)
         if fits:
             return
 
 
-def _advice(config: Config, asked: PlanConfig, topology: Topology, devices: Sequence[Any], made: "Plan") -> str:
-    """What makes room for what stays on the devices; shapes tell, so nothing is compiled."""
+def _advise_from_shapes(
+    config: Config, plan_config: PlanConfig, topology: Topology, devices: Sequence[Any], plan: "Plan"
+) -> str:
+    """Advises on flags with which the resident arrays fit, by their sizes alone: nothing is compiled."""
     from atlas_jax.plan.programs import make_plan, planned_mesh
 
-    stays = {"": made.resident}
+    resident_by_flags = {"": plan.resident}
     if config.run.mesh != "auto":
         auto = dataclasses.replace(config, run=dataclasses.replace(config.run, mesh="auto"))
-        stays["--mesh auto"] = make_plan(auto, planned_mesh(auto, devices), asked.passages_count).resident
-    return more_room(stays, len(devices), float(topology.device.memory))
+        auto_plan = make_plan(auto, planned_mesh(auto, devices), plan_config.passages_count)
+        resident_by_flags["--mesh auto"] = auto_plan.resident
+    return resident_advice(resident_by_flags, len(devices), float(topology.device.memory))
 
 
-def more_room(stays: Mapping[str, Mapping[str, int]], count: int, capacity: float) -> str:
-    """Which flags make room: `stays` is what stays on each of so many devices with these flags, at first with none."""
-    for flags, resident in stays.items():
+def resident_advice(resident_by_flags: Mapping[str, Mapping[str, int]], num_devices: int, capacity: float) -> str:
+    """Names flags with which resident arrays fit into `capacity` bytes per device.
+
+    `resident_by_flags`: for each choice of flags to add, the first being none, bytes per device by kind of array.
+    """
+    for flags, resident in resident_by_flags.items():
         if sum(resident.values()) <= capacity:
             return f"take {flags}"
-    for flags, resident in stays.items():
+    for flags, resident in resident_by_flags.items():
         index = resident.get("index", 0)
         room = capacity - sum(resident.values()) + index
         if index and room > 0:
-            also, enough = f"{flags} and " if flags else "", math.ceil(index * count / room)
-            return f"take {also}--index_mode faiss, which keeps the index on the hosts, or {enough} devices to hold it"
+            prefix, enough = f"{flags} and " if flags else "", math.ceil(index * num_devices / room)
+            return (
+                f"take {prefix}--index_mode faiss, which keeps the index on the hosts, or {enough} devices to hold it"
+            )
     return "take more devices, or a smaller --reader_model_type"
 
 
-def alternatives(config: Config, count: int) -> Iterator[tuple[str, Config]]:
-    """Flags that save memory, those first that cost least; each with all that came before, but of meshes the last."""
+def memory_saving_configs(config: Config, num_devices: int) -> Iterator[tuple[str, Config]]:
+    """Yields flags that save memory, in order of rising cost, and the configuration with them.
+
+    Each adds to all flags before it, except that a --mesh replaces the one before.
+    """
     from atlas_jax.checkpoints.pretrained import reader_config
 
-    said: list[str] = []
-    has_retriever = config.distill.train_retriever
+    added: list[str] = []
+    trains_retriever = config.distill.train_retriever
     axes = {
-        "passages": math.gcd(count, config.passages_a_query, config.retrieval.n_context),
-        "model": math.gcd(count, reader_config(config.model.reader_model_type).num_heads, MODEL_AXIS),
+        "passages": math.gcd(num_devices, config.passages_a_query, config.retrieval.n_context),
+        "model": math.gcd(num_devices, reader_config(config.model.reader_model_type).num_heads, MAX_MODEL_AXIS),
     }
-    meshes = [f"fsdp={count // size},{axis}={size}" for axis, size in axes.items() if size > 1]
+    meshes = [f"fsdp={num_devices // size},{axis}={size}" for axis, size in axes.items() if size > 1]
     smaller = {"per_gpu_batch_size": 1}
     measures: list[tuple[str, str, dict[str, Any]]] = [
         ("--use_gradient_checkpoint_reader", "model", {"use_gradient_checkpoint_reader": True}),
@@ -160,7 +185,7 @@ def alternatives(config: Config, count: int) -> Iterator[tuple[str, Config]]:
         ("--per_gpu_batch_size 1", "run", smaller),
         *((f"--mesh {mesh}", "run", {"mesh": mesh}) for mesh in ("auto", *meshes)),
     ]
-    if has_retriever:
+    if trains_retriever:
         both = {"use_gradient_checkpoint_reader": True, "use_gradient_checkpoint_retriever": True}
         measures[0] = ("--use_gradient_checkpoint_reader --use_gradient_checkpoint_retriever", "model", both)
     for flags, group, values in measures:
@@ -169,5 +194,5 @@ def alternatives(config: Config, count: int) -> Iterator[tuple[str, Config]]:
         if after == before:
             continue
         config = dataclasses.replace(config, **{group: after})
-        said = [one for one in said if not (flags.startswith("--mesh") and one.startswith("--mesh"))] + [flags]
-        yield " ".join(said), config
+        added = [flag for flag in added if not (flags.startswith("--mesh") and flag.startswith("--mesh"))] + [flags]
+        yield " ".join(added), config

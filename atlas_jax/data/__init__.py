@@ -1,1 +1,1 @@
-"""Tokens, rows and fixed shapes."""
+"""JSON-lines rows, their order, token ids, and arrays of a few fixed shapes."""

@@ -1,4 +1,4 @@
-"""Rows of a JSON-lines file, streamed or by number. Every complaint names the file, the line and the remedy."""
+"""Rows of a JSON-lines file, streamed or by index. Every error names the file, the line and the remedy."""
 
 import codecs
 import json
@@ -15,28 +15,28 @@ import numpy as np
 from atlas_jax.errors import UserError
 
 MAX_LINE_BYTES = 16 * 2**20
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a UTF-16 pair: fine as a pair, no text alone
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escaped UTF-16 surrogate, which is text only in a pair
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict]]:
-    """(1-based line number, JSON object) of every line that is not blank; holds one line in memory.
+    """Yields (1-based line number, JSON object) of every line that is not blank; holds one line in memory.
 
-    A byte order mark and CRLF line ends are accepted. A file without rows is an error.
+    Accepts a byte order mark and CRLF line ends. UserError if the file has no rows.
     """
     for line, _, row in read_lines(path):
         yield line, row
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes, dict]]:
-    """The same with the JSON text of each row between the two."""
+    """Yields (line number, JSON text with the line end, JSON object) of every line, otherwise like `read_rows`."""
     for line, _, raw in _lines(path):
         yield line, raw, _parse(path, line, raw)
 
 
 class JsonlRows(Sequence[dict]):
-    """A JSON-lines file by row number: one scan for the line offsets, each row parsed when it is asked for.
+    """The rows of a JSON-lines file by index: one scan finds the line offsets, each row is parsed on access.
 
-    Reads are positional (`pread`), so threads may share one `JsonlRows`.
+    Reads are positional (`pread`), so threads can share one `JsonlRows`.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -61,19 +61,19 @@ class JsonlRows(Sequence[dict]):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         start, end = int(self._starts[operator.index(i)]), int(self._ends[i])
-        return _parse(self.path, self.line(i), os.pread(self._fd, end - start, start))
+        return _parse(self.path, self.line_number(i), os.pread(self._fd, end - start, start))
 
-    def line(self, i: int) -> int:
-        """The 1-based line of row `i`; blank lines are counted."""
+    def line_number(self, i: int) -> int:
+        """Returns the 1-based line number of row `i`; blank lines count."""
         return int(self._lines[i])
 
     def error(self, i: int, message: str) -> UserError:
-        """A `UserError` that points at row `i`, to be raised by who found it wrong."""
-        return UserError(f"{self.path}:{self.line(i)}: {message}")
+        """Returns a `UserError` about row `i` (file, line, message) for the caller to raise."""
+        return UserError(f"{self.path}:{self.line_number(i)}: {message}")
 
 
 def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, int, bytes]]:
-    """(line number, byte offset, bytes with the line end) of every line that is not blank."""
+    """Yields (line number, byte offset, bytes with the line end) of every line that is not blank."""
     with _open(path) as file:
         start, line, rows = 0, 0, 0
         try:

@@ -1,4 +1,4 @@
-"""Rows of different lengths on disk, memory-mapped."""
+"""Memory-mapped arrays of rows of different lengths."""
 
 import itertools
 from array import array
@@ -9,24 +9,24 @@ import numpy as np
 
 from atlas_jax.errors import UserError
 
-Numbers = Sequence[int] | np.ndarray  # which rows
+Numbers = Sequence[int] | np.ndarray  # row numbers
 
 
 class RaggedArray:
-    """Row `i` is `data[offsets[i] : offsets[i + 1]]`: `{name}.bin` and `{name}.offsets.npy` (uint64, rows + 1)."""
+    """Rows `data[offsets[i] : offsets[i + 1]]`, stored as `{name}.bin` and `{name}.offsets.npy` (uint64, rows + 1)."""
 
     def __init__(self, data: np.ndarray, offsets: np.ndarray):
         self.data, self.offsets = data, offsets
 
     @classmethod
     def open(cls, folder: Path, name: str, dtype: np.dtype, rows: int, remedy: str) -> "RaggedArray":
-        """Memory-maps both files; sizes that do not fit each other are a `UserError` that ends in `remedy`."""
+        """Memory-maps both files; UserError, ending in `remedy`, if one is missing, damaged or of the wrong size."""
         reading = offsets_file = folder / f"{name}.offsets.npy"
-        file = folder / f"{name}.bin"
+        data_file = folder / f"{name}.bin"
         try:
             offsets = np.load(offsets_file, mmap_mode="r")
-            reading, size = file, file.stat().st_size
-            data = np.asarray(np.memmap(file, dtype, mode="r")) if size else np.empty(0, dtype)
+            reading, size = data_file, data_file.stat().st_size
+            data = np.asarray(np.memmap(data_file, dtype, mode="r")) if size else np.empty(0, dtype)
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: missing; {remedy}") from None
         except (ValueError, EOFError, OSError):
@@ -34,19 +34,19 @@ class RaggedArray:
         if offsets.dtype != np.uint64 or offsets.shape != (rows + 1,):
             raise UserError(f"{offsets_file}: not the offsets of {rows} rows; {remedy}")
         if size != int(offsets[-1]) * data.itemsize:
-            raise UserError(f"{file}: {size} bytes, expected {int(offsets[-1]) * data.itemsize}; {remedy}")
+            raise UserError(f"{data_file}: {size} bytes, expected {int(offsets[-1]) * data.itemsize}; {remedy}")
         return cls(data, np.asarray(offsets))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def lengths(self, numbers: Numbers) -> np.ndarray:
-        """How long each row is."""
+        """Returns the length of each of these rows."""
         starts, ends = self._bounds(numbers)
         return ends - starts
 
     def take(self, numbers: Numbers) -> list[np.ndarray]:
-        """Read-only views, in the order asked for."""
+        """Returns read-only views of these rows, in the given order."""
         starts, ends = self._bounds(numbers)
         return [self.data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
@@ -58,7 +58,7 @@ class RaggedArray:
 
 
 class RaggedWriter:
-    """Appends rows to a new `RaggedArray`; usable once closed. Memory: 8 bytes a row."""
+    """Appends rows to the files of a new `RaggedArray`, complete after `__exit__`. Takes 8 bytes of memory per row."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype):
         self.dtype = dtype
@@ -69,7 +69,7 @@ class RaggedWriter:
         return len(self._offsets) - 1
 
     def extend(self, flat: np.ndarray, lengths: Iterable[int]) -> None:
-        """Rows laid end to end, and the length of each."""
+        """Appends rows, given concatenated with the length of each."""
         self._data.write(flat.astype(self.dtype, copy=False).data)
         self._offsets.extend(itertools.islice(itertools.accumulate(lengths, initial=self._offsets[-1]), 1, None))
 

@@ -1,4 +1,4 @@
-"""What the reader reads: a query and a passage as one text, the passage tokenized once for all where that is exact."""
+"""Reader inputs: token ids of query and passage as one text, from passages tokenized in advance where that is exact."""
 
 import itertools
 import string
@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from atlas_jax.data.ragged import Numbers
-from atlas_jax.data.tokens import Tokenizer, ends_visibly
+from atlas_jax.data.tokens import Tokenizer, ends_in_visible_character
 from atlas_jax.errors import UserError
 
 QUERY = "{query}"
@@ -16,86 +16,88 @@ QUERY = "{query}"
 
 @runtime_checkable
 class Tokens(Protocol):
-    """Token ids by passage number."""
+    """Token ids of passages by number."""
 
     def take(self, numbers: Numbers) -> list[np.ndarray]:
-        """The ids of each passage."""
+        """Returns the ids of each of these passages, without special tokens."""
 
 
 @runtime_checkable
 class Store(Protocol):
-    """Passages by number; `retrieval.passages.PassageStore` is the one on disk."""
+    """Passages by number, such as `retrieval.passage_store.PassageStore` on disk."""
 
     def take(self, numbers: Numbers) -> list[dict[str, Any]]:
-        """The fields of each passage."""
+        """Returns the fields of each of these passages."""
 
     def tokens(self, tokenizer: Tokenizer, format: str, name: str, progress: Any = None) -> Tokens:
-        """The ids of `format` filled in with each passage."""
+        """Returns the ids of `format` filled in with each passage; `name` labels them on disk."""
 
 
 class ReaderText:
-    """Reader ids of queries with their passages, as if each `encoder_format` were tokenized whole.
+    """Makes the reader ids of queries with their passages, equal to tokenizing each filled-in `encoder_format` whole.
 
-    Where it is exact to do so (`split_encoder_format`, `splits_at_spaces`, a query that `ends_visibly`), the
-    passage's ids come from the store and only the query is tokenized.
+    Only the query is tokenized, and the passage's ids come from the store, where that is exact: with a format that has
+    a `passage_part`, a tokenizer that `splits_at_spaces` and a query that `ends_in_visible_character`.
     """
 
     def __init__(self, tokenizer: Tokenizer, encoder_format: str, max_length: int):
         self.tokenizer, self.encoder_format, self.max_length = tokenizer, encoder_format, max_length
-        part = split_encoder_format(encoder_format)
-        self.passage_format = part if tokenizer.splits_at_spaces else None
+        passage_format = passage_part(encoder_format)
+        self.passage_format = passage_format if tokenizer.splits_at_spaces else None
 
     def prepare(self, store: Store, progress: Any = None) -> None:
-        """Tokenizes the passages now, with progress, rather than at the first `encode`."""
+        """Tokenizes all passages of the store now, with progress, rather than at the first `encode`."""
         if self.passage_format is not None:
             store.tokens(self.tokenizer, self.passage_format, "reader", progress)
 
     def encode(
         self, queries: Sequence[str], numbers: Sequence[Sequence[int]] | np.ndarray, store: Store
     ) -> list[list[list[int]]]:
-        """Ids of each query ("b") with each of its passages ("b n"): special tokens added, cut, not padded."""
+        """Returns ids of each query ("b") with each of its passages ("b n"): special tokens added, cut, not padded."""
         pairs = list(zip(queries, np.asarray(numbers, np.int64), strict=True))
-        joins = [self.passage_format is not None and ends_visibly(query) for query in queries]
-        joined = self._join(list(itertools.compress(pairs, joins)), store)
-        whole = self._whole([pair for pair, apart in zip(pairs, joins, strict=True) if not apart], store)
-        return [next(joined if apart else whole) for apart in joins]
+        joinable = [self.passage_format is not None and ends_in_visible_character(query) for query in queries]
+        joined = self._encode_joined(list(itertools.compress(pairs, joinable)), store)
+        whole = self._encode_whole([pair for pair, join in zip(pairs, joinable, strict=True) if not join], store)
+        return [next(joined if join else whole) for join in joinable]
 
-    def _join(self, pairs: list[tuple[str, np.ndarray]], store: Store) -> Iterator[list[list[int]]]:
+    def _encode_joined(self, pairs: list[tuple[str, np.ndarray]], store: Store) -> Iterator[list[list[int]]]:
+        """Yields the ids of each query with its passages, joined from the query's ids and the store's."""
         if pairs and self.passage_format is not None:
             tokens = store.tokens(self.tokenizer, self.passage_format, "reader")
             passages = iter(tokens.take(np.concatenate([row for _, row in pairs])))
             for query, (_, row) in zip(self.tokenizer.ids([query for query, _ in pairs]), pairs, strict=True):
-                yield [join(query, next(passages), self.tokenizer, self.max_length) for _ in row]
+                yield [join_ids(query, next(passages), self.tokenizer, self.max_length) for _ in row]
 
-    def _whole(self, pairs: list[tuple[str, np.ndarray]], store: Store) -> Iterator[list[list[int]]]:
+    def _encode_whole(self, pairs: list[tuple[str, np.ndarray]], store: Store) -> Iterator[list[list[int]]]:
+        """Yields the ids of each query with its passages, tokenized as whole texts."""
         for query, row in pairs:
             texts = [render(self.encoder_format, passage, query=query) for passage in store.take(row)]
             yield [self.tokenizer.finish(ids, self.max_length) for ids in self.tokenizer.ids(texts)]
 
 
-def split_encoder_format(encoder_format: str) -> str | None:
-    """The passage's part of "{query} title: {title} ..", with its leading space; None for any other shape."""
-    part = encoder_format.removeprefix(QUERY)
+def passage_part(encoder_format: str) -> str | None:
+    """Returns what follows the query in "{query} title: {title} ..", with the space; None for any other format."""
+    rest = encoder_format.removeprefix(QUERY)
     try:
-        mentions = [f"{field} {spec}" for _, field, spec, _ in string.Formatter().parse(part)]
+        fields = [f"{field} {spec}" for _, field, spec, _ in string.Formatter().parse(rest)]
     except ValueError as error:
         raise UserError(f"--encoder_format {encoder_format!r}: {error}; write a literal brace twice") from None
-    shaped = encoder_format.startswith(f"{QUERY} ") and not any("query" in mention for mention in mentions)
-    return part if shaped else None
+    query_only_first = encoder_format.startswith(f"{QUERY} ") and not any("query" in field for field in fields)
+    return rest if query_only_first else None
 
 
-def join(
+def join_ids(
     query: Sequence[int], passage: Sequence[int] | np.ndarray, tokenizer: Tokenizer, max_length: int | None
 ) -> list[int]:
-    """Reader ids of a query and a passage that were tokenized apart."""
+    """Returns the reader ids of a query and a passage that were tokenized separately."""
     tail = passage[:max_length]
     return tokenizer.finish([*query, *(tail.tolist() if isinstance(tail, np.ndarray) else tail)], max_length)
 
 
-def render(format: str, passage: Mapping[str, Any], **more: str) -> str:
-    """`format` filled in with the passage's fields, over which `more` wins."""
+def render(format: str, passage: Mapping[str, Any], **overrides: str) -> str:
+    """Returns `format` filled in with `overrides`, else the passage's fields. UserError if a field is missing."""
     try:
-        return format.format(**{**passage, **more})
+        return format.format(**{**passage, **overrides})
     except KeyError as error:
         raise UserError(f"passage {passage.get('id')}: no field {error}, which {format!r} asks for; add it") from None
     except (IndexError, ValueError, AttributeError, TypeError) as error:

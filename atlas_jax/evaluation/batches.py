@@ -1,4 +1,4 @@
-"""Examples and the passages found for them, as arrays of a few fixed shapes for the reader."""
+"""Examples and their retrieved passages as reader arrays of a few fixed shapes."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,13 @@ from atlas_jax.retrieval.passage_source import RetrievedPassages
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.tasks import Example
 
-MAX_TARGET = 2**14  # tokens of a target where --target_maxlength sets no limit
+MAX_TARGET = 2**14  # tokens of a target if --target_maxlength sets no limit
 
 
 class ReaderBatcher:
-    """Makes batches of `size` rows; what examples do not fill holds nothing.
+    """Makes batches of `size` rows for the reader; rows without an example are padding.
 
-    Each process makes only the rows that its devices work on, `own`, and all agree on how long the longest text is.
+    Each process makes the rows of its own devices, `local_rows`; all agree on the length of the longest text.
     """
 
     def __init__(self, text: TextConfig, tokenizer: Tokenizer, mesh: Mesh, size: int):
@@ -28,41 +28,43 @@ class ReaderBatcher:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.size = size
-        self.own = local_row_indices(mesh, size)
-        self._join = ReaderText(tokenizer, text.encoder_format, text.text_maxlength)
+        self.local_rows = local_row_indices(mesh, size)
+        self._reader_text = ReaderText(tokenizer, text.encoder_format, text.text_maxlength)
 
-    def local_examples(
-        self, examples: Sequence[Example], found: RetrievedPassages
+    def select_local(
+        self, examples: Sequence[Example], retrieved: RetrievedPassages
     ) -> tuple[list[Example], RetrievedPassages]:
-        """Of a batch what this process makes."""
-        rows = self.own[self.own < len(examples)]
-        return [examples[row] for row in rows], found._replace(numbers=found.numbers[rows], valid=found.valid[rows])
+        """The examples, and their passages, that this process makes the rows of."""
+        rows = self.local_rows[self.local_rows < len(examples)]
+        local = retrieved._replace(numbers=retrieved.numbers[rows], valid=retrieved.valid[rows])
+        return [examples[row] for row in rows], local
 
-    def passages(self, queries: Sequence[str], found: RetrievedPassages) -> list[list[int]]:
-        """The ids of each query with each of its passages, row after row; none where there is no passage."""
-        texts = [ids for row in self._join.encode(queries, found.numbers, found.store) for ids in row]
-        return [ids if valid else [] for ids, valid in zip(texts, found.valid.reshape(-1), strict=True)]
+    def passages(self, queries: Sequence[str], retrieved: RetrievedPassages) -> list[list[int]]:
+        """Token ids of each query with each of its passages, query after query; empty where there is no passage."""
+        encoded = self._reader_text.encode(queries, retrieved.numbers, retrieved.store)
+        texts = [ids for row in encoded for ids in row]
+        return [ids if valid else [] for ids, valid in zip(texts, retrieved.valid.reshape(-1), strict=True)]
 
     def prompts(self, queries: Sequence[str]) -> list[list[int]]:
-        """What the decoder is given to go on from; empty without --decoder_prompt_format."""
+        """Token ids that the decoder starts with, by query; an empty list without --decoder_prompt_format."""
         form = self.text.decoder_prompt_format
         return self.tokenizer.ids([form.format(query=query) for query in queries]) if form else []
 
     def batch(
         self, examples: Sequence[Example], passages: Sequence[list[int]], prompts: list[list[int]], length: int, n: int
     ) -> ReaderBatch:
-        """The arrays, on the devices, for `n` passages an example of at most `length` tokens."""
-        empty = len(self.own) - len(examples)
-        ids, mask = pad([*passages, *[[]] * (empty * n)], length, self.tokenizer.pad_id)
+        """The batch on the devices: `n` passages an example, each padded to `length` tokens."""
+        padding = len(self.local_rows) - len(examples)
+        ids, mask = pad([*passages, *[[]] * (padding * n)], length, self.tokenizer.pad_id)
         maximum = self.text.target_maxlength
         targets = self.tokenizer.target_ids([self._target(example) for example in examples], maximum)
         (longest,) = process_group().all_max(max(CHOICE_POSITION + 1, *map(len, targets), 0))
         target, target_mask = pad(
-            [*targets, *[[]] * empty], bucket(longest, max(longest, maximum or MAX_TARGET)), self.tokenizer.pad_id
+            [*targets, *[[]] * padding], bucket(longest, max(longest, maximum or MAX_TARGET)), self.tokenizer.pad_id
         )
         for row, prompt in enumerate(prompts):
-            target_mask[row, : len(prompt)] = False  # what is given is not to be learnt
-        shape = (len(self.own), n, length)
+            target_mask[row, : len(prompt)] = False  # the loss leaves out the prompt
+        shape = (len(self.local_rows), n, length)
         return put_reader_batch(self.mesh, ids.reshape(shape), mask.reshape(shape), target, target_mask, rows=self.size)
 
     def _target(self, example: Example) -> str:
@@ -80,6 +82,6 @@ def put_reader_batch(
     target_mask: ArrayOrShape,
     rows: int | None = None,
 ) -> ReaderBatch:
-    """The arrays on the devices, see `put_batch`."""
+    """Puts the arrays of a reader batch on the mesh; `rows` as in `put_batch`."""
     read = (put_passages(mesh, array, rows) for array in (passages, mask))
     return ReaderBatch(*read, *(put_batch(mesh, array, rows) for array in (target, target_mask)))

@@ -1,4 +1,4 @@
-"""Writing an answer, with the decoder's keys and values kept: greedy, or a search with several beams."""
+"""Generates answers with a cache of the decoder's keys and values: greedy, or beam search."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,34 +10,36 @@ from jaxtyping import Array, Bool, Float, Int
 from atlas_jax.models.fid import FiD
 from atlas_jax.models.t5 import EncodedSource, KeyValues
 
-FREE = -1  # in a prompt: the search chooses this token
+FREE = -1  # in a prompt: a position whose token is generated
 
 Cache = KeyValues | list[KeyValues]
-Prompt = Int[Array, "b p"] | None  # the first tokens after the start token, `FREE` where it has ended
+Prompt = (
+    Int[Array, "b p"] | None
+)  # tokens to start with, after the start token; `FREE` behind the end of a shorter prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """How to write; lengths count the start token."""
+    """Settings of generation; lengths count the start token."""
 
     max_length: int = 128
     min_length: int = 0
     beams: int = 1
-    length_penalty: float = 1.0  # the power of its length that divides an answer's log-probability, with beams
+    length_penalty: float = 1.0  # beam search divides log-probabilities by length ** length_penalty
     eos_id: int = 1
-    pad_id: int = 0  # the start token too
-    vocabulary: int | None = None  # only tokens below it are chosen
+    pad_id: int = 0  # also the start token
+    vocabulary: int | None = None  # only token ids below it are generated
 
 
 def generate(reader: FiD, source: EncodedSource, cfg: GenerationSettings, prompt: Prompt = None) -> Int[Array, "b m"]:
-    """The start token, the answer, padding up to `max_length`."""
+    """Start token, answer and padding, `max_length` tokens in all."""
     return (greedy if cfg.beams == 1 else beam_search)(reader, source, cfg, prompt)
 
 
 def _allowed(
     scores: Float[Array, "b ... v"], position: Int[Array, ""], cfg: GenerationSettings, prompt: Prompt
 ) -> Float[Array, "b ... v"]:
-    """Scores of the token that follows `position`; -inf for those that the settings rule out there."""
+    """Scores of the token that follows `position`, -inf for tokens that the settings or the prompt exclude there."""
     token = jnp.arange(scores.shape[-1])
     ruled_out = (token == cfg.eos_id) & (position + 1 < cfg.min_length)
     if cfg.vocabulary is not None:
@@ -62,7 +64,7 @@ class _Greedy(NamedTuple):
 
 
 def greedy(reader: FiD, source: EncodedSource, cfg: GenerationSettings, prompt: Prompt = None) -> Int[Array, "b m"]:
-    """The likeliest next token until `</s>`."""
+    """Generates the most likely next token until `</s>`."""
     batch = source.mask.shape[0]
 
     def step(state: _Greedy) -> _Greedy:
@@ -83,21 +85,21 @@ def greedy(reader: FiD, source: EncodedSource, cfg: GenerationSettings, prompt: 
 
 class _Beams(NamedTuple):
     position: Int[Array, ""]
-    tokens: Int[Array, "b w m"]  # of the w beams
+    tokens: Int[Array, "b w m"]  # w beams
     scores: Float[Array, "b w"]  # log-probabilities
-    cache: Cache  # of b * w rows
-    finished: Int[Array, "b w m"]  # the best answers that have ended
-    finished_scores: Float[Array, "b w"]  # with the length penalty, best first; -inf where there is none yet
-    done: Bool[Array, " b"]  # no beam can beat what has ended
+    cache: Cache  # b * w rows
+    finished: Int[Array, "b w m"]  # the best finished answers
+    finished_scores: Float[Array, "b w"]  # with the length penalty, best first; -inf: none yet
+    done: Bool[Array, " b"]  # no beam can still beat the finished answers
 
 
 def beam_search(
     reader: FiD, source: EncodedSource, cfg: GenerationSettings, prompt: Prompt = None
 ) -> Int[Array, "b m"]:
-    """The answer of the best log-probability / length^penalty that a search with `beams` beams meets.
+    """The answer with the highest log-probability / length ** length_penalty that beam search finds.
 
-    As Hugging Face's (version 4.49) without early stopping: each step looks at the best 2w continuations, ends the ones
-    with `</s>` among the first w, and goes on with the best w others.
+    Equal to Hugging Face's (version 4.49) without early stopping: each step takes the best 2w continuations, finishes
+    those that end in `</s>` among the first w, and continues the best w others.
     """
     batch, w = source.mask.shape[0], cfg.beams
 
@@ -108,12 +110,12 @@ def beam_search(
         inputs = jax.lax.dynamic_slice_in_dim(state.tokens, state.position, 1, axis=2).reshape(batch * w, 1)
         logits, cache = reader.decode(inputs, source, past=state.cache, position=state.position)
         logs = _allowed(jax.nn.log_softmax(logits.reshape(batch, w, -1)), state.position, cfg, prompt)
-        scores, place = jax.lax.top_k((state.scores[..., None] + logs).reshape(batch, -1), 2 * w)
-        beam, token = place // logs.shape[-1], (place % logs.shape[-1]).astype(jnp.int32)
+        scores, indices = jax.lax.top_k((state.scores[..., None] + logs).reshape(batch, -1), 2 * w)
+        beam, token = indices // logs.shape[-1], (indices % logs.shape[-1]).astype(jnp.int32)
         tokens = jnp.take_along_axis(state.tokens, beam[..., None], axis=1)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[..., None], state.position + 1, axis=2)
         ends = token == cfg.eos_id
-        length = state.position + 1  # without the start token
+        length = state.position + 1  # not counting the start token
 
         ended = jnp.where(ends[:, :w] & ~state.done[:, None], penalised(scores[:, :w], length), -jnp.inf)
         finished_scores, finished = _best(w, (state.finished_scores, ended), (state.finished, tokens[:, :w]))
@@ -134,7 +136,7 @@ def beam_search(
 
     nothing = jnp.full((batch, w, cfg.max_length), cfg.pad_id, jnp.int32)
     none = jnp.full((batch, w), -jnp.inf)
-    first = jnp.zeros((batch, w)).at[:, 1:].set(-1e9)  # all beams are the same at first: one counts
+    first = jnp.zeros((batch, w)).at[:, 1:].set(-1e9)  # all beams are equal at first, so only one may continue
     cache = reader.empty_cache(source, batch * w, cfg.max_length)
     start = _Beams(jnp.int32(0), nothing, first, cache, nothing, none, jnp.zeros(batch, bool))
     end = jax.lax.while_loop(unfinished, step, start)
@@ -145,6 +147,6 @@ def beam_search(
 def _best(
     count: int, scores: tuple[Float[Array, "b _"], ...], tokens: tuple[Int[Array, "b _ m"], ...]
 ) -> tuple[Float[Array, "b c"], Int[Array, "b c m"]]:
-    """The answers with the best scores, best first; of equals the earlier."""
-    best, place = jax.lax.top_k(jnp.concatenate(scores, axis=1), count)
-    return best, jnp.take_along_axis(jnp.concatenate(tokens, axis=1), place[..., None], axis=1)
+    """The `count` answers with the highest scores, best first; of equal scores the earlier."""
+    best, indices = jax.lax.top_k(jnp.concatenate(scores, axis=1), count)
+    return best, jnp.take_along_axis(jnp.concatenate(tokens, axis=1), indices[..., None], axis=1)

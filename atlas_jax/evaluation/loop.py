@@ -1,4 +1,4 @@
-"""`atlas evaluate`: check the rows, restore the weights, open the index, then read and score file by file."""
+"""`atlas evaluate`: checks the rows, restores the weights, opens the index, then evaluates file after file."""
 
 import contextlib
 import logging
@@ -30,13 +30,13 @@ from atlas_jax.tasks.row_checks import checked_rows
 logger = logging.getLogger(__name__)
 
 SCRATCH = ".scratch-evaluate-"
-ZERO_SHOT_STEP = 1  # the published commands expect the files of a model that was not trained here to end so
+ZERO_SHOT_STEP = 1  # in names of result files; Reference: the step of a model that was not trained in this run
 
 
 def evaluate(config: Config, run: Path) -> dict[str, Result]:
-    """Evaluates every file of --eval_data with one model; writes predictions and scores into the folder `run`.
+    """Evaluates every file of --eval_data with one model; returns results by path.
 
-    What all processes use goes into --checkpoint_dir's.
+    Predictions and scores go to the folder `run`, files that all processes use to --checkpoint_dir.
     """
     task = make_task(config)
     files = checked_files(config.run.eval_data, task)
@@ -56,9 +56,9 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
 
 
 def evaluate_file(evaluator: Evaluator, rows: JsonlRows, reader: FiD | None, run: Path, stem: str) -> Result:
-    """Evaluates one file; writes its scores, and with --write_results its predictions, as `stem` into `run`.
+    """Evaluates one file; writes {stem}.metrics.json and, with --write_results, {stem}.jsonl into `run`.
 
-    All processes know them, process 0 writes.
+    All processes return the result; process 0 writes the predictions.
     """
     writes = evaluator.config.run.write_results and process_group().index == 0
     with _predictions(run / f"{stem}.jsonl", write=writes) as write:
@@ -68,12 +68,12 @@ def evaluate_file(evaluator: Evaluator, rows: JsonlRows, reader: FiD | None, run
 
 
 def checked_files(paths: Sequence[str], task: Task) -> dict[str, JsonlRows]:
-    """The files to evaluate, by what their results are called."""
+    """The checked rows of the files to evaluate, by the name of their results; see `result_names`."""
     return {name: checked_rows(path, task) for name, path in zip(result_names(paths), paths, strict=True)}
 
 
 def result_names(paths: Sequence[str]) -> list[str]:
-    """What the results of each file are called: its stem, or its whole name where two stems are the same."""
+    """The name of each file's results: its stem, or its file name if stems are equal; UserError if those are too."""
     stems, names = [Path(path).stem for path in paths], [Path(path).name for path in paths]
     found = [stem if stems.count(stem) == 1 else name for stem, name in zip(stems, names, strict=True)]
     for name, path in zip(found, paths, strict=True):
@@ -83,7 +83,7 @@ def result_names(paths: Sequence[str]) -> list[str]:
 
 
 def evaluation_mesh(config: Config, weights: Weights) -> Mesh:
-    """The devices of a run, and how they share its work."""
+    """The mesh of --mesh for inference with these weights."""
     widths = sharded_sizes(weights.params)
     if weights.cfg.reader:
         widths |= {"passages": {config.retrieval.n_context}}
@@ -92,7 +92,7 @@ def evaluation_mesh(config: Config, weights: Weights) -> Mesh:
 
 
 def passage_source(config: Config, weights: Weights, model: AtlasModel, mesh: Mesh, scratch: Path) -> PassageSource:
-    """Where examples get their passages from: the index, or their own rows."""
+    """The source of passages: a retriever with its index, or the rows themselves."""
     if model.retriever is None or weights.retriever_tokenizer is None:
         return RowPassages()
     fingerprints = [retriever_fingerprint(weights.params), *([weights.index] if weights.index else [])]
@@ -104,7 +104,7 @@ def passage_source(config: Config, weights: Weights, model: AtlasModel, mesh: Me
 
 @contextlib.contextmanager
 def _predictions(path: Path, *, write: bool) -> Iterator[Callable[[str], object] | None]:
-    """Writes to a predictions file that appears when it is complete, or nothing."""
+    """Yields a function that writes to a predictions file, which appears when it is complete; None unless `write`."""
     if not write:
         yield None
         return
@@ -113,7 +113,7 @@ def _predictions(path: Path, *, write: bool) -> Iterator[Callable[[str], object]
 
 
 def report(path: Path, name: str, result: Result) -> None:
-    """Writes and logs what an evaluation gave."""
+    """Writes and logs the result of an evaluation."""
     rate = result.examples / result.seconds
     write_json(
         path,

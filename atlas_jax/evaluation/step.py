@@ -1,4 +1,4 @@
-"""One batch read: the encoder runs once, and its states serve the loss, the choices and the answer."""
+"""One evaluation step: the encoder runs once; its states serve the loss, the choices and the generated answer."""
 
 from typing import NamedTuple
 
@@ -10,23 +10,22 @@ from atlas_jax.evaluation.generation import GenerationSettings, Prompt, generate
 from atlas_jax.mesh import params_gathered
 from atlas_jax.models.fid import FiD, ReaderBatch, shift_right, token_losses
 
+CHOICE_POSITION = 1  # decoder position whose logits choose the letter; position 0 predicts <extra_id_0>
+
 
 class ReaderOutput(NamedTuple):
-    """What the reader makes of it; on the devices, then on the host."""
+    """The reader's output for a batch; on the devices, then on the host."""
 
-    loss: Float[Array | np.ndarray, " b"]  # cross-entropy, summed over the tokens that count
-    loss_tokens: Int[Array | np.ndarray, " b"]  # their number
-    choice_logits: Float[Array | np.ndarray, "b c"]  # of the choices' tokens, after the target's first one
+    loss: Float[Array | np.ndarray, " b"]  # cross-entropy, summed over the tokens in the target's mask
+    loss_tokens: Int[Array | np.ndarray, " b"]  # number of these tokens
+    choice_logits: Float[Array | np.ndarray, "b c"]  # logits of the choices' tokens at CHOICE_POSITION
     generated: Int[Array | np.ndarray, "b m"]  # start token, answer, padding
 
 
-CHOICE_POSITION = 1  # the decoder position whose logits tell the letter: position 0 is the sentinel's
-
-
-def read(
+def eval_step(
     reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Prompt, cfg: GenerationSettings
 ) -> ReaderOutput:
-    """Loss of the targets, logits of the choices, and a generated answer, out of one pass of the encoder."""
+    """Loss of the targets, logits of the choices, and generated answers of a batch."""
     reader, source = reader.gather(reader.encode(batch.passages, batch.mask))
     with params_gathered():
         logits, _ = reader.decode(shift_right(batch.target, cfg.pad_id), source)

@@ -1,1 +1,1 @@
-"""The reader (T5, Fusion-in-Decoder), the retriever (Contriever) and the pair (Atlas): maths only."""
+"""The reader (T5, Fusion-in-Decoder), the retriever (Contriever) and the pair of both (AtlasModel): maths only."""

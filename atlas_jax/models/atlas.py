@@ -1,4 +1,4 @@
-"""ATLAS, the pair: a retriever that embeds queries and passages, a reader that answers from the passages found."""
+"""ATLAS: a retriever that embeds queries and passages, and a reader that answers from the retrieved passages."""
 
 import dataclasses
 import functools
@@ -17,21 +17,21 @@ from atlas_jax.storage.lazy_array import ArrayLike
 
 @dataclasses.dataclass(frozen=True)
 class AtlasConfig:
-    """The shapes of both models; `untied` gives queries and passages an encoder each."""
+    """Configs of both models; with `untied`, queries and passages have separate encoders."""
 
-    reader: T5Config | None  # none: retrieval only
-    retriever: ContrieverConfig | None  # none: passages come with the questions
+    reader: T5Config | None  # None: retrieval only
+    retriever: ContrieverConfig | None  # None: passages come with the questions
     untied: bool = False
 
-    def computing(self, **how: Any) -> "AtlasConfig":
-        """The same shapes with other settings of the computation, such as `dtype`."""
-        reader = dataclasses.replace(self.reader, **how) if self.reader else None
-        retriever = dataclasses.replace(self.retriever, **how) if self.retriever else None
+    def computing(self, **changes: Any) -> "AtlasConfig":
+        """Returns a copy with `dtype`, `dropout` or `for_cpu` replaced in both models' configs; no shape changes."""
+        reader = dataclasses.replace(self.reader, **changes) if self.reader else None
+        retriever = dataclasses.replace(self.retriever, **changes) if self.retriever else None
         return dataclasses.replace(self, reader=reader, retriever=retriever)
 
 
 class Retriever(nnx.Module):
-    """Contriever for queries and passages, one for both or one for each."""
+    """Contriever for queries and passages: one encoder for both or, if `untied`, one for each."""
 
     def __init__(self, cfg: ContrieverConfig, *, untied: bool, rngs: nnx.Rngs):
         if untied:
@@ -42,7 +42,7 @@ class Retriever(nnx.Module):
         self.untied = untied
 
     def encoder_of(self, side: Literal["query", "passage"]) -> Contriever:
-        """The encoder that reads this side."""
+        """Returns the encoder of queries or of passages."""
         if not self.untied:
             return self.encoder
         return self.query_encoder if side == "query" else self.passage_encoder
@@ -56,12 +56,12 @@ class Retriever(nnx.Module):
         rngs: nnx.Rngs | None = None,
         remat: bool = False,
     ) -> Float[Array, "b d"]:
-        """The vectors of queries or passages."""
+        """Embeds a batch of queries or of passages, in float32."""
         return self.encoder_of(side)(ids, mask, rngs=rngs, remat=remat)
 
 
 class AtlasModel(nnx.Module):
-    """Reader and retriever."""
+    """The pair of reader and retriever; either is None where `cfg` has no config for it."""
 
     def __init__(self, cfg: AtlasConfig, *, rngs: nnx.Rngs):
         self.reader = FiD(cfg.reader, rngs=rngs) if cfg.reader else None
@@ -70,15 +70,15 @@ class AtlasModel(nnx.Module):
 
 
 def param_shapes(cfg: AtlasConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Our parameters' paths and shapes, without any memory."""
+    """Returns shape and dtype of every parameter by path, such as `reader/embed/embedding`, without allocating any."""
     model = nnx.eval_shape(lambda: AtlasModel(cfg, rngs=nnx.Rngs(0)))
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {"/".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in flat}
 
 
 @functools.cache
-def _abstract(cfg: AtlasConfig) -> tuple[Any, Any]:
-    """A model of this shape without any memory: its graph, and its parameters by path."""
+def _abstract_model(cfg: AtlasConfig) -> tuple[Any, Any]:
+    """Returns the graph definition of a model and its flat state by path, shapes only: nothing is allocated."""
     graph, state = nnx.split(nnx.eval_shape(lambda: AtlasModel(cfg, rngs=nnx.Rngs(0))))
     return graph, nnx.to_flat_state(state)
 
@@ -88,8 +88,8 @@ def build_model(
     cfg: AtlasConfig,
     place: Callable[[str, Any], jax.Array] | None = None,
 ) -> AtlasModel:
-    """The model with these parameters, each put where `place` (path, array) says, or left where it is."""
-    graph, flat = _abstract(cfg)
+    """Returns a model with these parameters, by path; `place(path, array)`, if given, puts each on its devices."""
+    graph, flat = _abstract_model(cfg)
     named = [("/".join(map(str, path)), path, variable) for path, variable in flat]
     filled = [
         (path, variable.replace(place(name, params[name]) if place else params[name])) for name, path, variable in named

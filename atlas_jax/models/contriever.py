@@ -1,4 +1,4 @@
-"""Contriever (arXiv 2112.09118): a BERT encoder whose mean over tokens is the text's vector."""
+"""Contriever (arXiv 2112.09118): a BERT encoder; the mean of its token states is the vector of a text."""
 
 import dataclasses
 import functools
@@ -11,33 +11,33 @@ from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.dropout import dropout
 from atlas_jax.models.stack import StackedLayer, gather_module, scan, stack
-from atlas_jax.models.t5 import MASKED, map_rows
+from atlas_jax.models.t5 import MASKED_LOGIT, map_rows
 
-MAX_LENGTH = 512  # positions that BERT has
+MAX_POSITIONS = 512  # position embeddings that BERT has
 
 
 @dataclasses.dataclass(frozen=True)
 class ContrieverConfig:
-    """The shape of the encoder; the defaults are facebook/contriever's, BERT base."""
+    """Shape and computation of the encoder; the defaults are those of facebook/contriever, BERT base."""
 
     d_model: int = 768
     num_heads: int = 12
     d_ff: int = 3072
     num_layers: int = 12
     vocab_size: int = 30522
-    max_positions: int = MAX_LENGTH
+    max_positions: int = MAX_POSITIONS
     type_vocab_size: int = 2
     layer_norm_epsilon: float = 1e-12
-    norm: Literal["atlas", "standard"] = "atlas"  # "atlas": the second moment is not centred
-    pooling: Literal["average", "sqrt", "cls"] = "average"
-    normalize: bool = False  # vectors of length 1, for encoders trained so
+    norm: Literal["atlas", "standard"] = "atlas"  # "atlas": the second moment is not centred, see `LayerNorm`
+    pooling: Literal["average", "sqrt", "cls"] = "average"  # sum / tokens, sum / sqrt(tokens), or the first token
+    normalize: bool = False  # scale vectors to L2 norm 1, for encoders that were trained so
     dropout: float = 0.0
-    for_cpu: bool = False  # inference as a CPU's cache likes it: row by row
+    for_cpu: bool = False  # inference one row at a time, so that activations stay in a CPU's cache
     dtype: Any = jnp.float32
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm in float32, with the variance or, for weights trained by the reference, the plain second moment."""
+    """Layer norm in float32: standard or, for weights trained by the reference, with the uncentred second moment."""
 
     def __init__(self, cfg: ContrieverConfig, *, rngs: nnx.Rngs):
         del rngs
@@ -55,7 +55,7 @@ class LayerNorm(nnx.Module):
 
 
 class BertLayer(StackedLayer):
-    """Self-attention and MLP, each followed by a residual and a norm."""
+    """BERT layer: self-attention and MLP, each followed by a residual connection and a layer norm."""
 
     def __init__(self, cfg: ContrieverConfig, *, rngs: nnx.Rngs):
         d, h, f = cfg.d_model, cfg.num_heads, cfg.d_ff
@@ -77,7 +77,7 @@ class BertLayer(StackedLayer):
     ) -> Float[Array, "b l d"]:
         q = self.q(x)
         logits = jnp.einsum("bhtk,bhsk->bhts", q, self.k(x), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED))
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED_LOGIT))
         weights = dropout(weights, self.rate, rngs).astype(x.dtype)
         y = self.o(jnp.einsum("bhts,bhsk->bhtk", weights, self.v(x)))
         x = self.attn_norm(x + dropout(y, self.rate, rngs))
@@ -86,7 +86,7 @@ class BertLayer(StackedLayer):
 
 
 class Contriever(nnx.Module):
-    """Token ids to one vector a text."""
+    """Embeds token ids: one vector per text."""
 
     def __init__(self, cfg: ContrieverConfig, *, rngs: nnx.Rngs):
         embed = functools.partial(
@@ -94,7 +94,7 @@ class Contriever(nnx.Module):
         )
         self.words = embed(cfg.vocab_size)
         self.positions = embed(cfg.max_positions)
-        self.token_types = embed(cfg.type_vocab_size)  # all texts are of type 0
+        self.token_types = embed(cfg.type_vocab_size)  # all tokens are of type 0
         self.embed_norm = LayerNorm(cfg, rngs=rngs)
         self.layers = stack(lambda rngs: BertLayer(cfg, rngs=rngs), cfg.num_layers, rngs=rngs)
         self.cfg = cfg
@@ -107,7 +107,7 @@ class Contriever(nnx.Module):
         rngs: nnx.Rngs | None = None,
         remat: bool = False,
     ) -> Float[Array, "b d"]:
-        """Float32 vectors; a text without a token has the vector 0."""
+        """Returns float32 vectors; a text without tokens has the vector 0 (unless pooled by `cls` or normalized)."""
         cfg = self.cfg
         words = gather_module(self.words, "retriever/encoder/words/", jnp.float32)
         positions = gather_module(self.positions, "retriever/encoder/positions/", jnp.float32).embedding

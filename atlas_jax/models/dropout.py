@@ -1,35 +1,35 @@
-"""Dropout, with 16 random bits an element and drawn piece by piece where that is faster: the same on every platform."""
+"""Dropout with 16 random bits per element: a key gives the same mask on every platform, drawn as is fastest there."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-LEVELS = 1 << 16
+LEVELS = 1 << 16  # values of 16 random bits
 
 
 def dropout(x: Float[Array, "b *rest"], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "b *rest"]:
-    """Inverted dropout with a key of `rngs`; the identity without them. `x` has three axes or more."""
+    """Inverted dropout with a key of `rngs`; the identity without `rngs` or at rate 0. `x` has three axes or more."""
     if rngs is None or rate == 0.0:
         return x
     return jnp.where(keep_mask(rngs.dropout(), rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 def keep_mask(key: Key[Array, ""], rate: float, shape: tuple[int, ...]) -> Bool[Array, "b *rest"]:
-    """Which elements stay, each with a probability of 1 - `rate` up to 2^-17.
+    """Returns a mask that is true for the elements to keep, each with probability 1 - `rate` to within 2^-17.
 
-    Each row of the leading axis has a key of its own, so a CPU may draw one after the other in its cache, six times as
-    fast as all at once, and others all together. Half the words are drawn: one serves two places of the last but one
-    axis.
+    Each row of the leading axis has its own key, so a CPU can draw one row after the other in its cache, six times as
+    fast as all at once, and other platforms draw all rows together. Each random 32-bit word serves two elements, half
+    the length of the second-to-last axis apart.
     """
     rows, *middle, length, width = shape
     dropped = round(rate * LEVELS)
 
-    def row(key: Key[Array, ""]) -> Bool[Array, "*rest"]:
+    def keep_row(key: Key[Array, ""]) -> Bool[Array, "*rest"]:
         words = jax.random.bits(key, (*middle, -(-length // 2), width))
         halves = (words % LEVELS, words // LEVELS)
         return jnp.concatenate([half >= dropped for half in halves], axis=-2)[..., :length, :]
 
     return jax.lax.platform_dependent(
-        jax.random.split(key, rows), cpu=lambda keys: jax.lax.map(row, keys), default=jax.vmap(row)
+        jax.random.split(key, rows), cpu=lambda keys: jax.lax.map(keep_row, keys), default=jax.vmap(keep_row)
     )

@@ -1,4 +1,8 @@
-"""Fusion-in-Decoder (arXiv 2007.01282): the encoder reads each passage alone, the decoder reads all of them at once."""
+"""Fusion-in-Decoder (arXiv 2007.01282): the encoder reads each passage alone, the decoder reads all of them at once.
+
+Axes: `b` queries, `n` passages of a query, `l` tokens of a passage, `t` target tokens, `d` model, `v` vocabulary,
+`r` rows of decoder inputs: r / b consecutive rows, such as beams, share a row of the source.
+"""
 
 from typing import NamedTuple
 
@@ -13,33 +17,33 @@ from atlas_jax.models.t5 import CrossAttention, Decoder, EncodedSource, Encoder,
 
 
 class ReaderBatch(NamedTuple):
-    """What the reader is given."""
+    """Token ids of a batch for the reader."""
 
     passages: Int[Array, "b n l"]  # query and passage together
     mask: Bool[Array, "b n l"]
     target: Int[Array, "b t"]
-    target_mask: Bool[Array, "b t"]  # the tokens that count for the loss
+    target_mask: Bool[Array, "b t"]  # true for the tokens that count in the loss
 
 
 class DecoderOutput(NamedTuple):
-    """What the decoder says of a target."""
+    """Output of the teacher-forced decoder."""
 
     logits: Float[Array, "r t v"]  # float32
-    cross_attention: CrossAttention | None  # summed over the layers, if asked for
+    cross_attention: CrossAttention | None  # summed over the layers; None unless `with_cross_attention`
 
 
 def group_by_query(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]:
-    """Rows of passages back to the passages of each query."""
+    """Groups rows of passages by query, n consecutive rows each."""
     return x.reshape(-1, n, *x.shape[1:])
 
 
 def fuse(x: Float[Array, "b n l d"]) -> Float[Array, "b n*l d"]:
-    """The passages of a query one after the other, as one long source."""
+    """Concatenates the passages of each query to one source."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class FiD(nnx.Module):
-    """The reader: T5 over the n passages of each query."""
+    """The reader: a T5 whose decoder attends to all n passages of a query."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         init = nnx.initializers.normal(1.0)
@@ -69,15 +73,15 @@ class FiD(nnx.Module):
         rngs: nnx.Rngs | None = None,
         remat: bool = False,
     ) -> Float[Array, "b n l d"]:
-        """The encoder's states of every passage (query and passage are one text)."""
+        """Encodes each passage on its own; a row of ids holds query and passage as one text."""
         b, n, length = passages.shape
-        rows = self._embedded(passages.reshape(b * n, length))
+        rows = self._embed_tokens(passages.reshape(b * n, length))
         states = group_by_query(self.encoder(rows, mask.reshape(b * n, length), rngs=rngs, remat=remat), n)
         return constrain(states, BATCH_AXES, "passages")
 
     def encode(self, passages: Int[Array, "b n l"], mask: Bool[Array, "b n l"]) -> EncodedSource:
-        """Reads the passages once, for any number of uses by the decoder."""
-        return self.decoder.source(fuse(self.encoder_states(passages, mask)), mask.reshape(mask.shape[0], -1))
+        """Encodes the passages once, for any number of `decode` calls."""
+        return self.decoder.project_source(fuse(self.encoder_states(passages, mask)), mask.reshape(mask.shape[0], -1))
 
     def decode(
         self,
@@ -87,15 +91,12 @@ class FiD(nnx.Module):
         past: KeyValues | list[KeyValues] | None = None,
         position: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "r t v"], KeyValues | list[KeyValues]]:
-        """Float32 logits of the tokens that follow the inputs, and the decoder's cache.
-
-        Several rows of inputs may go with each row of the source, one after the other: the beams of a search.
-        """
-        x, present = self.decoder(self._embedded(inputs), source, past=past, position=position)
+        """Returns float32 logits of the token after each input, and the self-attention cache (see `Decoder`)."""
+        x, present = self.decoder(self._embed_tokens(inputs), source, past=past, position=position)
         return self._logits(x), present
 
     def gather(self, source: EncodedSource) -> tuple["FiD", EncodedSource]:
-        """The reader, and what it has encoded, for use within `mesh.params_gathered`."""
+        """Returns reader and source with all-gathered parameters, for use within `mesh.params_gathered`."""
         if not params_are_sharded():
             return self, source
         reader = gather_module(self, "reader/", self.cfg.dtype)
@@ -110,42 +111,40 @@ class FiD(nnx.Module):
         remat: bool = False,
         with_cross_attention: bool = False,
     ) -> DecoderOutput:
-        """Logits for whole targets over states that nothing else reads: what training wants.
-
-        Several rows of inputs may go with each row of the source, one after the other.
-        """
+        """Returns logits of whole targets by teacher forcing; keys and values of the source are not kept afterwards."""
         x, cross_attention = self.decoder.teacher_forced(
-            self._embedded(inputs), source, rngs=rngs, remat=remat, with_cross_attention=with_cross_attention
+            self._embed_tokens(inputs), source, rngs=rngs, remat=remat, with_cross_attention=with_cross_attention
         )
         return DecoderOutput(self._logits(x), cross_attention)
 
-    def _embedded(self, ids: Int[Array, "r t"]) -> Float[Array, "r t d"]:
+    def _embed_tokens(self, ids: Int[Array, "r t"]) -> Float[Array, "r t d"]:
         return gather_module(self.embed, "reader/embed/", self.cfg.dtype)(ids)
 
     def _logits(self, x: Float[Array, "r t d"]) -> Float[Array, "r t v"]:
         if self.lm_head is not None:
-            return gather_module(self.lm_head, "reader/lm_head/", jnp.float32)(x)  # its gradient is made in float32
-        # T5 1.0: the embedding is the output matrix too, scaled as in Mesh TensorFlow
+            # Gathered as float32, so that its gradient is made in float32
+            return gather_module(self.lm_head, "reader/lm_head/", jnp.float32)(x)
+        # T5 1.0: the embedding is also the output matrix, scaled as in Mesh TensorFlow
         kernel = gather_module(self.embed, "reader/embed/", self.cfg.dtype).embedding[...].astype(x.dtype)
         return jnp.einsum("btd,vd->btv", x * self.cfg.d_model**-0.5, kernel, preferred_element_type=jnp.float32)
 
     def empty_cache(self, source: EncodedSource, rows: int, length: int) -> KeyValues | list[KeyValues]:
-        """A decoder cache for `length` positions of so many rows, nothing filled."""
+        """Returns a decoder cache of zeros, for `rows` rows of `length` positions."""
 
-        def empty(x: Float[Array, "*depth b h s k"]) -> Float[Array, "*depth r h m k"]:
+        def zeros(x: Float[Array, "*depth b h s k"]) -> Float[Array, "*depth r h m k"]:
             return jnp.zeros((*x.shape[:-4], rows, x.shape[-3], length, x.shape[-1]), x.dtype)
 
-        return jax.tree.map(empty, source.cross)
+        return jax.tree.map(zeros, source.cross_kv)
 
 
 def shift_right(target: Int[Array, "b t"], pad_id: int) -> Int[Array, "b t"]:
-    """Decoder inputs for a target: it starts with the pad token and lacks its last token."""
+    """Returns the decoder inputs of a target: the pad token, then the target without its last token."""
     return jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=pad_id)
 
 
 def token_losses(
     logits: Float[Array, "b t v"], target: Int[Array, "b t"], mask: Bool[Array, "b t"]
 ) -> Float[Array, "b t"]:
-    """Cross-entropy of each target token, 0 where the mask is false."""
-    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
+    """Cross-entropy of each target token in nats, 0 where the mask is false."""
+    target_logits = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - target_logits, 0.0)

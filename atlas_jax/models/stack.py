@@ -1,4 +1,4 @@
-"""Layers of one kind, their parameters stacked on a leading axis and scanned over: one layer is compiled, not all."""
+"""Stacked layers: parameters of equal layers on a leading axis, and a scan over it, so that one layer is compiled."""
 
 import operator
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from atlas_jax import mesh
 
 
 class StackedLayer(nnx.Module):
-    """A layer of many."""
+    """Base class of the layers that `stack` takes."""
 
-    dtype: Any  # that its matrices are used in
+    dtype: Any  # dtype of matrix products
 
 
 Layer = TypeVar("Layer", bound=StackedLayer)
@@ -22,27 +22,27 @@ Carry = TypeVar("Carry")
 
 
 def stack(make_layer: Callable[[nnx.Rngs], Layer], depth: int, *, rngs: nnx.Rngs) -> Layer:
-    """`depth` independently initialised layers as one module whose parameters have a leading axis of that size."""
+    """Returns `depth` independently initialised layers as one module; its parameters have a leading axis `depth`."""
     return nnx.split_rngs(splits=depth)(nnx.vmap(make_layer, in_axes=0, out_axes=0))(rngs)
 
 
 def unstack(layers: Layer) -> list[Layer]:
-    """The stacked layers one by one, each with a copy of its parameters."""
+    """Splits stacked layers into a list of layers, each with a copy of its parameters."""
     graph, params = nnx.split(layers)
     return [nnx.merge(graph, jax.tree.map(operator.itemgetter(n), params)) for n in range(_depth(params))]
 
 
 def gather_module(module: Module, path: str, dtype: Any) -> Module:
-    """The module for use on a mesh, with whole parameters; `path` is where it is in the model."""
+    """Returns the module with all-gathered parameters (`mesh.gather_params`), whose paths begin with `path`."""
     graph, params = nnx.split(module)
     return nnx.merge(graph, _gather_params(params, path, dtype))
 
 
 def _gather_params(params: Any, prefix: str, dtype: Any) -> Any:
-    def of(path: tuple[Any, ...], variable: Any) -> Any:
+    def gather(path: tuple[Any, ...], variable: Any) -> Any:
         return variable.replace(mesh.gather_params(prefix + "/".join(map(str, path)), variable[...], dtype))
 
-    return nnx.map_state(of, params)
+    return nnx.map_state(gather, params)
 
 
 def scan(
@@ -54,11 +54,11 @@ def scan(
     rngs: nnx.Rngs | None = None,
     remat: bool = False,
 ) -> tuple[Carry, Any]:
-    """Runs `carry, y = body(layer, carry, x, rngs)` through the layers in order; returns (carry, ys).
+    """Runs `carry, y = body(layer, carry, x, rngs)` through the layers in order; returns `(carry, ys)`.
 
-    Stacked layers take xs stacked and give ys stacked; a list of layers, for inference alone, takes a list and gives
-    one. With `rngs`, each layer draws from a key of its own; with `remat`, its activations are computed again in the
-    gradient. On a mesh the parameters of one layer at a time are whole, in the gradient again.
+    Stacked layers take stacked `xs` and return stacked `ys`; a list of layers, for inference only, takes and returns
+    lists. With `rngs`, each layer has a dropout key of its own; with `remat`, the backward pass recomputes a layer's
+    activations. On a mesh the parameters of one layer at a time are all-gathered, and again in the backward pass.
     """
     if isinstance(layers, list):
         ys = []

@@ -1,7 +1,8 @@
 """T5 1.0 and 1.1 (arXiv 1910.10683, 2002.05202): the encoder and the decoder, layers stacked and scanned.
 
 Axes: `b` batch, `t` queries of an attention (in the decoder: target), `s` its source, `d` model, `h` heads, `k` head
-width, `f` MLP, `v` vocabulary. Dropout is on exactly when `rngs` are given.
+width, `f` MLP, `r` rows of decoder inputs (one or more for each row of the source), `p` positions in the decoder's
+cache, `depth` layers. Dropout is on exactly when `rngs` are given.
 """
 
 import dataclasses
@@ -18,12 +19,12 @@ from atlas_jax.mesh import ROW_AXES, constrain
 from atlas_jax.models.dropout import dropout
 from atlas_jax.models.stack import StackedLayer, scan, stack, unstack
 
-MASKED = float(jnp.finfo(jnp.float32).min)
+MASKED_LOGIT = float(jnp.finfo(jnp.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """The shape of a T5; `gated` (GELU) and not `tied` is T5 1.1, the contrary (ReLU) T5 1.0."""
+    """Shape and computation of a T5. 1.1 is `gated` (GELU) and not `tied`; 1.0 is `tied` and not `gated` (ReLU)."""
 
     d_model: int
     num_heads: int
@@ -33,13 +34,13 @@ class T5Config:
     num_decoder_layers: int
     vocab_size: int = 32128
     gated: bool = True
-    tied: bool = False
+    tied: bool = False  # the embedding is also the output matrix
     relative_buckets: int = 32
     relative_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     dropout: float = 0.0
-    for_cpu: bool = False  # inference as a CPU's cache likes it: encoder row by row, the decoder's layers apart
-    dtype: Any = jnp.float32  # of matrix products and residuals; norms, softmax and logits are float32
+    for_cpu: bool = False  # inference fit for a CPU's cache: encoder row by row, decoder layers unstacked
+    dtype: Any = jnp.float32  # matrix products and residuals; norms, softmax and logits are float32
 
 
 def _t5(d_model: int, num_heads: int, head_dim: int, d_ff: int, layers: int, *, v1_1: bool) -> T5Config:
@@ -52,7 +53,7 @@ _V1_1 = {
     "xl": _t5(2048, 32, 64, 5120, 24, v1_1=True),
     "xxl": _t5(4096, 64, 64, 10240, 24, v1_1=True),
 }
-T5_CONFIGS = {  # the published shapes, so that no hub is needed to know them
+T5_CONFIGS = {  # the published shapes, known here so that no hub is asked for them
     "t5-small": _t5(512, 8, 64, 2048, 6, v1_1=False),
     "t5-base": _t5(768, 12, 64, 3072, 12, v1_1=False),
     "t5-large": _t5(1024, 16, 64, 4096, 24, v1_1=False),
@@ -64,45 +65,45 @@ T5_CONFIGS = {  # the published shapes, so that no hub is needed to know them
 
 
 class KeyValues(NamedTuple):
-    """What an attention reads: keys and values of its source."""
+    """Keys and values of the source of an attention."""
 
     keys: Float[Array, "*depth b h s k"]
     values: Float[Array, "*depth b h s k"]
 
 
 class EncodedSource(NamedTuple):
-    """What the decoder reads, and its layers, stacked or apart, with the keys and values of each."""
+    """Encoder states as the cross-attention keys and values of every layer, for repeated use by `Decoder.__call__`."""
 
-    layers: "DecoderLayer | list[DecoderLayer]"
-    cross: KeyValues | list[KeyValues]
+    layers: "DecoderLayer | list[DecoderLayer]"  # the decoder's; a list (unstacked) with `for_cpu`
+    cross_kv: KeyValues | list[KeyValues]  # stacked or a list, as `layers`
     mask: Bool[Array, "b s"]
 
 
 class EncoderStates(NamedTuple):
-    """What the decoder reads once: each layer makes its keys and values when its turn comes, and drops them."""
+    """Encoder states for one pass of the decoder: each layer projects keys and values when it runs and drops them."""
 
     states: Float[Array, "b s d"]
-    mask: Bool[Array, "b #q s"]  # one for all the rows that go with a row of states, or one for each target
+    mask: Bool[Array, "b #q s"]  # q: 1, or the target positions of all rows that share a row of states
 
 
 class CrossAttention(NamedTuple):
-    """How targets look at their source, on average over the heads."""
+    """Attention of each target position to each source position, averaged over the heads."""
 
     scores: Float[Array, "b t s"]  # attention logits
     probs: Float[Array, "b t s"]  # attention weights
-    norms: Float[Array, "b t s"]  # attention weights, each times the length of its value
+    norms: Float[Array, "b t s"]  # attention weights times the L2 norms of the values
 
 
 class LayerOutput(NamedTuple):
-    """What a layer of the decoder makes of its input."""
+    """Output of a decoder layer."""
 
     x: Float[Array, "r t d"]
-    present: KeyValues  # its own keys and values
-    cross_attention: CrossAttention | None  # if asked for
+    present: KeyValues  # of the self-attention, cached ones included
+    cross_attention: CrossAttention | None  # None unless `with_cross_attention`
 
 
 def map_rows(function: Callable[..., Array], *args: Any) -> Array:
-    """`function` of arrays with the same leading axis, computed for one row after the other."""
+    """Applies `function` to arrays with a common leading axis, one row after the other."""
     return jax.lax.map(lambda row: function(*jax.tree.map(lambda x: x[None], row))[0], args)
 
 
@@ -121,7 +122,7 @@ class Attention(nnx.Module):
         self.rate = cfg.dropout
 
     def keys_values(self, source: Float[Array, "b s d"]) -> KeyValues:
-        """The source's keys and values, which a cache may hold."""
+        """Projects the source to keys and values, which a cache can hold."""
         return KeyValues(self.k(source), self.v(source))
 
     def logits(
@@ -131,11 +132,11 @@ class Attention(nnx.Module):
         bias: Float[Array, "#b #h t s"] | None,
         mask: Bool[Array, "#b #t s"],
     ) -> Float[Array, "b h t s"]:
-        """What the softmax is taken of, float32."""
+        """Returns the float32 input of the softmax: `bias` is added, masked positions are MASKED_LOGIT."""
         logits = jnp.einsum("bhtk,bhsk->bhts", self.q(x), keys, preferred_element_type=jnp.float32)
         if bias is not None:
             logits = logits + bias
-        return jnp.where(mask[:, None], logits, MASKED)
+        return jnp.where(mask[:, None], logits, MASKED_LOGIT)
 
     def __call__(
         self,
@@ -151,17 +152,17 @@ class Attention(nnx.Module):
         return self.o(jnp.einsum("bhts,bhsk->bhtk", weights, source.values))
 
     def head_means(self, x: Float[Array, "b t d"], source: KeyValues, mask: Bool[Array, "#b #t s"]) -> CrossAttention:
-        """Where the heads of this layer look, on average."""
+        """Returns attention logits, weights and weights times value norms, averaged over the heads."""
         logits = self.logits(x, source.keys, None, mask)
         weights = jax.nn.softmax(logits)
-        lengths = jnp.linalg.norm(source.values.astype(jnp.float32), axis=-1)
+        value_norms = jnp.linalg.norm(source.values.astype(jnp.float32), axis=-1)
         return CrossAttention(
-            logits.mean(1), weights.mean(1), jnp.einsum("bhts,bhs->bts", weights, lengths) / lengths.shape[1]
+            logits.mean(1), weights.mean(1), jnp.einsum("bhts,bhs->bts", weights, value_norms) / value_norms.shape[1]
         )
 
 
 class MLP(nnx.Module):
-    """Two matrices and a ReLU (1.0), or three and a gate of GELU's tanh approximation (1.1)."""
+    """Feed-forward block: two matrices and a ReLU (1.0), or three with a gate of GELU's tanh approximation (1.1)."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         d, f = cfg.d_model, cfg.d_ff
@@ -186,7 +187,7 @@ def _norm(cfg: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 class EncoderLayer(StackedLayer):
-    """Self-attention and MLP, each behind a norm and beside a residual."""
+    """Self-attention and MLP, each with a norm before and a residual connection around it."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         self.attn_norm = _norm(cfg, rngs)
@@ -210,7 +211,7 @@ class EncoderLayer(StackedLayer):
 
 
 class DecoderLayer(StackedLayer):
-    """Causal self-attention, attention over the encoder's states, MLP."""
+    """Causal self-attention, cross-attention to the encoder's states, MLP; norms and residuals as in the encoder."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         self.self_attn_norm = _norm(cfg, rngs)
@@ -226,7 +227,7 @@ class DecoderLayer(StackedLayer):
         x: Float[Array, "r t d"],
         past: KeyValues | None,
         position: Int[Array, ""] | int,
-        cross: KeyValues,
+        cross_kv: KeyValues,
         bias: Float[Array, "1 h t p"],
         mask: Bool[Array, "1 t p"],
         cross_mask: Bool[Array, "b #q s"],
@@ -234,17 +235,17 @@ class DecoderLayer(StackedLayer):
         rngs: nnx.Rngs | None = None,
         with_cross_attention: bool = False,
     ) -> LayerOutput:
-        """The layer's output, `past` with the keys and values of `x` put in at `position`, and where it looks."""
+        """Applies the layer; `present` is `past` with the keys and values of `x` written at `position` and after."""
         y = self.self_attn_norm(x)
         present = self.self_attn.keys_values(y)
         if past is not None:
-            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2)
-            present = KeyValues(put(past.keys, present.keys), put(past.values, present.values))
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2)
+            present = KeyValues(write(past.keys, present.keys), write(past.values, present.values))
         x = x + dropout(self.self_attn(y, present, bias, mask, rngs=rngs), self.rate, rngs)
-        # Rows that share a source attend to it like further positions of one row: nothing tells positions apart there
+        # Rows that share a source attend to it as further positions of one row: cross-attention has no position bias
         y = self.cross_attn_norm(x).reshape(cross_mask.shape[0], -1, x.shape[-1])
-        cross_attention = self.cross_attn.head_means(y, cross, cross_mask) if with_cross_attention else None
-        y = self.cross_attn(y, cross, None, cross_mask, rngs=rngs).reshape(x.shape)
+        cross_attention = self.cross_attn.head_means(y, cross_kv, cross_mask) if with_cross_attention else None
+        y = self.cross_attn(y, cross_kv, None, cross_mask, rngs=rngs).reshape(x.shape)
         x = x + dropout(y, self.rate, rngs)
         x = x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs)
         return LayerOutput(x, present, cross_attention)
@@ -253,10 +254,10 @@ class DecoderLayer(StackedLayer):
 def relative_bucket(
     distance: Int[Array, "..."], *, bidirectional: bool, buckets: int, max_distance: int
 ) -> Int[Array, "..."]:
-    """T5's bucket of a key's distance from its query (key position minus query position), arXiv 1910.10683 section 2.1.
+    """Returns T5's bucket of a distance (key position minus query position), arXiv 1910.10683 section 2.1.
 
-    Half of the buckets hold one distance each, the others grow logarithmically up to `max_distance`; with
-    `bidirectional` keys after the query have half of all buckets for themselves.
+    Half of the buckets hold one distance each, the others grow logarithmically up to `max_distance`. Keys after the
+    query have half of all buckets to themselves with `bidirectional`, else bucket 0.
     """
     offset = jnp.zeros_like(distance)
     if bidirectional:
@@ -272,7 +273,7 @@ def relative_bucket(
 
 
 class PositionBias(nnx.Module):
-    """The relative position bias that all layers of a stack share."""
+    """Relative position bias, shared by all layers of the encoder or of the decoder."""
 
     def __init__(self, cfg: T5Config, *, bidirectional: bool, rngs: nnx.Rngs):
         init = nnx.initializers.normal(cfg.d_model**-0.5)
@@ -285,13 +286,13 @@ class PositionBias(nnx.Module):
         )
 
     def __call__(self, queries: Int[Array, " t"], keys: Int[Array, " s"]) -> Float[Array, "1 h t s"]:
-        """The bias of each head for query and key positions."""
+        """Returns each head's bias for these positions of queries and keys."""
         bias = self.embed(self.bucket(keys[None, :] - queries[:, None]))
         return bias.transpose(2, 0, 1)[None].astype(jnp.float32)
 
 
 class Encoder(nnx.Module):
-    """T5's encoder, from embedded tokens to states."""
+    """T5's encoder: embedded tokens to states after the final norm."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         self.position_bias = PositionBias(cfg, bidirectional=True, rngs=rngs)
@@ -321,7 +322,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """T5's decoder, from embedded targets to states, over keys and values of the encoder's states."""
+    """T5's decoder: embedded target tokens and a source to states after the final norm."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         self.position_bias = PositionBias(cfg, bidirectional=False, rngs=rngs)
@@ -330,12 +331,12 @@ class Decoder(nnx.Module):
         self.rate = cfg.dropout
         self.for_cpu = cfg.for_cpu
 
-    def source(self, states: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> EncodedSource:
-        """The encoder's states as every layer reads them."""
+    def project_source(self, states: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> EncodedSource:
+        """Projects the encoder's states to the cross-attention keys and values of every layer."""
         layers = unstack(self.layers) if self.for_cpu else self.layers
         xs = [None] * len(layers) if isinstance(layers, list) else None
-        _, cross = scan(lambda layer, _, __, ___: (None, layer.cross_attn.keys_values(states)), layers, None, xs)
-        return EncodedSource(layers, cross, mask)
+        _, cross_kv = scan(lambda layer, _, __, ___: (None, layer.cross_attn.keys_values(states)), layers, None, xs)
+        return EncodedSource(layers, cross_kv, mask)
 
     def __call__(
         self,
@@ -345,9 +346,9 @@ class Decoder(nnx.Module):
         past: KeyValues | list[KeyValues] | None = None,
         position: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "r t d"], KeyValues | list[KeyValues]]:
-        """States of targets that stand at `position` and after it, and the self-attention's keys and values.
+        """Returns states of the tokens at `position` and after, and the self-attention's keys and values so far.
 
-        `past` is a cache of fixed length, filled before `position`; without it `x` is the whole target.
+        `past` is a cache of fixed length, filled up to `position`; without it, `x` is the whole target.
         """
         queries = position + jnp.arange(x.shape[1])
         keys = queries if past is None else jnp.arange(jax.tree.leaves(past)[0].shape[-2])
@@ -357,14 +358,14 @@ class Decoder(nnx.Module):
         def body(
             layer: DecoderLayer, x: Array, xs: tuple[KeyValues, KeyValues | None], _: nnx.Rngs | None
         ) -> tuple[Array, KeyValues]:
-            cross, past = xs
-            out = layer(x, past, position, cross, bias, causal, source.mask[:, None])
+            cross_kv, past = xs
+            out = layer(x, past, position, cross_kv, bias, causal, source.mask[:, None])
             return out.x, out.present
 
-        xs: Any = (source.cross, past)
+        xs: Any = (source.cross_kv, past)
         if isinstance(source.layers, list):
-            nothing: list[KeyValues | None] = [None] * len(source.layers)
-            xs = list(zip(source.cross, past or nothing, strict=True))
+            no_past: list[KeyValues | None] = [None] * len(source.layers)
+            xs = list(zip(source.cross_kv, past or no_past, strict=True))
         x, present = scan(body, source.layers, x, xs)
         return self.final_norm(x), present
 
@@ -377,7 +378,7 @@ class Decoder(nnx.Module):
         remat: bool = False,
         with_cross_attention: bool = False,
     ) -> tuple[Float[Array, "r t d"], CrossAttention | None]:
-        """States of whole targets, and with `cross_attention` the sum over the layers of how they look at the source."""
+        """Returns states of whole targets and, if `with_cross_attention`, the sum of `head_means` over the layers."""
         positions = jnp.arange(x.shape[1])
         bias = self.position_bias(positions, positions)
         causal = (positions[None, :] <= positions[:, None])[None]
@@ -388,9 +389,9 @@ class Decoder(nnx.Module):
 
         def body(layer: DecoderLayer, carry: Any, _: None, rngs: nnx.Rngs | None) -> tuple[Any, None]:
             x, total = carry
-            cross = layer.cross_attn.keys_values(source.states)
+            cross_kv = layer.cross_attn.keys_values(source.states)
             out = layer(
-                *(x, None, 0, cross, bias, causal, source.mask), rngs=rngs, with_cross_attention=with_cross_attention
+                *(x, None, 0, cross_kv, bias, causal, source.mask), rngs=rngs, with_cross_attention=with_cross_attention
             )
             return (out.x, jax.tree.map(jnp.add, total, out.cross_attention)), None
 

@@ -1,1 +1,1 @@
-"""`atlas plan`: the programs of a run, compiled for a machine that need not be here."""
+"""`atlas plan`: compiles the programs of a run for a machine that need not be present."""

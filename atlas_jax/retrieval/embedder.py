@@ -1,4 +1,4 @@
-"""Texts to vectors: queries a batch at a time, a whole corpus by length."""
+"""Embeds texts with the retriever: queries one batch at a time, a whole corpus in batches of similar length."""
 
 import collections
 import dataclasses
@@ -19,14 +19,15 @@ from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.runtime.process_group import process_group
 
 Side = Literal["query", "passage"]
-WINDOW = 2**16  # passages that are sorted by length at a time: near each other on disk, little padding in a batch
-TOKENS_PER_DEVICE = {"cpu": 2**13, "gpu": 2**17, "tpu": 2**17}  # of a batch: what keeps a device busy
+WINDOW = 2**16  # consecutive passages sorted by length together: reads stay local on disk, batches have little padding
+TOKENS_PER_DEVICE = {"cpu": 2**13, "gpu": 2**17, "tpu": 2**17}  # of a batch: enough to keep a device busy
 
 
 class Embedder:
-    """One side of the retriever, compiled once for each length bucket."""
+    """The encoder of one side of the retriever (queries or passages), compiled once for each length bucket."""
 
     def __init__(self, retriever: Retriever, side: Side, tokenizer: Tokenizer, mesh: Mesh, max_length: int):
+        """`max_length`: tokens of a text, special tokens included; longer texts are cut."""
         self._state = nnx.state(retriever)
         self.program = encoder_program(retriever, side, mesh)
         self.tokenizer = tokenizer
@@ -35,59 +36,67 @@ class Embedder:
         self.dim = retriever.encoder_of(side).cfg.d_model
 
     def update(self, retriever: Retriever) -> None:
-        """Takes the retriever's present parameters."""
+        """Takes the retriever's present parameters; nothing is compiled again."""
         self._state = nnx.state(retriever)
 
-    def rows(self, length: int, batch: int) -> int:
-        """Texts of this length that make a batch: at most `batch` a device."""
+    def batch_rows(self, length: int, batch: int) -> int:
+        """See `encoder_rows`."""
         return encoder_rows(self.mesh, length, batch)
 
     def __call__(self, texts: Sequence[Sequence[int] | np.ndarray], length: int, rows: int) -> Array:
-        """Vectors (float32, "rows d") of texts by their bare ids; rows beyond them are meaningless.
+        """Embeds token ids without special tokens, padded to `length`: float32 "rows d", see `encoder_program`.
 
-        With several processes, each has the texts of its own rows.
+        Each process passes the texts of its own rows (`local_row_indices`); vectors of rows without a text are
+        meaningless.
         """
-        finished = [self.tokenizer.finish(text, self.max_length) for text in texts]
-        empty = len(local_row_indices(self.mesh, rows, AXES)) - len(texts)
-        ids, mask = pad([*finished, *[[]] * empty], length, self.tokenizer.pad_id)
+        ids_with_specials = [self.tokenizer.finish(text, self.max_length) for text in texts]
+        padding = len(local_row_indices(self.mesh, rows, AXES)) - len(texts)
+        ids, mask = pad([*ids_with_specials, *[[]] * padding], length, self.tokenizer.pad_id)
         return self.program(self._state, put_rows(self.mesh, ids, rows), put_rows(self.mesh, mask, rows))
 
     def embed_queries(self, queries: Sequence[str], rows: int) -> Array:
-        """Vectors of queries, in one batch of `rows`; of those that are another process's, the text does not matter."""
-        own = local_row_indices(self.mesh, rows, AXES).tolist()
-        ids = self.tokenizer.ids([queries[row] for row in own if row < len(queries)])
+        """Embeds queries in one batch: float32 "rows d"; vectors of rows beyond the queries are meaningless.
+
+        Each process tokenizes the queries of its own rows only; what `queries` holds for other rows does not matter.
+        """
+        local = local_row_indices(self.mesh, rows, AXES).tolist()
+        ids = self.tokenizer.ids([queries[row] for row in local if row < len(queries)])
         (longest,) = process_group().all_max(max(map(len, ids), default=0))
-        return self(ids, self._length(longest), rows)
+        return self(ids, self._bucket(longest), rows)
 
     def batches(
         self, tokens: PassageTokens, parts: Sequence[np.ndarray], batch: int
     ) -> Iterator[tuple[np.ndarray, Array]]:
-        """Passages in batches of like length, longest first; `parts` has the numbers of those of each process.
+        """Embeds passages in batches of similar length, longest first; `parts[i]` holds process i's passage numbers.
 
-        Each batch: whose vector each row is, -1 for nobody's, and the vectors, which may still be under way.
+        Yields for each batch the passage number of every row (-1: padding) and the vectors, float32 "rows d", which
+        may still be computing.
         """
-        orders = [part[np.argsort(-tokens.lengths(part), kind="stable")] for part in parts]
-        at = 0
-        while at < max(map(len, orders)):
-            longest = max(int(tokens.lengths(order[at : at + 1]).max(initial=0)) for order in orders)
-            length = self._length(longest)
-            rows = self.rows(length, batch)
+        sorted_parts = [part[np.argsort(-tokens.lengths(part), kind="stable")] for part in parts]
+        start = 0
+        while start < max(map(len, sorted_parts)):
+            longest = max(int(tokens.lengths(part[start : start + 1]).max(initial=0)) for part in sorted_parts)
+            length = self._bucket(longest)
+            rows = self.batch_rows(length, batch)
             numbers, owners = np.full(rows, -1), row_owners(self.mesh, rows)
-            for process, order in enumerate(orders):
-                chosen = order[at : at + rows // len(orders)]
-                numbers[np.flatnonzero(owners == process)[: len(chosen)]] = chosen
-            own = numbers[owners == process_group().index]
-            yield numbers, self(tokens.take(own[own >= 0]), length, rows)
-            at += rows // len(orders)
+            for process, part in enumerate(sorted_parts):
+                chunk = part[start : start + rows // len(sorted_parts)]
+                numbers[np.flatnonzero(owners == process)[: len(chunk)]] = chunk
+            local_numbers = numbers[owners == process_group().index]
+            yield numbers, self(tokens.take(local_numbers[local_numbers >= 0]), length, rows)
+            start += rows // len(sorted_parts)
 
-    def _length(self, bare: int) -> int:
-        """The bucket of a text with so many ids of its own."""
+    def _bucket(self, ids: int) -> int:
+        """Padded length of a text with this many ids before special tokens."""
         specials = len(self.tokenizer.prefix) + len(self.tokenizer.suffix)
-        return bucket(min(bare + specials, self.max_length), self.max_length)
+        return bucket(min(ids + specials, self.max_length), self.max_length)
 
 
 def encoder_program(retriever: Retriever, side: Side, mesh: Mesh) -> CompiledFunction:
-    """What embeds a batch of texts, for the retriever's state."""
+    """Returns the function (retriever state, ids "b l", mask "b l") -> vectors "b d" of one side.
+
+    Rows are sharded over all axes of the mesh; query vectors are then replicated, for `VectorIndex.begin_search`.
+    """
     graph, _ = nnx.split(retriever)
     return CompiledFunction(
         f"{side} encoder",
@@ -100,61 +109,62 @@ def encoder_program(retriever: Retriever, side: Side, mesh: Mesh) -> CompiledFun
 
 
 def encoder_rows(mesh: Mesh, length: int, batch: int) -> int:
-    """Texts of this length that make a batch: at most `batch` a device."""
+    """Rows of a batch of texts of this length: per device at most `batch` and `TOKENS_PER_DEVICE`, at least one."""
     tokens = TOKENS_PER_DEVICE[mesh.devices.flat[0].platform]
     return mesh.size * max(1, min(batch, tokens // length))
 
 
 @runtime_checkable
 class RowWriter(Protocol):
-    """What takes rows: an array, or `interface.RowFile`."""
+    """Destination of rows: an array, or a `VectorFile`."""
 
     def __setitem__(self, rows: slice, values: np.ndarray) -> None: ...
 
 
 @dataclasses.dataclass
 class _Window:
-    """Neighbours on disk, until their vectors are all there."""
+    """Buffer for the vectors of consecutive passages, written at once when the last of them is computed."""
 
-    first: int
-    vectors: np.ndarray
-    missing: int
+    first: int  # number of the first passage
+    vectors: np.ndarray  # float16 "w d"
+    missing: int  # number of vectors not computed yet
 
 
 def embed_corpus(
     embedder: Embedder, tokens: PassageTokens, out: RowWriter, batch: int, progress: Callable[[int], object]
 ) -> None:
-    """Fills `out` (float16, "p d") with the vectors of all passages; the host stays two batches ahead of the device.
+    """Fills `out` (float16, "p d") with the vectors of all passages; two batches are dispatched ahead of the device.
 
-    With several processes, each fills a part of its own.
+    Each process fills a contiguous range of rows. `progress` is called with the number of passages of each batch,
+    all processes together.
     """
     group = process_group()
-    under_way: collections.deque[tuple[_Window, np.ndarray, Array]] = collections.deque()
+    in_flight: collections.deque[tuple[_Window, np.ndarray, Array]] = collections.deque()
 
-    def land() -> None:
-        window, numbers, vectors = under_way.popleft()
-        own = numbers[row_owners(embedder.mesh, len(numbers)) == group.index]
-        there = own >= 0
-        window.vectors[own[there] - window.first] = local_rows(vectors)[there].astype(np.float16)
-        window.missing -= int(there.sum())
+    def finish_oldest_batch() -> None:
+        window, numbers, vectors = in_flight.popleft()
+        local_numbers = numbers[row_owners(embedder.mesh, len(numbers)) == group.index]
+        valid = local_numbers >= 0
+        window.vectors[local_numbers[valid] - window.first] = local_rows(vectors)[valid].astype(np.float16)
+        window.missing -= int(valid.sum())
         if not window.missing and len(window.vectors):
             out[window.first : window.first + len(window.vectors)] = window.vectors
             window.vectors = window.vectors[:0]
         progress(int((numbers >= 0).sum()))
 
-    ends = [len(tokens) * process // group.count for process in range(group.count + 1)]
+    bounds = [len(tokens) * process // group.count for process in range(group.count + 1)]
     for offset in range(0, -(-len(tokens) // group.count), WINDOW):
-        group.all_max()
+        group.all_max()  # raises Interrupted on all processes if one has got a signal to stop
         parts = [
-            np.arange(min(start + offset, end), min(start + offset + WINDOW, end))
-            for start, end in itertools.pairwise(ends)
+            np.arange(min(start + offset, stop), min(start + offset + WINDOW, stop))
+            for start, stop in itertools.pairwise(bounds)
         ]
         size = len(parts[group.index])
-        first = ends[group.index] + offset
+        first = bounds[group.index] + offset
         window = _Window(first, np.empty((size, embedder.dim), np.float16), size)
         for numbers, vectors in embedder.batches(tokens, parts, batch):
-            under_way.append((window, numbers, vectors))
-            if len(under_way) > 2:
-                land()
-    while under_way:
-        land()
+            in_flight.append((window, numbers, vectors))
+            if len(in_flight) > 2:
+                finish_oldest_batch()
+    while in_flight:
+        finish_oldest_batch()

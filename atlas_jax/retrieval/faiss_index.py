@@ -1,4 +1,4 @@
-"""Search on the host with faiss: vectors in fewer bytes, or in clusters of which a query reads the nearest."""
+"""Search on the host with faiss: scalar or product quantization, with or without inverted lists (IVF)."""
 
 import itertools
 import logging
@@ -20,28 +20,29 @@ logger = logging.getLogger(__name__)
 
 FaissKind = Literal["flat", "ivfflat", "ivfsq", "ivfpq", "pq"]
 
-PQ_CENTROIDS = 256  # for each of the `code_size` parts of a vector: one byte names one
-TRAINING_ROWS_PER_CENTROID = 256  # of more, faiss's k-means would itself take a sample
-TRAINING_BYTES = 2**31  # of the sample in float32, at most; for 37 million passages still a hundred a centroid
-CODE_TABLE_ROWS = {"flat": 0, "ivfflat": 0, "ivfsq": 2, "ivfpq": PQ_CENTROIDS, "pq": PQ_CENTROIDS}  # of `dim` numbers
-CHUNK_ROWS = 16_384  # vectors in float32 at once
+PQ_CENTROIDS = 256  # of each of the `code_size` sub-vectors: a code byte is the index of one
+TRAINING_ROWS_PER_CENTROID = 256  # given more, faiss's k-means would subsample them itself
+TRAINING_BYTES = 2**31  # limit of the training sample in float32; 37 million passages still get 100 rows per centroid
+CODE_TABLE_ROWS = {"flat": 0, "ivfflat": 0, "ivfsq": 2, "ivfpq": PQ_CENTROIDS, "pq": PQ_CENTROIDS}  # rows "dim"
+CHUNK_ROWS = 16_384  # vectors converted to float32 at a time
 
 
 class FaissIndex(HostIndex):
-    """A code for each passage: its float16 vector ("flat"), 4 bits a dimension ("sq") or `code_size` bytes ("pq").
+    """A faiss index with one code per passage: float16 ("flat"), 4 bits per dimension ("sq"), `code_size` bytes ("pq").
 
-    The "ivf" kinds keep a code in the list of its nearest centroid, and a query reads its `n_probe` nearest lists.
-    Equal scores are ordered by the smaller number, but faiss chooses which of them fill the last places.
+    The "ivf" kinds store a code in the inverted list of its nearest centroid; a query scans its `n_probe` nearest
+    lists. Equal scores are ordered by the smaller passage number, but faiss chooses which of them fill the last places.
     """
 
     def __init__(self, kind: FaissKind, code_size: int | None, index: Any):
+        """`index`: a trained and filled `faiss.Index`; see `build` and `load`."""
         super().__init__()
         self.kind: str = kind
         self.code_size = code_size
         self.count: int = index.ntotal
         self.dim: int = index.d
         self.n_list: int = index.nlist if _is_ivf(index) else 1
-        self.n_probe = self.n_list  # Reference: both are floor(sqrt(p)), so every list is read
+        self.n_probe = self.n_list  # Reference: both are floor(sqrt(p)), so every list is scanned
         self._index = index
 
     @classmethod
@@ -53,7 +54,11 @@ class FaissIndex(HostIndex):
         seed: int = 0,
         progress: Callable[[int], object] | None = None,
     ) -> "FaissIndex":
-        """Train on a sample, then encode every vector; `progress` is told how many more are in."""
+        """Trains on a sample, then encodes every vector; calls `progress` with the size of each chunk encoded.
+
+        Equal seeds give equal indexes. UserError if `kind` cannot be built from so many vectors of this width, or a
+        vector is not finite.
+        """
         count, dim = embeddings.shape
         index = _empty_index(kind, count, dim, code_size)
         _train(index, embeddings, seed)
@@ -61,12 +66,12 @@ class FaissIndex(HostIndex):
         return cls(kind, code_size, index)
 
     def search(self, queries: Float[np.ndarray | Array, "q d"], k: int) -> SearchResult:
-        """A query whose nearest lists hold fewer than k passages reads them all."""
+        """Returns the k best passages of each query; scans all lists if the nearest ones hold fewer than k passages."""
         queries = checked_queries(self, queries, k)
         scores, numbers = self._search(queries, k, self.n_probe)
-        short = (numbers < 0).any(axis=1)  # faiss fills up with -1
-        if short.any():
-            scores[short], numbers[short] = self._search(queries[short], k, self.n_list)
+        incomplete = (numbers < 0).any(axis=1)  # faiss pads missing results with -1
+        if incomplete.any():
+            scores[incomplete], numbers[incomplete] = self._search(queries[incomplete], k, self.n_list)
         order = np.lexsort((numbers, -scores))
         return checked_result(np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1))
 
@@ -80,7 +85,11 @@ class FaissIndex(HostIndex):
         return self._index.search(queries, k, params=params)
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """codes.npy, a row a passage; what training found; for "ivf" how long the lists are and who is in them."""
+        """Writes the arrays; returns the fields of index.json that describe them.
+
+        codes.npy (one row per passage) and code_table.npy; "ivf" also centroids.npy, list_sizes.npy, and numbers.npy,
+        the passage number of each row of codes.npy.
+        """
         index, count = self._index, self.count
         np.save(folder / "code_table.npy", faiss.vector_to_array(_code_table(index)))
         if _is_ivf(index):
@@ -89,47 +98,48 @@ class FaissIndex(HostIndex):
             np.save(folder / "list_sizes.npy", np.array(sizes, np.int32))
             numbers = create_array(folder / "numbers.npy", np.int32, (count,))
             codes = create_array(folder / "codes.npy", np.uint8, (count, index.code_size))
-            for i, rows in enumerate(_slices(sizes)):
-                numbers[rows], codes[rows] = _list_in_place(index, i, sizes[i])
+            for i, rows in enumerate(_consecutive_slices(sizes)):
+                numbers[rows], codes[rows] = _list_view(index, i, sizes[i])
             numbers.flush()
             codes.flush()
         else:
-            np.save(folder / "codes.npy", _codes_in_place(index))
-        meta = {"kind": self.kind, "count": count, "dim": self.dim, "code_size": self.code_size}
-        return {"index_mode": "faiss", **meta}
+            np.save(folder / "codes.npy", _codes_view(index))
+        metadata = {"kind": self.kind, "count": count, "dim": self.dim, "code_size": self.code_size}
+        return {"index_mode": "faiss", **metadata}
 
     @classmethod
-    def load(cls, folder: Path, meta: Mapping[str, Any], part: slice = slice(None)) -> "FaissIndex":
-        """The index that was saved, from `save`'s metadata; nothing is trained again and no vectors are needed.
+    def load(cls, folder: Path, metadata: Mapping[str, Any], part: slice = slice(None)) -> "FaissIndex":
+        """Loads what `save` wrote and returned; neither trains again nor needs the vectors.
 
-        Or of its passages only the `part`, as if there were no others, with their numbers counted from its start.
+        With `part`, loads those passages only, numbered from the start of the part. UserError if a file is missing,
+        damaged or does not fit `metadata`.
         """
-        kind, count, code_size = meta["kind"], meta["count"], meta["code_size"]
-        index, arrays = _empty_index(kind, count, meta["dim"], code_size), map_arrays(folder, meta)
+        kind, count, code_size = metadata["kind"], metadata["count"], metadata["code_size"]
+        index, arrays = _empty_index(kind, count, metadata["dim"], code_size), map_arrays(folder, metadata)
         faiss.copy_array_to_vector(np.array(arrays["code_table"]), _code_table(index))
         start, stop, _ = part.indices(count)
         if _is_ivf(index):
             index.quantizer.add(np.array(arrays["centroids"]))
             _check_lists(folder, arrays["list_sizes"], arrays["numbers"])
-            for i, rows in enumerate(_slices(arrays["list_sizes"].tolist())):
+            for i, rows in enumerate(_consecutive_slices(arrays["list_sizes"].tolist())):
                 members = arrays["numbers"][rows].astype(np.int64)
-                own = (members >= start) & (members < stop)
-                members, content = members[own] - start, np.array(arrays["codes"][rows][own])
-                index.invlists.add_entries(i, len(members), faiss.swig_ptr(members), faiss.swig_ptr(content))
+                in_part = (members >= start) & (members < stop)
+                members, codes = members[in_part] - start, np.array(arrays["codes"][rows][in_part])
+                index.invlists.add_entries(i, len(members), faiss.swig_ptr(members), faiss.swig_ptr(codes))
             index.ntotal = stop - start
         else:
-            _make_room(index, stop - start)
-            _codes_in_place(index)[:] = arrays["codes"][part]
+            _allocate_codes(index, stop - start)
+            _codes_view(index)[:] = arrays["codes"][part]
         index.is_trained = True
         return cls(kind, code_size, index)
 
 
-def map_arrays(folder: Path, meta: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The files that `save` wrote, by name and memory-mapped; one that is missing or not whole is a `UserError`."""
-    kind, count, dim = meta["kind"], meta["count"], meta["dim"]
+def map_arrays(folder: Path, metadata: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Memory-maps the files that `FaissIndex.save` wrote, by name; UserError if one is missing or not whole."""
+    kind, count, dim = metadata["kind"], metadata["count"], metadata["dim"]
     if kind not in CODE_TABLE_ROWS:
         raise UserError(f"{folder}: kind {kind!r:.40}, this program knows {', '.join(CODE_TABLE_ROWS)}; {REBUILD}")
-    index = _empty_index(kind, count, dim, meta["code_size"])
+    index = _empty_index(kind, count, dim, metadata["code_size"])
     files: dict[str, tuple[type[Any], tuple[int, ...]]] = {
         "codes": (np.uint8, (count, index.code_size)),
         "code_table": (np.float32, (CODE_TABLE_ROWS[kind] * dim,)),
@@ -141,7 +151,7 @@ def map_arrays(folder: Path, meta: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _empty_index(kind: FaissKind, count: int, dim: int, code_size: int | None) -> Any:
-    """A faiss index that is not trained yet, once it is known that it can be."""
+    """Creates an untrained `faiss.Index`; UserError if `count`, `dim` and `code_size` do not suit its kind."""
     if not 0 < count < 2**31:
         raise UserError(f"an index of {count} passages: it holds 1 to 2^31 - 1, so check the passage files")
     metric, sq, n_list = faiss.METRIC_INNER_PRODUCT, faiss.ScalarQuantizer, math.isqrt(count)
@@ -164,33 +174,33 @@ def _empty_index(kind: FaissKind, count: int, dim: int, code_size: int | None) -
 
 
 def _train(index: Any, embeddings: Float16[np.ndarray, "p d"], seed: int) -> None:
-    """Learn centroids and code table from a sample, whose size depends on how many there are to learn."""
+    """Learns centroids and code table from a random sample, whose size grows with the number of centroids."""
     count, wanted = len(embeddings), TRAINING_ROWS_PER_CENTROID * max(PQ_CENTROIDS, getattr(index, "nlist", 0))
     sample = min(wanted, TRAINING_BYTES // (4 * index.d))
     rows = np.arange(count)
-    if count > sample:  # sorted: a memory map is read forward
+    if count > sample:  # sorted, so that a memory map is read front to back
         rows = np.sort(np.random.default_rng(seed).choice(count, sample, replace=False, shuffle=False))
     k_means = ([index.cp] if _is_ivf(index) else []) + ([index.pq.cp] if hasattr(index, "pq") else [])
     for clustering in k_means:
         clustering.seed = seed
-        clustering.min_points_per_centroid = 1  # faiss would warn of fewer than 39, of which nothing follows
+        clustering.min_points_per_centroid = 1  # no warning below 39 rows per centroid, which is harmless
     logger.info("faiss: training on %d of %d vectors", len(rows), count)
     vectors = _float32_rows(embeddings, rows)
     if _is_ivf(index):
-        clusters = _on_gpu(faiss.IndexFlatIP(index.d))
-        index.clustering_index = clusters
+        clustering_index = _to_gpu(faiss.IndexFlatIP(index.d))
+        index.clustering_index = clustering_index
         index.train(vectors)
-        index.clustering_index = None  # `clusters` ends with this function
+        index.clustering_index = None  # it is freed when this function returns
     else:
         index.train(vectors)
 
 
 def _fill(index: Any, embeddings: Float16[np.ndarray, "p d"], progress: Callable[[int], object]) -> None:
-    """Encode every vector, a chunk at a time; "ivf" appends each code to the list of its nearest centroid."""
+    """Encodes every vector, chunk by chunk; "ivf" appends each code to the inverted list of its nearest centroid."""
     if _is_ivf(index):
-        centroids = _on_gpu(faiss.downcast_index(index.quantizer))
+        centroids = _to_gpu(faiss.downcast_index(index.quantizer))
     else:
-        _make_room(index, len(embeddings))
+        _allocate_codes(index, len(embeddings))
     for start in range(0, len(embeddings), CHUNK_ROWS):
         rows = np.arange(start, min(start + CHUNK_ROWS, len(embeddings)))
         vectors = _float32_rows(embeddings, rows)
@@ -198,19 +208,22 @@ def _fill(index: Any, embeddings: Float16[np.ndarray, "p d"], progress: Callable
             _, nearest = centroids.search(vectors, 1)
             index.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(nearest))
         else:
-            _codes_in_place(index)[rows] = index.sa_encode(vectors)
+            _codes_view(index)[rows] = index.sa_encode(vectors)
         progress(len(vectors))
 
 
-def _on_gpu(index: Any) -> Any:
-    """The index copied to the first GPU if faiss was built for one and there is one (which no test of ours has)."""
+def _to_gpu(index: Any) -> Any:
+    """Copies the index to the first GPU if faiss has GPU support and there is one (never so in our tests)."""
     if not hasattr(faiss, "index_cpu_to_gpu") or faiss.get_num_gpus() == 0:
         return index
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
 
 
 def _float32_rows(embeddings: Float16[np.ndarray, "p d"], rows: Int64[np.ndarray, " r"]) -> Float32[np.ndarray, "r d"]:
-    """These rows as faiss takes them; beyond them, only a chunk is in memory."""
+    """Copies rows into a float32 array, chunk by chunk; UserError if one is not finite.
+
+    Memory: the result and one chunk, since pages of a memory map are released.
+    """
     vectors = np.empty((len(rows), embeddings.shape[1]), np.float32)
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
@@ -224,28 +237,28 @@ def _float32_rows(embeddings: Float16[np.ndarray, "p d"], rows: Int64[np.ndarray
 
 
 def _is_ivf(index: Any) -> bool:
-    """Whether codes are kept in lists, one a centroid."""
+    """True if codes are stored in inverted lists, one per centroid."""
     return isinstance(index, faiss.IndexIVF)
 
 
 def _code_table(index: Any) -> Any:
-    """The faiss vector of what codes stand for: sub-centroids, or the range of each dimension; float16 needs none."""
+    """The faiss vector that decodes codes: "pq" sub-centroids, "sq" range of each dimension; empty for float16."""
     return index.pq.centroids if hasattr(index, "pq") else index.sq.trained
 
 
-def _make_room(index: Any, count: int) -> None:
-    """Space for all codes at once: growing would hold them twice."""
+def _allocate_codes(index: Any, count: int) -> None:
+    """Allocates the memory of all codes at once: growing it would need twice as much for a moment."""
     index.codes.resize(count * index.code_size)
     index.ntotal = count
 
 
-def _codes_in_place(index: Any) -> UInt8[np.ndarray, "p c"]:
-    """A view of faiss's own memory, valid as long as the index."""
+def _codes_view(index: Any) -> UInt8[np.ndarray, "p c"]:
+    """Returns all codes as a view of faiss's memory, valid as long as the index lives."""
     return faiss.rev_swig_ptr(index.codes.data(), index.codes.size()).reshape(-1, index.code_size)
 
 
-def _list_in_place(index: Any, i: int, size: int) -> tuple[Int64[np.ndarray, " m"], UInt8[np.ndarray, "m c"]]:
-    """Whose codes list `i` holds, and the codes: views of faiss's own memory."""
+def _list_view(index: Any, i: int, size: int) -> tuple[Int64[np.ndarray, " m"], UInt8[np.ndarray, "m c"]]:
+    """Returns the passage numbers and the codes of inverted list `i`, as views of faiss's memory."""
     if size == 0:
         return np.empty(0, np.int64), np.empty((0, index.code_size), np.uint8)
     numbers = faiss.rev_swig_ptr(index.invlists.get_ids(i), size)
@@ -253,14 +266,14 @@ def _list_in_place(index: Any, i: int, size: int) -> tuple[Int64[np.ndarray, " m
     return numbers, codes.reshape(size, index.code_size)
 
 
-def _slices(sizes: Iterable[int]) -> Iterator[slice]:
-    """Pieces of these sizes, end to end."""
+def _consecutive_slices(sizes: Iterable[int]) -> Iterator[slice]:
+    """Yields slices of these sizes, each starting where the one before it ends."""
     ends = itertools.accumulate(sizes, initial=0)
     return itertools.starmap(slice, itertools.pairwise(ends))
 
 
 def _check_lists(folder: Path, sizes: Int32[np.ndarray, " n"], numbers: Int32[np.ndarray, " p"]) -> None:
-    """The lists must be as many as there are passages, with each passage in one of them."""
+    """UserError unless the sizes add up to the number of passages and each passage number occurs once."""
     count = len(numbers)
     if sizes.min() < 0 or sizes.sum(dtype=np.int64) != count:
         raise UserError(f"{folder}/list_sizes.npy: not the sizes of {len(sizes)} lists of {count} passages; {REBUILD}")

@@ -1,4 +1,4 @@
-"""An index with its passages on disk (`index.json`, arrays, `passages/`): opened, taken over from shards, or built."""
+"""Opens, converts, builds and rebuilds the index of a run: vectors and passages in one folder, see `index_folder`."""
 
 import contextlib
 import dataclasses
@@ -16,9 +16,9 @@ from atlas_jax.errors import UserError
 from atlas_jax.retrieval.embedder import Embedder, embed_corpus
 from atlas_jax.retrieval.faiss_index import FaissIndex, FaissKind
 from atlas_jax.retrieval.flat_index import FlatIndex
-from atlas_jax.retrieval.formats.convert import take
+from atlas_jax.retrieval.formats.convert import write_flat_index
 from atlas_jax.retrieval.formats.index_folder import (
-    ABOUT,
+    METADATA,
     PASSAGES,
     VECTORS,
     Origin,
@@ -28,7 +28,7 @@ from atlas_jax.retrieval.formats.index_folder import (
     link_tree,
     read_about,
     read_vectors,
-    write_about,
+    write_metadata,
 )
 from atlas_jax.retrieval.formats.npy_files import VectorFile, read_array
 from atlas_jax.retrieval.formats.torch_shards import TorchShards
@@ -42,188 +42,208 @@ from atlas_jax.storage.shared_files import atomic_shared_folder
 
 logger = logging.getLogger(__name__)
 
-_ELSEWHERE = "pass --save_index_path with a folder that can be written and has room"
+_REMEDY = "pass --save_index_path with a folder that can be written and has room"
 
 
 @dataclasses.dataclass(frozen=True)
 class PassageIndex:
-    """What can be searched, and what the hits are."""
+    """Passage vectors to search, and the passages by the same numbers."""
 
     vectors: VectorIndex
     passages: PassageStore
-    fingerprint: str  #  of the passage encoder that built it
+    fingerprint: str  # of the passage encoder that built it
 
 
 def open_passage_index(
-    config: Config, embedder: Embedder, retrievers: Sequence[str], mesh: Mesh, scratch: Path
+    config: Config, embedder: Embedder, fingerprints: Sequence[str], mesh: Mesh, scratch: Path
 ) -> PassageIndex:
-    """The library that the flags name.
+    """Opens the index that the flags name, or builds it first.
 
-    `retrievers`: fingerprints of the passage encoder, and of others whose index will do as well. What has to be built
-    goes to --save_index_path, or into the folder `scratch`, and is opened from there.
+    `fingerprints`: of the passage encoder, then of others whose index is accepted too. A built index is written to
+    --save_index_path, or into the folder `scratch`, and opened from there. UserError if the index was built by another
+    retriever, holds too few passages, or is damaged.
     """
     folder = Path(config.index.load_index_path or "")
     if not config.index.load_index_path or not process_group().run_on_first(lambda: is_index(folder)):
         folder = Path(os.path.abspath(config.index.save_index_path or scratch / "index"))
-        build_passage_index(config, embedder, retrievers[0], folder)
-    return _open(folder, config, embedder.dim, retrievers, mesh, scratch)
+        build_passage_index(config, embedder, fingerprints[0], folder)
+    return _open(folder, config, embedder.dim, fingerprints, mesh, scratch)
 
 
-def build_passage_index(config: Config, embedder: Embedder, retriever: str, folder: Path) -> None:
-    """Writes an index of ours: of the published shards in --load_index_path, or else of --passages.
+def build_passage_index(config: Config, embedder: Embedder, fingerprint: str, folder: Path) -> None:
+    """Writes an index in our own format: from the published shards in --load_index_path, else by embedding --passages.
 
-    `retriever` is the fingerprint of the passage encoder. What is there is replaced if it is an index.
+    `fingerprint`: of the passage encoder. Replaces an index in `folder`; UserError if it holds anything else.
     """
     if config.index.load_index_path:
-        process_group().run_on_first(lambda: _take_shards(config, embedder.dim, retriever, folder))
+        process_group().run_on_first(lambda: _convert_shards(config, embedder.dim, fingerprint, folder))
         return
     process_group().run_on_first(lambda: check_replaceable(folder))
-    with atomic_shared_folder(folder, _ELSEWHERE) as draft:
-        process_group().run_on_first(lambda: _read_passages(config, draft))
-        _embed(config, embedder, retriever, draft)
+    with atomic_shared_folder(folder, _REMEDY) as draft:
+        process_group().run_on_first(lambda: _write_passages(config, draft))
+        _embed(config, embedder, fingerprint, draft)
 
 
-def _take_shards(config: Config, dim: int, retriever: str, folder: Path) -> None:
+def _convert_shards(config: Config, dim: int, fingerprint: str, folder: Path) -> None:
+    """Writes the published shards in --load_index_path as the kind of index that the flags ask for."""
     shards = TorchShards(Path(config.index.load_index_path or ""))
     check_retriever(shards.folder / "embeddings.0.pt", {"dim": shards.dim, "retriever": None}, dim, [])
     check_replaceable(folder)
-    with atomic_folder(folder, _ELSEWHERE, replace=True) as draft:
-        about = take(shards, draft)
-        write_about(draft, _arrays(read_vectors(draft, about), config, draft), _origin(config, retriever))
+    with atomic_folder(folder, _REMEDY, replace=True) as draft:
+        metadata = write_flat_index(shards, draft)
+        write_metadata(draft, _write_arrays(read_vectors(draft, metadata), config, draft), _origin(config, fingerprint))
 
 
 def rebuild_passage_index(
-    library: PassageIndex, config: Config, embedder: Embedder, retriever: str, mesh: Mesh, scratch: Path
+    index: PassageIndex, config: Config, embedder: Embedder, fingerprint: str, mesh: Mesh, scratch: Path
 ) -> PassageIndex:
-    """The same passages embedded again; goes to --save_index_path, or into the folder `scratch`."""
+    """Embeds the passages of an index again; writes to --save_index_path, or into the folder `scratch`, and opens that.
+
+    `fingerprint`: of the passage encoder, with its present parameters.
+    """
     folder = Path(os.path.abspath(config.index.save_index_path or scratch / "index"))
     copy = config.index.save_index_path is not None
-    with atomic_shared_folder(folder, _ELSEWHERE) as draft:
-        process_group().run_on_first(lambda: link_tree(library.passages.folder, draft / PASSAGES, copy=copy))
-        _embed(config, embedder, retriever, draft)
-    return _open(folder, config, embedder.dim, [retriever], mesh, scratch)
+    with atomic_shared_folder(folder, _REMEDY) as draft:
+        process_group().run_on_first(lambda: link_tree(index.passages.folder, draft / PASSAGES, copy=copy))
+        _embed(config, embedder, fingerprint, draft)
+    return _open(folder, config, embedder.dim, [fingerprint], mesh, scratch)
 
 
-def is_built_by(folder: str | None, retriever: str) -> bool:
-    """Whether the folder holds an index of ours that this retriever built."""
-    path = Path(folder or "") / ABOUT
-    return folder is not None and path.is_file() and read_json(path).get("retriever") == retriever
+def is_built_by(folder: str | None, fingerprint: str) -> bool:
+    """True if the folder holds an index in our own format, built by the passage encoder with this fingerprint."""
+    path = Path(folder or "") / METADATA
+    return folder is not None and path.is_file() and read_json(path).get("retriever") == fingerprint
 
 
-def _origin(config: Config, retriever: str) -> Origin:
-    return Origin(retriever, config.text.retriever_format, config.text.retriever_maxlength)
+def _origin(config: Config, fingerprint: str) -> Origin:
+    return Origin(fingerprint, config.text.retriever_format, config.text.retriever_maxlength)
 
 
 def check_passage_index(config: Config) -> None:
-    """What can be known of the library before any weights are loaded."""
+    """Checks index flags before weights are loaded; UserError if the index is too small or the save path is taken."""
     folder = Path(config.index.load_index_path or "")
     if config.index.load_index_path and is_index(folder):
-        check_count(config, read_json(folder / ABOUT).get("count"))
+        check_count(config, read_json(folder / METADATA).get("count"))
     elif config.index.save_index_path:
         check_replaceable(Path(os.path.abspath(config.index.save_index_path)))
 
 
 def check_count(config: Config, count: Any) -> None:
-    """Refuses to look for more passages than there are."""
+    """UserError if the flags ask to retrieve more passages per query than `count`, the size of the index."""
     flag, wanted = config.retrieval.searched
     if isinstance(count, int) and wanted > count:
         raise UserError(f"--{flag} {wanted}: the index holds {count} passages; ask for at most that many")
 
 
-def _open(folder: Path, config: Config, dim: int, retrievers: Sequence[str], mesh: Mesh, scratch: Path) -> PassageIndex:
-    """An index of ours; refuses the queries of another retriever than the one that built it."""
-    about = read_about(folder)
-    check_retriever(folder, about, dim, retrievers)
-    _warn(folder, about, config)
+def _open(
+    folder: Path, config: Config, dim: int, fingerprints: Sequence[str], mesh: Mesh, scratch: Path
+) -> PassageIndex:
+    """Opens an index in our own format; UserError if none of the fingerprints is the one that it was built with."""
+    metadata = read_about(folder)
+    check_retriever(folder, metadata, dim, fingerprints)
+    _warn_of_differences(folder, metadata, config)
     passages = PassageStore.open(folder / PASSAGES)
-    if len(passages) != about.get("count"):
-        raise UserError(f"{folder}: {about.get('count')} vectors, but {len(passages)} passages; build the index again")
+    if len(passages) != metadata.get("count"):
+        raise UserError(
+            f"{folder}: {metadata.get('count')} vectors, but {len(passages)} passages; build the index again"
+        )
     check_count(config, len(passages))
-    return PassageIndex(_load(folder, about, config, mesh, scratch), passages, about["retriever"] or retrievers[0])
+    return PassageIndex(
+        _load_vectors(folder, metadata, config, mesh, scratch), passages, metadata["retriever"] or fingerprints[0]
+    )
 
 
-def _warn(folder: Path, about: dict[str, Any], config: Config) -> None:
-    """Says what differs between the index and the flags without making a search wrong."""
+def _warn_of_differences(folder: Path, metadata: dict[str, Any], config: Config) -> None:
+    """Logs flags that differ from those the index was built with, but do not make it unusable."""
     text = config.text
-    for flag, now in (("retriever_format", text.retriever_format), ("max_length", text.retriever_maxlength)):
-        if about.get(flag) not in (None, now):
+    for flag, value in (("retriever_format", text.retriever_format), ("max_length", text.retriever_maxlength)):
+        if metadata.get(flag) not in (None, value):
             logger.warning(
-                "%s: its passages were embedded with %s %r, this run says %r", folder, flag, about.get(flag), now
+                "%s: its passages were embedded with %s %r, this run says %r", folder, flag, metadata.get(flag), value
             )
     if config.index.save_index_path and folder != Path(os.path.abspath(config.index.save_index_path)):
         logger.warning("--save_index_path has no effect: %s is there already", folder)
 
 
-def _load(folder: Path, about: dict[str, Any], config: Config, mesh: Mesh, scratch: Path) -> VectorIndex:
-    """The kind of index that the flags ask for: the one that is there, or made from its vectors."""
-    mode, kind, code_size = config.index.index_mode, about.get("kind"), about.get("code_size")
-    if about.get("index_mode") == "flat":
+def _load_vectors(folder: Path, metadata: dict[str, Any], config: Config, mesh: Mesh, scratch: Path) -> VectorIndex:
+    """Loads the vector index, or builds a faiss index in memory or in `scratch` from a flat one, as the flags ask.
+
+    UserError if the flags ask for another kind than a faiss index on disk, which no longer has the vectors.
+    """
+    mode, kind, code_size = config.index.index_mode, metadata.get("kind"), metadata.get("code_size")
+    if metadata.get("index_mode") == "flat":
         if mode == "flat":
-            return FlatIndex.load(folder, about, mesh)
-        return _faiss_of_vectors(folder, about, config, scratch / "faiss")
-    if (about.get("index_mode"), kind, code_size) == (mode, *_faiss_kind(config)):
-        return FaissIndex.load(folder, about) if process_group().count == 1 else ShardedFaissIndex(folder, about)
-    had = f"--index_mode faiss --faiss_index_type {kind}" + (f" --faiss_code_size {code_size}" if code_size else "")
-    raise UserError(f"{folder}: holds {had}, and no vectors to make another index from; ask for that one")
+            return FlatIndex.load(folder, metadata, mesh)
+        return _build_faiss_from_flat(folder, metadata, config, scratch / "faiss")
+    if (metadata.get("index_mode"), kind, code_size) == (mode, *_requested_faiss_kind(config)):
+        return FaissIndex.load(folder, metadata) if process_group().count == 1 else ShardedFaissIndex(folder, metadata)
+    flags = f"--index_mode faiss --faiss_index_type {kind}" + (f" --faiss_code_size {code_size}" if code_size else "")
+    raise UserError(f"{folder}: holds {flags}, and no vectors to make another index from; ask for that one")
 
 
-def _faiss_of_vectors(folder: Path, about: dict[str, Any], config: Config, shared: Path) -> VectorIndex:
-    """Made by process 0, which alone can choose centroids for all; several processes take their parts from files."""
+def _build_faiss_from_flat(folder: Path, metadata: dict[str, Any], config: Config, shared: Path) -> VectorIndex:
+    """Builds the faiss index that the flags ask for from the vectors of a flat index.
+
+    With several processes, process 0 builds it, since all need the same centroids, and writes it to the folder
+    `shared`, from which each loads its shard.
+    """
     if process_group().count == 1:
-        return build_faiss_index(read_vectors(folder, about), config)
-    with atomic_shared_folder(shared, _ELSEWHERE) as draft:
-        meta = process_group().run_on_first(lambda: build_faiss_index(read_vectors(folder, about), config).save(draft))
-    return ShardedFaissIndex(shared, meta)
+        return build_faiss_index(read_vectors(folder, metadata), config)
+    with atomic_shared_folder(shared, _REMEDY) as draft:
+        faiss_metadata = process_group().run_on_first(
+            lambda: build_faiss_index(read_vectors(folder, metadata), config).save(draft)
+        )
+    return ShardedFaissIndex(shared, faiss_metadata)
 
 
-def _arrays(vectors: np.ndarray, config: Config, folder: Path) -> dict[str, Any]:
-    """Writes the arrays of the kind of index that the flags ask for; returns what index.json must say of them."""
+def _write_arrays(vectors: np.ndarray, config: Config, folder: Path) -> dict[str, Any]:
+    """Writes the arrays of the kind of index that the flags ask for; returns their fields in index.json."""
     count, dim = vectors.shape
     if config.index.index_mode == "flat":
         if not (folder / VECTORS).exists():
             np.save(folder / VECTORS, vectors)
         return {"index_mode": "flat", "kind": FlatIndex.kind, "count": count, "dim": dim}
-    about = build_faiss_index(vectors, config).save(folder)
-    (folder / VECTORS).unlink(missing_ok=True)  # the codes are what is searched
-    return about
+    metadata = build_faiss_index(vectors, config).save(folder)
+    (folder / VECTORS).unlink(missing_ok=True)  # a search reads the codes only
+    return metadata
 
 
-def _faiss_kind(config: Config) -> tuple[FaissKind, int | None]:
-    """The kind of faiss index that the flags ask for; a code size belongs to "pq" alone."""
+def _requested_faiss_kind(config: Config) -> tuple[FaissKind, int | None]:
+    """Returns the kind of faiss index that the flags ask for and its code size, None for kinds without "pq"."""
     kind = config.index.faiss_index_type
     return kind, config.index.faiss_code_size if "pq" in kind else None
 
 
 def build_faiss_index(vectors: np.ndarray, config: Config) -> FaissIndex:
-    """The faiss index that the flags ask for, of these vectors."""
-    kind, code_size = _faiss_kind(config)
-    with progress(f"filling faiss {kind}", "vectors", len(vectors)) as more:
-        return FaissIndex.build(vectors, kind, code_size, seed=config.run.seed, progress=more)
+    """Builds the faiss index that the flags ask for from vectors "p d", with progress."""
+    kind, code_size = _requested_faiss_kind(config)
+    with progress(f"filling faiss {kind}", "vectors", len(vectors)) as advance:
+        return FaissIndex.build(vectors, kind, code_size, seed=config.run.seed, progress=advance)
 
 
-def _read_passages(config: Config, folder: Path) -> None:
-    """Passages from jsonl."""
-    with progress("reading passages", "passages") as more:
-        build_passages(config.index.passages, folder / PASSAGES, config.index.max_passages, more)
+def _write_passages(config: Config, folder: Path) -> None:
+    """Writes the store of the passages in the --passages files."""
+    with progress("reading passages", "passages") as advance:
+        build_passages(config.index.passages, folder / PASSAGES, config.index.max_passages, advance)
 
 
-def _embed(config: Config, embedder: Embedder, retriever: str, folder: Path) -> None:
-    """Embeds the passages in the folder, and writes the kind of index that the flags ask for beside them."""
+def _embed(config: Config, embedder: Embedder, fingerprint: str, folder: Path) -> None:
+    """Embeds the passages in the folder and writes the arrays and metadata beside them; all processes take part."""
     passages = PassageStore.open(folder / PASSAGES)
     count = len(passages)
-    with process_group().process_0_first(), progress("tokenizing for the retriever", "passages", count) as more:
-        tokens = passages.tokens(embedder.tokenizer, config.text.retriever_format, "retriever", more)
+    with process_group().process_0_first(), progress("tokenizing for the retriever", "passages", count) as advance:
+        tokens = passages.tokens(embedder.tokenizer, config.text.retriever_format, "retriever", advance)
     process_group().run_on_first(lambda: VectorFile.create(folder / VECTORS, count, embedder.dim).close())
     with (
         contextlib.closing(VectorFile(folder / VECTORS, count, embedder.dim)) as vectors,
-        progress("embedding", "passages", count) as more,
+        progress("embedding", "passages", count) as advance,
     ):
-        embed_corpus(embedder, tokens, vectors, config.index.per_gpu_embedder_batch_size, more)
+        embed_corpus(embedder, tokens, vectors, config.index.per_gpu_embedder_batch_size, advance)
         vectors.sync()
     process_group().barrier()
 
-    def finish() -> None:
+    def write_index() -> None:
         written = read_array(folder / VECTORS, np.float16, (count, embedder.dim))
-        write_about(folder, _arrays(written, config, folder), _origin(config, retriever))
+        write_metadata(folder, _write_arrays(written, config, folder), _origin(config, fingerprint))
 
-    process_group().run_on_first(finish)
+    process_group().run_on_first(write_index)

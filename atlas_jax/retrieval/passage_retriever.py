@@ -1,4 +1,4 @@
-"""The retriever at work: embeds queries, searches the index, returns the passages of a batch of examples."""
+"""Retrieval: embeds queries, searches the index and returns the passages of a batch of examples."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,11 +100,11 @@ class PassageRetriever:
         return lambda: result
 
     def tokenize_for_reader(self, config: Config, tokenizer: Tokenizer) -> None:
-        """Tokenizes all passages for the reader at once, with progress, instead of a few whenever they are retrieved."""
+        """Tokenizes all passages for the reader now, with progress, rather than when they are first retrieved."""
         text = ReaderText(tokenizer, config.text.encoder_format, config.text.text_maxlength)
         count = len(self.index.passages)
-        with process_group().process_0_first(), progress("tokenizing for the reader", "passages", count) as more:
-            text.prepare(self.index.passages, more)
+        with process_group().process_0_first(), progress("tokenizing for the reader", "passages", count) as advance:
+            text.prepare(self.index.passages, advance)
 
     def update(self, retriever: Retriever) -> None:
         """Takes the retriever's present parameters, for queries and for passages embedded from now on."""

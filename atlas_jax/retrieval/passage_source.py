@@ -1,4 +1,4 @@
-"""Where an example's passages come from: a search, or the example's own row."""
+"""The interface of passage sources, and the source that takes passages from the rows (--use_file_passages)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -13,11 +13,11 @@ from atlas_jax.tasks import Example
 
 
 class RetrievedPassages(NamedTuple):
-    """The passages of a batch of examples, by number in a store."""
+    """The passages of a batch of examples, as numbers in a store."""
 
     store: Store
-    numbers: np.ndarray  # int64 "b n"
-    valid: np.ndarray  # bool "b n"; false where an example has fewer than n
+    numbers: np.ndarray  # passage numbers, int64 "b n"
+    valid: np.ndarray  # bool "b n"; False where an example has fewer than n passages; the number there is arbitrary
 
 
 @runtime_checkable
@@ -26,31 +26,33 @@ class PassageSource(Protocol):
 
     @property
     def programs(self) -> Sequence[CompiledFunction]:
-        """What it compiles."""
+        """The compiled functions that retrieval calls; none if it runs nothing on the devices."""
         ...
 
     def begin_retrieval(self, examples: Sequence[Example], n: int) -> Callable[[], RetrievedPassages]:
-        """Begins to look for n passages of each; calling the result waits for them."""
+        """Starts to retrieve n passages for each example and returns a function that waits for them."""
         ...
 
 
 class RowPassages:
-    """The first n of the passages that come with each row."""
+    """A `PassageSource` that takes the first n of the passages that each row brings in its field `passages`."""
 
     programs: Sequence[CompiledFunction] = ()
 
     def begin_retrieval(self, examples: Sequence[Example], n: int) -> Callable[[], RetrievedPassages]:
-        """As many as there are, at once."""
+        """See `PassageSource.begin_retrieval`; nothing runs in the background."""
         passages = [list(example.passages or [])[:n] for example in examples]
-        valid = np.arange(n) < np.asarray([len(own) for own in passages])[:, None]
+        valid = np.arange(n) < np.asarray([len(row) for row in passages])[:, None]
         numbers = np.zeros(valid.shape, np.int64)
         numbers[valid] = np.arange(valid.sum())
-        found = RetrievedPassages(_InMemory([dict(passage) for own in passages for passage in own]), numbers, valid)
-        return lambda: found
+        retrieved = RetrievedPassages(
+            _InMemoryStore([dict(passage) for row in passages for passage in row]), numbers, valid
+        )
+        return lambda: retrieved
 
 
-class _InMemory:
-    """Passages that live as long as their batch."""
+class _InMemoryStore:
+    """The passages of one batch; one empty passage if there are none, so that every number in a batch is valid."""
 
     def __init__(self, passages: list[dict[str, Any]]):
         self.passages = passages or [{"title": "", "text": ""}]
@@ -60,10 +62,14 @@ class _InMemory:
 
     def tokens(self, tokenizer: Tokenizer, format: str, name: str, progress: Any = None) -> Tokens:
         del name, progress
-        return _Ids([np.asarray(ids, np.int32) for ids in tokenizer.ids([render(format, p) for p in self.passages])])
+        return _InMemoryTokens(
+            [np.asarray(ids, np.int32) for ids in tokenizer.ids([render(format, p) for p in self.passages])]
+        )
 
 
-class _Ids:
+class _InMemoryTokens:
+    """Token ids of the passages of one batch."""
+
     def __init__(self, rows: list[np.ndarray]):
         self.rows = rows
 

@@ -1,4 +1,4 @@
-"""--retrieve_with_rerank: candidates of a search ordered again by vectors of the passage encoder's present parameters."""
+"""--retrieve_with_rerank: embeds the candidates of a search with the present passage encoder and sorts them again."""
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -11,9 +11,10 @@ from atlas_jax.runtime.process_group import process_group
 
 
 class Reranker:
-    """Embeds the candidates of each query, at most `batch` texts a device at a time, and keeps the best."""
+    """Embeds the candidates of each query and keeps those with the largest inner products."""
 
     def __init__(self, passages: Embedder, tokens: PassageTokens, candidates: int, batch: int):
+        """`tokens`: of all passages, for the retriever; `batch`: passages embedded at a time per device, at most."""
         self.passages = passages
         self.tokens = tokens
         self.candidates = candidates  # passages that the search must find for each query
@@ -22,14 +23,14 @@ class Reranker:
     def __call__(
         self, queries: Float32[np.ndarray, "q d"], candidates: Int64[np.ndarray, "q c"], k: int
     ) -> SearchResult:
-        """The k best of each query's candidates; equal scores keep the candidates' order."""
-        fresh = self._embed(candidates.reshape(-1)).reshape(*candidates.shape, -1)
-        scores = np.einsum("qd,qcd->qc", queries, fresh)
+        """Returns the k best of each query's candidates (passage numbers); equal scores keep the candidates' order."""
+        vectors = self._embed(candidates.reshape(-1)).reshape(*candidates.shape, -1)
+        scores = np.einsum("qd,qcd->qc", queries, vectors)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return SearchResult(np.take_along_axis(scores, best, 1), np.take_along_axis(candidates, best, 1))
 
     def _embed(self, numbers: Int64[np.ndarray, " p"]) -> Float32[np.ndarray, "p d"]:
-        """Vectors of these passages; one that occurs several times is embedded once."""
+        """Embeds passages by number; one that occurs several times is embedded once."""
         unique, inverse = np.unique(numbers, return_inverse=True)
         out = np.empty((len(unique), self.passages.dim), np.float32)
         parts = np.array_split(unique, process_group().count)

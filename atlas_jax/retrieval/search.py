@@ -9,25 +9,25 @@ from jaxtyping import Array, Float, Float32, Int64
 
 from atlas_jax.errors import UserError
 
-Queries = Float[np.ndarray | Array, "q d"]
+QueryVectors = Float[np.ndarray | Array, "q d"]
 
 
 class SearchResult(NamedTuple):
     """The k best passages of each query, best first; equal scores are ordered by the smaller passage number."""
 
     scores: Float32[np.ndarray, "q k"]  # inner products
-    numbers: Int64[np.ndarray, "q k"]  # passage numbers
+    numbers: Int64[np.ndarray, "q k"]  # passage numbers: rows of the index, from 0
 
 
 @runtime_checkable
 class VectorIndex(Protocol):
-    """Passage vectors, numbered in the order they were given, searched by inner product."""
+    """Passage vectors, numbered from 0 in the order they were given, searched by inner product."""
 
     kind: str
-    count: int
-    dim: int
+    count: int  # number of passages
+    dim: int  # width of a vector
 
-    def search(self, queries: Queries, k: int) -> SearchResult:
+    def search(self, queries: QueryVectors, k: int) -> SearchResult:
         """Returns the k best passages of each query; UserError if the shapes do not fit or a score is not finite."""
         ...
 
@@ -45,7 +45,7 @@ class HostIndex:
     def __init__(self) -> None:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search")
 
-    def search(self, queries: Queries, k: int) -> SearchResult:
+    def search(self, queries: QueryVectors, k: int) -> SearchResult:
         """See `VectorIndex.search`."""
         raise NotImplementedError
 
@@ -54,7 +54,7 @@ class HostIndex:
         return self._thread.submit(lambda: self.search(np.asarray(queries)[:count], k)).result
 
 
-def check_queries(index: VectorIndex, queries: Queries, k: int) -> None:
+def check_queries(index: VectorIndex, queries: QueryVectors, k: int) -> None:
     """UserError if the queries' width is not the index's, or k is not 1 to the number of passages."""
     if queries.shape[1] != index.dim:
         raise UserError(
@@ -68,7 +68,7 @@ def check_queries(index: VectorIndex, queries: Queries, k: int) -> None:
         )
 
 
-def checked_queries(index: VectorIndex, queries: Queries, k: int) -> Float32[np.ndarray, "q d"]:
+def checked_queries(index: VectorIndex, queries: QueryVectors, k: int) -> Float32[np.ndarray, "q d"]:
     """Returns the queries on the host as contiguous float32, after `check_queries`."""
     check_queries(index, queries, k)
     return np.ascontiguousarray(queries, np.float32)

@@ -1,6 +1,6 @@
-"""How the processes of a run find each other: flags, SLURM, Open MPI, Google's TPUs. No other file knows.
+"""How the processes of a run find each other: flags, SLURM, Open MPI or Google's TPU environment.
 
-Importing this starts no devices.
+No other file reads these. Importing this file initializes no devices.
 """
 
 import contextlib
@@ -26,26 +26,26 @@ from atlas_jax.runtime.process_group import ProcessGroup, process_group, use_pro
 
 logger = logging.getLogger(__name__)
 
-PORTS, FIRST_PORT = 12_000, 20_000  # below those that Linux gives to programs that ask for any
-DEVICE_FILES = Path("/dev")  # with one of each GPU, nvidia0 and so on
-NO_STEP = 0xFFFFFFF0  # SLURM numbers a batch script's and a shell's own step from here
-PER_PROCESS_FLAGS = ("--process_id", "--local_rank", "--compile_cache")  # of which each process may have its own value
+PORTS, FIRST_PORT = 12_000, 20_000  # number and first of the ports to choose from, below Linux's ephemeral ports
+DEVICE_FILES = Path("/dev")  # holds one file per GPU: nvidia0, nvidia1, ...
+FIRST_SPECIAL_STEP = 0xFFFFFFF0  # step ids from here on are not srun's: the batch script, an interactive shell
+PER_PROCESS_FLAGS = ("--process_id", "--local_rank", "--compile_cache")  # may differ between the processes of a run
 
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """This process among those of the run."""
+    """The processes of a run and the place of this one among them."""
 
     coordinator: str = ""  # host:port of process 0
-    count: int = 1
-    index: int = 0
-    devices: tuple[int, ...] | None = None  # its GPUs, of those it sees; None: all
-    found: str = "a single process"  # what told all this
-    names: tuple[str, ...] = ()  # the host of each process, where that is known beforehand
+    count: int = 1  # processes
+    index: int = 0  # of this process
+    devices: tuple[int, ...] | None = None  # local ids of the GPUs that this process uses; None: all it sees
+    source: str = "a single process"  # what these values come from, for the log
+    host_names: tuple[str, ...] = ()  # of all processes, by index, where known beforehand
 
 
 def detect_cluster(run: RunConfig, environment: Mapping[str, str] = os.environ) -> ClusterSpec:
-    """Flags before SLURM before Open MPI before Google's TPUs; a single process otherwise."""
+    """Reads the first of these that is present: flags, SLURM, Open MPI, Google's TPUs; otherwise a single process."""
     flags = {"coordinator": run.coordinator, "num_processes": run.num_processes, "process_id": run.process_id}
     if missing := [f"--{flag}" for flag, value in flags.items() if value is None]:
         if len(missing) < len(flags):
@@ -77,14 +77,14 @@ def _by_flags(run: RunConfig) -> ClusterSpec:
         raise UserError(f"--coordinator {run.coordinator}: expected host:port, such as node1:12345")
     if run.process_id >= run.num_processes:
         raise UserError(f"--process_id {run.process_id}: must be 0 to {run.num_processes - 1}, see --num_processes")
-    return ClusterSpec(run.coordinator, run.num_processes, run.process_id, found="--coordinator")
+    return ClusterSpec(run.coordinator, run.num_processes, run.process_id, source="--coordinator")
 
 
 def _by_slurm(run: RunConfig, environment: Mapping[str, str]) -> ClusterSpec:
-    step, job = _number(environment, "SLURM_STEP_ID", NO_STEP), _number(environment, "SLURM_JOB_ID")
-    if step >= NO_STEP or "SLURM_STEP_NODELIST" not in environment:  # sbatch or salloc without srun
-        names = ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES")
-        tasks, hosts = (_number(environment, name, 1) for name in names)
+    step, job = _number(environment, "SLURM_STEP_ID", FIRST_SPECIAL_STEP), _number(environment, "SLURM_JOB_ID")
+    if step >= FIRST_SPECIAL_STEP or "SLURM_STEP_NODELIST" not in environment:  # sbatch or salloc without srun
+        variables = ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES")
+        tasks, hosts = (_number(environment, name, 1) for name in variables)
         if max(tasks, hosts) > 1:
             logger.warning(
                 "one process of %d was started, on one node of %d; srun starts all", max(tasks, hosts), hosts
@@ -95,11 +95,13 @@ def _by_slurm(run: RunConfig, environment: Mapping[str, str]) -> ClusterSpec:
         return ClusterSpec()
     nodes = expand_node_list(environment["SLURM_STEP_NODELIST"])
     port = run.main_port if run.main_port != -1 else FIRST_PORT + (job + 1009 * step) % PORTS
-    here = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    counts = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     node = _number(environment, "SLURM_NODEID", 0)
-    devices = task_devices(environment, _number(environment, "SLURM_LOCALID"), here[node] if node < len(here) else 1)
-    known = tuple(nodes) if len(nodes) == count else ()
-    return ClusterSpec(f"{nodes[0]}:{port}", count, _number(environment, "SLURM_PROCID"), devices, "SLURM", known)
+    devices = task_devices(
+        environment, _number(environment, "SLURM_LOCALID"), counts[node] if node < len(counts) else 1
+    )
+    host_names = tuple(nodes) if len(nodes) == count else ()
+    return ClusterSpec(f"{nodes[0]}:{port}", count, _number(environment, "SLURM_PROCID"), devices, "SLURM", host_names)
 
 
 def _by_open_mpi(run: RunConfig, environment: Mapping[str, str]) -> ClusterSpec:
@@ -113,44 +115,44 @@ def _by_open_mpi(run: RunConfig, environment: Mapping[str, str]) -> ClusterSpec:
     if not host:
         raise UserError("Open MPI: no address of process 0; set MASTER_ADDR to its host")
     port = run.main_port if run.main_port != -1 else FIRST_PORT + job % PORTS
-    local, here = (
-        _number(environment, f"OMPI_COMM_WORLD_LOCAL_{name}", other) for name, other in (("RANK", 0), ("SIZE", 1))
+    local_rank, tasks = (
+        _number(environment, f"OMPI_COMM_WORLD_LOCAL_{name}", default) for name, default in (("RANK", 0), ("SIZE", 1))
     )
-    return ClusterSpec(f"{host}:{port}", count, index, task_devices(environment, local, here), "Open MPI")
+    return ClusterSpec(f"{host}:{port}", count, index, task_devices(environment, local_rank, tasks), "Open MPI")
 
 
-def _by_tpus(run: RunConfig, environment: Mapping[str, str], found: str = "GKE") -> ClusterSpec:
-    """What GKE tells the pods of TPU slices; with several slices, MEGASCALE_* says which this one is."""
+def _by_tpus(run: RunConfig, environment: Mapping[str, str], source: str = "GKE") -> ClusterSpec:
+    """Reads the variables that GKE sets in the pods of TPU slices; for several slices also MEGASCALE_*."""
     names = environment["TPU_WORKER_HOSTNAMES"].split(",")
-    numbers = (("NUM_SLICES", 1), ("SLICE_ID", 0))
-    slices, this = (_number(environment, f"MEGASCALE_{name}", otherwise) for name, otherwise in numbers)
+    defaults = (("NUM_SLICES", 1), ("SLICE_ID", 0))
+    slices, slice_id = (_number(environment, f"MEGASCALE_{name}", default) for name, default in defaults)
     first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", names[0]).partition(":")[0]
-    count, index = len(names) * slices, len(names) * this + _number(environment, "TPU_WORKER_ID")
+    count, index = len(names) * slices, len(names) * slice_id + _number(environment, "TPU_WORKER_ID")
     if count == 1:
         return ClusterSpec()
     port = run.main_port if run.main_port != -1 else FIRST_PORT
-    return ClusterSpec(f"{first}:{port}", count, index, None, found, tuple(names) if slices == 1 else ())
+    return ClusterSpec(f"{first}:{port}", count, index, None, source, tuple(names) if slices == 1 else ())
 
 
 def _by_tpu_vm(run: RunConfig, environment: Mapping[str, str]) -> ClusterSpec:
-    """A machine with TPUs asks Google's metadata server for what GKE would have told it."""
+    """Asks Google's metadata server, on a Cloud TPU VM, for the variables that GKE would set."""
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
     if not running_in_cloud_tpu_vm:
         return ClusterSpec()
     try:
         workers, lines = (_metadata(environment, name) for name in ("worker-network-endpoints", "tpu-env"))
-        told = dict(re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)", lines, re.MULTILINE))
+        variables = dict(re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)", lines, re.MULTILINE))
         names = ",".join(worker.split(":")[-1] for worker in workers.split(","))  # name:number:address, or a name alone
-        told |= {"TPU_WORKER_HOSTNAMES": names, "TPU_WORKER_ID": _metadata(environment, "agent-worker-number")}
-    except urllib.error.HTTPError:  # Google's, but without TPUs of its own, or not Google's
+        variables |= {"TPU_WORKER_HOSTNAMES": names, "TPU_WORKER_ID": _metadata(environment, "agent-worker-number")}
+    except urllib.error.HTTPError:  # a Google VM without TPUs of its own, or another metadata server
         return ClusterSpec()
     except OSError as error:
-        by_hand = "--coordinator, --num_processes and --process_id say it by hand"
+        remedy = "--coordinator, --num_processes and --process_id say it by hand"
         raise UserError(
-            f"the other machines of this TPU: no answer of Google's metadata server ({error}); {by_hand}"
+            f"the other machines of this TPU: no answer of Google's metadata server ({error}); {remedy}"
         ) from None
-    return _by_tpus(run, told, "Cloud TPU")
+    return _by_tpus(run, variables, "Cloud TPU")
 
 
 def _metadata(environment: Mapping[str, str], name: str) -> str:
@@ -162,32 +164,34 @@ def _metadata(environment: Mapping[str, str], name: str) -> str:
     return text
 
 
-def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int:
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Reads a number from an environment variable; UserError if it is none, or is not set and has no default."""
     text = environment.get(name)
-    if text is None and otherwise is not None:
-        return otherwise
+    if text is None and default is not None:
+        return default
     if text is None or not text.isdecimal():
         raise UserError(f"{name} {text or ''}: expected a number from the program that starts the processes")
     return int(text)
 
 
 def expand_node_list(nodes: str) -> list[str]:
-    """The nodes of a SLURM list, such as `rack[1-2]n[01-03],login`, in SLURM's order: the last bracket runs first.
+    """Expands a SLURM node list such as `rack[1-2]n[01-03],login`, in SLURM's order: the last bracket varies fastest.
 
-    `scontrol show hostnames` says the same, but containers lack it.
+    `scontrol show hostnames` does the same, but containers lack it. UserError if the list is malformed.
     """
     if not nodes or not re.fullmatch(r"(?:[^\[\]]|\[[^\[\]]*\])*", nodes):
         raise UserError(f"SLURM's node list {nodes!r}: brackets do not match, or it is empty")
     names = []
     for item in re.split(r",(?![^\[]*\])", nodes):
         parts = [_range(part[1:-1], nodes) if part[:1] == "[" else [part] for part in re.split(r"(\[[^\]]*\])", item)]
-        names += ["".join(one) for one in itertools.product(*parts)]
+        names += ["".join(name) for name in itertools.product(*parts)]
     if not all(names):
         raise UserError(f"SLURM's node list {nodes!r}: a name is empty")
     return names
 
 
 def _range(text: str, nodes: str) -> list[str]:
+    """Expands the inside of a bracket of the list `nodes`, such as `01-03,7`."""
     numbers = []
     for piece in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", piece)
@@ -199,63 +203,70 @@ def _range(text: str, nodes: str) -> list[str]:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """The tasks of each node, from SLURM's `8(x3),4`."""
+    """Returns the number of tasks of each node: for SLURM's `8(x3),4`, `[8, 8, 8, 4]`."""
     pieces = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(tasks) for tasks, times in pieces for _ in range(int(times or 1))]
 
 
-def task_devices(environment: Mapping[str, str], local: int, tasks: int) -> tuple[int, ...] | None:
-    """Which of the GPUs that it sees are this task's, the `local`-th of so many on its node; None is all."""
+def task_devices(environment: Mapping[str, str], local_rank: int, tasks: int) -> tuple[int, ...] | None:
+    """Returns the share of task `local_rank` in the node's visible GPUs, split evenly among its `tasks`; None: all."""
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     names = sorted(file.name for file in DEVICE_FILES.glob("nvidia[0-9]*")) if chosen is None else chosen.split(",")
     visible = [name for name in names if name]
-    if tasks == 1 or len(visible) < 2:  # with --gpus-per-task=1 each sees its own
+    if tasks == 1 or len(visible) < 2:  # with --gpus-per-task=1 each task sees its own GPU
         return None
     if len(visible) % tasks:
         raise UserError(
             f"GPUs {','.join(visible)} do not divide among the {tasks} tasks of the node; set CUDA_VISIBLE_DEVICES"
         )
     each = len(visible) // tasks
-    return tuple(range(local * each, (local + 1) * each))
+    return tuple(range(local_rank * each, (local_rank + 1) * each))
 
 
 @contextlib.contextmanager
 def connect(run: RunConfig) -> Iterator[ProcessGroup]:
-    """Within the block JAX knows the devices of all processes; UserError names a process that is missing or different.
+    """Initializes `jax.distributed` among the processes of the run; within the block they form `process_group()`.
 
-    Before the first use of a device. A process that is lost later ends all others, see `roll_call`.
+    Call before the first use of a device. UserError that names a process which is missing or different. When a process
+    is lost later, all others end, see `membership`.
     """
-    place = detect_cluster(run)
-    if place.count == 1:
+    cluster = detect_cluster(run)
+    if cluster.count == 1:
         yield process_group()
         return
     import jax
     from jax._src.distributed import global_state
 
     membership = rendezvous(
-        place.coordinator, place.count, place.index, _process_info(), run.host_timeout, place.names, differences
+        cluster.coordinator,
+        cluster.count,
+        cluster.index,
+        _process_info(),
+        run.host_timeout,
+        cluster.host_names,
+        differences,
     )
-    host = place.coordinator.rpartition(":")[0]
+    host = cluster.coordinator.rpartition(":")[0]
     error: BaseException | None = None
     try:
-        jax.config.update("jax_enable_preemption_service", False)  # `Interrupts` has the signals
+        jax.config.update("jax_enable_preemption_service", False)  # `Interrupts` handles the signals
         platforms: str | None = jax.config.values["jax_platforms"]
         if (platforms or "").split(",")[0] == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
             f"{host}:{membership.port}",
-            place.count,
-            place.index,
-            place.devices,
+            cluster.count,
+            cluster.index,
+            cluster.devices,
             cluster_detection_method="deactivate",
             initialization_timeout=run.host_timeout,
-            heartbeat_timeout_seconds=run.host_timeout + 60,  # `membership` shall notice first
-            shutdown_timeout_seconds=24 * 3600,  # it also notices who is lost while one still writes
+            heartbeat_timeout_seconds=run.host_timeout + 60,  # so that `membership` notices first
+            shutdown_timeout_seconds=24 * 3600,  # `membership` notices processes lost while another still writes
         )
         group = ProcessGroup(
-            place.index, [card["host"] for card in membership.cards], global_state.client, run.host_timeout
+            cluster.index, [info["host"] for info in membership.processes], global_state.client, run.host_timeout
         )
-        _compare_devices(group, place)
+        _compare_devices(group, cluster)
         with use_process_group(group):
             yield group
         jax.distributed.shutdown()
@@ -263,51 +274,53 @@ def connect(run: RunConfig) -> Iterator[ProcessGroup]:
         error = failure
         raise
     finally:
-        if error:  # JAX would wait at the exit for the others, and then abort
+        if error:  # else JAX would wait for the other processes at exit, and then abort
             for connection in (global_state.client, global_state.service):
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # so that none is ever closed
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # so that it is never destroyed
             global_state.client = global_state.service = None
         membership.leave(error)
 
 
 def _process_info() -> ProcessInfo:
-    def of(package: str) -> str:
+    """Returns the host name, package versions and command line fingerprint of this process."""
+
+    def package_version(package: str) -> str:
         try:
             return version(package)
         except PackageNotFoundError:
             return "unknown"
 
-    packages = {package: of(package) for package in ("atlas-jax", "jax", "jaxlib")}
+    packages = {package: package_version(package) for package in ("atlas-jax", "jax", "jaxlib")}
     return {"host": socket.gethostname(), **packages, "command line": command_hash(sys.argv[1:])}
 
 
 def command_hash(arguments: Sequence[str]) -> str:
-    """A short fingerprint of a command line, but for `PER_PROCESS_FLAGS`."""
+    """Returns a fingerprint of a command line without its `PER_PROCESS_FLAGS`: 12 hexadecimal digits."""
     joined = re.sub(rf"\0(?:{'|'.join(PER_PROCESS_FLAGS)})(?:=|\0)[^\0]*", "", "\0" + "\0".join(arguments))
     return hashlib.sha256(joined.encode()).hexdigest()[:12]
 
 
-def differences(cards: Sequence[ProcessInfo]) -> str:
-    """Who is unlike process 0, and in what; empty if nobody is."""
-    found = [
-        f"process {index} ({card['host']}) has {what} {card[what]}, process 0 ({cards[0]['host']}) {cards[0][what]}"
-        for index, card in enumerate(cards)
-        for what in cards[0]
-        if what != "host" and card.get(what) != cards[0][what]
+def differences(infos: Sequence[ProcessInfo]) -> str:
+    """Describes in which properties processes differ from process 0, hosts aside: at most five; empty if in none."""
+    lines = [
+        f"process {index} ({info['host']}) has {key} {info[key]}, process 0 ({infos[0]['host']}) {infos[0][key]}"
+        for index, info in enumerate(infos)
+        for key in infos[0]
+        if key != "host" and info.get(key) != infos[0][key]
     ]
-    return "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+    return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
 
 
-def _compare_devices(group: ProcessGroup, place: ClusterSpec) -> None:
-    """All have as many devices of the same kind; process 0 logs them."""
+def _compare_devices(group: ProcessGroup, cluster: ClusterSpec) -> None:
+    """Logs the devices of all processes, on process 0; UserError if their number or kind differs."""
     import jax
 
     kinds = [device.device_kind for device in jax.local_devices()]
-    own = " and ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
-    everyone = [one.decode() for one in group.all_gather(own.encode(), channel="devices")]
-    if text := differences([{"host": n, "devices": d} for n, d in zip(group.names, everyone, strict=True)]):
+    local_devices = " and ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
+    all_devices = [d.decode() for d in group.all_gather(local_devices.encode(), channel="devices")]
+    if text := differences([{"host": n, "devices": d} for n, d in zip(group.host_names, all_devices, strict=True)]):
         raise UserError(text)
-    if place.index == 0:
-        logger.info("%d processes, found by %s:", place.count, place.found)
-        for index, (name, devices) in enumerate(zip(group.names, everyone, strict=True)):
+    if cluster.index == 0:
+        logger.info("%d processes, found by %s:", cluster.count, cluster.source)
+        for index, (name, devices) in enumerate(zip(group.host_names, all_devices, strict=True)):
             logger.info("  %d  %s  %s", index, name, devices)

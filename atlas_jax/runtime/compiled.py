@@ -1,4 +1,4 @@
-"""A jitted function compiled ahead, once for each shape of its arguments, and said so."""
+"""Ahead-of-time compilation of a jitted function, once for each shape of its arguments, and the compilation cache."""
 
 import concurrent.futures
 import hashlib
@@ -22,21 +22,24 @@ T = TypeVar("T")
 
 
 def enable_compilation_cache(folder: str) -> None:
-    """Compiled programs are kept in a folder, where the next run of the same shapes finds them.
+    """Sets the folder of JAX's persistent compilation cache, from which later runs load compiled programs.
 
-    `auto`: where the environment says (JAX_COMPILATION_CACHE_DIR), else in the user's cache; `none`: nowhere.
+    `auto` is JAX_COMPILATION_CACHE_DIR or else a folder in the user's cache; `none` turns the cache off.
     """
     if folder == "auto":
-        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_users_cache())
+        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_user_cache())
     jax.config.update("jax_compilation_cache_dir", None if folder == "none" else folder)
     if folder != "none":
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         logger.info("compiled programs are kept in %s", folder)
 
 
-def _users_cache() -> Path:
-    """One folder for each kind of processor, which JAX would not tell apart: homes are shared between machines."""
-    cpu = Path("/proc/cpuinfo")  # of Linux
+def _user_cache() -> Path:
+    """Returns a folder in the user's cache, one for each set of CPU features.
+
+    JAX's cache keys do not include these features, and machines with different CPUs may share a home folder.
+    """
+    cpu = Path("/proc/cpuinfo")  # Linux only
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     kind = hashlib.blake2b(features.encode(), digest_size=4).hexdigest()
@@ -45,10 +48,11 @@ def _users_cache() -> Path:
 
 
 class CompiledFunction:
-    """Calls `function(state, *args)` compiled; `args` are trees of arrays, `state` always has the same shapes.
+    """Calls `function(state, *args)` compiled; `args` are trees of arrays, `state` has the same shapes in every call.
 
-    With `donate` the state of a call is used up: its memory holds the results. On a mesh these are the next state,
-    which lies where this one does, and others. Results are split as XLA likes it, or with `gather` whole everywhere.
+    With `donate` the buffers of `state` are donated to the results. On a mesh the function then returns the next state,
+    which keeps the shardings of `state`, and other results. XLA chooses the sharding of the other results, or, with
+    `gather`, they are replicated on all devices.
     """
 
     def __init__(
@@ -63,14 +67,17 @@ class CompiledFunction:
         self.name = name
         self.compile_seconds = 0.0
         self._function, self._mesh, self._donate = function, mesh, donate
-        self._results = NamedSharding(mesh, PartitionSpec()) if mesh and gather else None
+        self._out_shardings = NamedSharding(mesh, PartitionSpec()) if mesh and gather else None
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def __call__(self, state: Any, *args: Any) -> Any:
         return self.compile_for(state, *args)(state, *args)
 
     def compile_for(self, state: Any, *args: Any) -> jax.stages.Compiled:
-        """Compiles for these shapes, unless that is done, and runs nothing."""
+        """Compiles for the shapes and dtypes of these arguments, unless already compiled; does not run the function.
+
+        All processes of a run have to call this: they wait for each other. The shapes of `state` are not compared.
+        """
         leaves, structure = jax.tree.flatten(args)
         shapes = (structure, *((x.shape, str(x.dtype)) for x in leaves))
         if shapes not in self._compiled:
@@ -80,7 +87,7 @@ class CompiledFunction:
             seconds = time.perf_counter() - start
             shape = " x ".join(map(str, max((x.shape for x in leaves), key=len, default=())))
             logger.info("compiled %s for %s in %.1f s (program %d)", self.name, shape, seconds, self.count)
-            process_group().barrier()  # who found it in a cache is not to think that another one, who did not, is stuck
+            process_group().barrier()  # else a process that found it in the cache may take a slower one for stuck
             self.compile_seconds += time.perf_counter() - start
         return self._compiled[shapes]
 
@@ -88,25 +95,26 @@ class CompiledFunction:
         donated = 0 if self._donate else ()
         if self._mesh is None:
             return jax.jit(self._function, donate_argnums=donated).lower(state, *args)
-        results: Any = self._results
+        out_shardings: Any = self._out_shardings
         if self._donate:
-            results = jax.tree.map(lambda x: x.sharding, state), results
+            out_shardings = jax.tree.map(lambda x: x.sharding, state), out_shardings
         with jax.set_mesh(self._mesh):
-            return jax.jit(self._function, donate_argnums=donated, out_shardings=results).lower(state, *args)
+            return jax.jit(self._function, donate_argnums=donated, out_shardings=out_shardings).lower(state, *args)
 
     @property
     def count(self) -> int:
-        """How many shapes were compiled."""
+        """Number of compiled programs, one for each set of argument shapes."""
         return len(self._compiled)
 
 
 def _in_thread(name: str, function: Callable[[], T]) -> T:
-    """Calls it in a thread of its own: XLA holds up the signals of its caller, who, waiting here, gets them at once.
+    """Returns `function()`, called in a new thread, so that signal handlers run in this thread while XLA compiles.
 
-    When one ends the wait, XLA goes on. It would crash with the interpreter gone, so the thread is no daemon.
+    If a handler raises, the wait ends and XLA goes on compiling. The thread is not a daemon, since XLA would crash
+    once the interpreter is gone.
     """
     result: concurrent.futures.Future[T] = concurrent.futures.Future()
-    running = threading.Lock()  # a bare one: `join` and `Future.result` do not survive what a signal handler raises
+    running = threading.Lock()  # not `join` or `Future.result`, which an exception of a signal handler would break
     running.acquire()
 
     def call() -> None:
@@ -118,6 +126,6 @@ def _in_thread(name: str, function: Callable[[], T]) -> T:
             running.release()
 
     threading.Thread(target=call, name=name).start()
-    while not running.acquire(timeout=0.1):  # a signal just before the wait does not wake it
+    while not running.acquire(timeout=0.1):  # with a timeout: a signal just before the wait does not end it
         pass
     return result.result()

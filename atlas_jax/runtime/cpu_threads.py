@@ -1,18 +1,19 @@
-"""Threads for several CPU devices of one process, as a laptop has them that tries a mesh."""
+"""Enough XLA threads for a process with several virtual CPU devices, as used to try a mesh on a laptop."""
 
 import os
 import re
 
-COUNT = r"--xla_force_host_platform_device_count=(\d+)"
-EACH = 8  # threads of a device
+DEVICE_COUNT = r"--xla_force_host_platform_device_count=(\d+)"
+THREADS_PER_DEVICE = 8
 
 
 def set_cpu_threads() -> None:
-    """Before JAX starts them: XLA would have as many threads as devices, and a program could wait for ever.
+    """Sets NPROC, the number of threads of XLA's CPU client, unless it is set. Call before JAX starts the client.
 
-    A thread that waits for other devices in a collective is held, and a device may be in several at once: seen with
-    jax 0.12 and a train step that came from the cache of compiled programs. NPROC tells XLA how many threads to have.
+    By default XLA has as many threads as devices, and a program could deadlock: a device that waits for others in a
+    collective blocks a thread, and may be in several collectives at once. Seen with jax 0.12 and a train step that came
+    from the compilation cache.
     """
-    devices = max(map(int, re.findall(COUNT, os.environ.get("XLA_FLAGS", ""))), default=1)
+    devices = max(map(int, re.findall(DEVICE_COUNT, os.environ.get("XLA_FLAGS", ""))), default=1)
     if devices > 1:
-        os.environ.setdefault("NPROC", str(EACH * devices))
+        os.environ.setdefault("NPROC", str(THREADS_PER_DEVICE * devices))

@@ -1,4 +1,4 @@
-"""A run that is told to stop stops at once, whatever it is doing, and may go back to SLURM's queue."""
+"""Signals that stop a run at once, as an exception in the main thread, and the requeueing of its SLURM job."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """A signal tells the run to stop. Not an `Exception`, so that nobody takes it for an error to recover from."""
+    """A signal asked the run to stop. Not an `Exception`, so that no `except Exception` takes it for an error."""
 
     def __init__(self, signum: int):
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
@@ -27,86 +27,90 @@ class Interrupted(BaseException):
 
     @property
     def status(self) -> int:
-        """The exit status: what a shell reports of a program that this signal ends."""
+        """Exit status, as a shell reports it for a program killed by this signal: 128 plus its number."""
         return 128 + self.signum
 
 
 class Interrupts:
-    """Within the block, which is the main thread's, SIGTERM, SIGUSR1 or Ctrl-C raises `Interrupted` at once.
+    """Within the block, in the main thread, SIGTERM, SIGUSR1 and Ctrl-C (SIGINT) raise `Interrupted` at once.
 
-    Only the first signal does; further ones are logged, but a second Ctrl-C is a KeyboardInterrupt. Ctrl-C stays
-    ignored where it was, as in a shell's background job. `later`: nothing is raised; who asks for `first` raises it.
+    Only the first signal does; further ones are logged, but a second Ctrl-C raises KeyboardInterrupt. Ctrl-C stays
+    ignored if it was, as in a shell's background job. With `later=True` no `Interrupted` is raised; the caller
+    polls `first()`.
     """
 
     def __init__(self, *, later: bool = False) -> None:
-        self._seen: list[int] = []
-        self._due = False  # it is still to be raised
-        self._holds = int(later)
-        self._undo = contextlib.ExitStack()
+        self._received: list[int] = []
+        self._is_due = False  # whether `Interrupted` is yet to be raised
+        self._hold_depth = int(later)
+        self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> "Interrupts":
-        self._undo.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+        self._restore.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
         sys.unraisablehook = functools.partial(self._on_unraisable, sys.unraisablehook)
         for signum in SIGNALS:
             if signum != signal.SIGINT or signal.getsignal(signum) is not signal.SIG_IGN:
-                before = signal.signal(signum, self._on_signal) or signal.SIG_DFL  # None: not Python's own
-                self._undo.callback(signal.signal, signum, before)
+                before = signal.signal(signum, self._on_signal) or signal.SIG_DFL  # None: not installed by Python
+                self._restore.callback(signal.signal, signum, before)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._undo.close()
+        self._restore.close()
 
     def first(self) -> int:
-        """The first signal that came; 0 if none has."""
-        return next(iter(self._seen), 0)
+        """Returns the number of the first signal received, or 0."""
+        return next(iter(self._received), 0)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """A signal within the block waits for its end. If the block fails, its error goes first."""
-        self._holds += 1
+        """Defers `Interrupted` to the end of the block. If the block raises, its own error propagates instead."""
+        self._hold_depth += 1
         try:
             yield
         finally:
-            self._holds -= 1
+            self._hold_depth -= 1
         self._raise_due()
 
     def check(self) -> None:
-        """Raises again what was raised and got lost in an `except:` of somebody's; not for use while stopping."""
-        self._due = bool(self._seen)
+        """Raises `Interrupted` again if a signal came, as an `except:` in other code may have swallowed it.
+
+        Not for use while stopping.
+        """
+        self._is_due = bool(self._received)
         self._raise_due()
 
     def _raise_due(self) -> None:
-        if self._due and not self._holds:
-            self._due = False
-            raise Interrupted(self._seen[0])
+        if self._is_due and not self._hold_depth:
+            self._is_due = False
+            raise Interrupted(self._received[0])
 
     def _on_signal(self, signum: int, frame: types.FrameType | None) -> None:
-        again = signum in self._seen
-        self._due = self._due or not self._seen
-        self._seen.append(signum)
-        with contextlib.suppress(RuntimeError):  # it came in the midst of writing to the same stream
-            name, first = (signal.Signals(one).name for one in (signum, self._seen[0]))
-            logger.warning("%s: %s", name, "stopping" if len(self._seen) == 1 else f"already stopping for {first}")
+        again = signum in self._received
+        self._is_due = self._is_due or not self._received
+        self._received.append(signum)
+        with contextlib.suppress(RuntimeError):  # the signal interrupted a write to the same stream
+            name, first = (signal.Signals(s).name for s in (signum, self._received[0]))
+            logger.warning("%s: %s", name, "stopping" if len(self._received) == 1 else f"already stopping for {first}")
         if again and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self._raise_due()
 
-    def _on_unraisable(self, before: Callable[..., Any], lost: "sys.UnraisableHookArgs") -> None:
-        """Python drops what is raised in a `__del__` or in a callback of the garbage collector: send it once more."""
-        if not isinstance(lost.exc_value, Interrupted):
-            before(lost)
+    def _on_unraisable(self, before: Callable[..., Any], unraisable: "sys.UnraisableHookArgs") -> None:
+        """Sends a signal again if Python dropped its `Interrupted`, as it does in `__del__` and garbage collection."""
+        if not isinstance(unraisable.exc_value, Interrupted):
+            before(unraisable)
             return
-        self._due = True
+        self._is_due = True
         timer = threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
         timer.daemon = True
-        self._undo.callback(timer.join)  # after that none is on its way, and the handlers may go
-        self._undo.callback(timer.cancel)
+        self._restore.callback(timer.join)  # then no signal is pending, and the handlers may be restored
+        self._restore.callback(timer.cancel)
         timer.start()
 
 
 def exit_while_compiling(status: int) -> int:
-    """Returns the status, for `sys.exit`, unless XLA still compiles: Python would wait for it, so ends here and now."""
-    if any(thread.name.startswith("compile ") for thread in threading.enumerate()):  # so `CompiledFunction` calls it
+    """Returns the status, for `sys.exit`; while XLA compiles, ends the process at once, as Python would wait for it."""
+    if any(thread.name.startswith("compile ") for thread in threading.enumerate()):  # named so by `CompiledFunction`
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
@@ -116,10 +120,10 @@ def exit_while_compiling(status: int) -> int:
 
 
 def requeue(signum: int) -> None:
-    """Puts this SLURM job back into the queue, from its first process; elsewhere and after Ctrl-C does nothing.
+    """Requeues this SLURM job. Does nothing after Ctrl-C, outside SLURM, or in a process other than the first.
 
-    SIGTERM comes from a preemption, whereupon the job shall come back, and from `scancel`, whereupon it must not. SLURM
-    may stop the job when it is queued again, so this comes last.
+    SIGTERM is sent on preemption, after which the job is to be requeued, and by `scancel`, after which it must not be.
+    SLURM may kill the job as soon as it is requeued, so call this last.
     """
     if not (job := _slurm_job()) or signum not in (signal.SIGUSR1, signal.SIGTERM):
         return
@@ -137,7 +141,7 @@ def requeue(signum: int) -> None:
 
 
 def _slurm_job() -> str | None:
-    """The number of this job, for its first process."""
+    """Returns the id of this job (in a job array `ARRAY_TASK`); None outside SLURM and in all but the first process."""
     if os.environ.get("SLURM_PROCID", "0") != "0":
         return None
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))

@@ -1,4 +1,4 @@
-"""The host works ahead of the device."""
+"""Background threads that compute items ahead of their consumer: the host works while the device computes."""
 
 import collections
 import concurrent.futures
@@ -10,34 +10,34 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
-    """The items in order, made by a thread that is at most `depth` ahead; its errors are raised here."""
+    """Yields the items in order; one thread computes up to `depth` items ahead. Its errors are raised here."""
     iterator = iter(items)
     end = object()
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        made = collections.deque(pool.submit(next, iterator, end) for _ in range(depth))
+        pending = collections.deque(pool.submit(next, iterator, end) for _ in range(depth))
         try:
-            while (item := made.popleft().result()) is not end:
-                made.append(pool.submit(next, iterator, end))
+            while (item := pending.popleft().result()) is not end:
+                pending.append(pool.submit(next, iterator, end))
                 yield item  # type: ignore[misc]
         finally:
-            for future in made:
+            for future in pending:
                 future.cancel()
 
 
-def map_in_order(work: Callable[[S], T], items: Iterable[S], workers: int) -> Generator[T, None, None]:
-    """`map(work, items)` by that many threads, of whose results as many wait; the first error is raised here.
+def map_in_order(function: Callable[[S], T], items: Iterable[S], workers: int) -> Generator[T, None, None]:
+    """`map(function, items)` on `workers` threads, at most `workers` results ahead; the first error is raised here.
 
-    When this ends or is closed, none of them works any more.
+    When the generator ends or is closed, all its threads have ended.
     """
     with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="in-order") as pool:
-        made: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+        pending: collections.deque[concurrent.futures.Future[T]] = collections.deque()
         try:
             for item in items:
-                made.append(pool.submit(work, item))
-                if len(made) > workers:
-                    yield made.popleft().result()
-            while made:
-                yield made.popleft().result()
+                pending.append(pool.submit(function, item))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in made:
+            for future in pending:
                 future.cancel()

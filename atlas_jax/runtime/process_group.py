@@ -1,6 +1,6 @@
-"""What the processes of a run tell each other, without their devices.
+"""Collectives over JAX's key-value store: gather, reduce and barrier among the processes of a run, without devices.
 
-It goes through the key-value store of JAX's coordination service. A process that is alone is told everything by itself.
+The store is that of JAX's coordination service. In a run of a single process every collective returns at once.
 """
 
 import contextlib
@@ -15,39 +15,45 @@ from typing import Any
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.interrupts import Interrupted
 
-SLACK = 5.0  # seconds that others wait for process 0's answer after its own waiting is over
-AS_LONG_AS_IT_TAKES = 30 * 86400.0  # seconds; who is lost meanwhile is noticed by `roll_call`
+SLACK = 5.0  # seconds that the others wait for process 0's answer, beyond the timeout of process 0
+NO_TIMEOUT = 30 * 86400.0  # seconds; `membership` detects a process that is lost meanwhile
 
 
 class PeerTimeout(UserError):
-    """A process did not take part in time; the message names it."""
+    """Another process did not take part in a collective in time; the message names it."""
 
 
 class ProcessGroup:
-    """What n processes tell each other. Every process calls the same methods in the same order on each channel.
+    """Collectives among the processes of a run. On each channel every process calls the same methods in the same order.
 
-    Threads may use it at once if each has a channel of its own.
+    Threads may use a group at the same time, each on a channel of its own.
     """
 
-    def __init__(self, index: int = 0, names: Sequence[str] = ("this host",), client: Any = None, timeout: float = 300):
-        self.index, self.names = index, tuple(names)
-        self.stop_signal: Callable[[], int] = lambda: 0  # the signal that this process has got, if any
+    def __init__(
+        self, index: int = 0, host_names: Sequence[str] = ("this host",), client: Any = None, timeout: float = 300
+    ):
+        self.index, self.host_names = index, tuple(host_names)
+        self.stop_signal: Callable[[], int] = lambda: 0  # returns the signal this process has received, or 0
         self._client, self._timeout = client, timeout
-        self._calls: dict[str, Iterator[int]] = defaultdict(itertools.count)
+        self._call_numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)
         self._lock = threading.Lock()
 
     @property
     def count(self) -> int:
-        """The number of processes."""
-        return len(self.names)
+        """Number of processes."""
+        return len(self.host_names)
 
     def all_gather(self, value: bytes, timeout: float | None = None, channel: str = "main") -> list[bytes]:
-        """Every process's value, in order, on every process: they send theirs to process 0, which sends all to all."""
+        """Returns the values of all processes, in process order, on every process.
+
+        Process 0 collects the values and publishes all of them under one key. Raises `PeerTimeout` if a process does
+        not call this within `timeout` seconds (default: the timeout of the group).
+        """
         if self.count == 1:
             return [value]
         seconds = self._timeout if timeout is None else timeout
         with self._lock:
-            call = next(self._calls[channel])
+            call = next(self._call_numbers[channel])
         key = f"atlas/{channel}/{call}"
         if self.index:
             self._client.key_value_set_bytes(f"{key}/{self.index}", value)
@@ -57,7 +63,7 @@ class ProcessGroup:
         else:
             answer = self._collect(key, value, seconds, channel)
             self._client.key_value_set_bytes(f"{key}/all", answer)
-            if call:  # all have sent this call's values, so all have read the answer before
+            if call:  # all have sent their values of this call, so all have read the previous answer
                 self._client.key_value_delete(f"atlas/{channel}/{call - 1}/all")
         head, _, body = answer.partition(b"\n")
         lengths = json.loads(head)
@@ -67,75 +73,78 @@ class ProcessGroup:
         return [body[start:end] for start, end in itertools.pairwise(ends)]
 
     def _collect(self, key: str, value: bytes, seconds: float, channel: str) -> bytes:
-        """On process 0: the lengths of all values in a line of JSON and then the values; or who is missing."""
+        """Returns, on process 0, the answer to all: a line of JSON with the lengths of all values, then the values.
+
+        If a process is missing, the line is instead a string that names it.
+        """
         end = time.monotonic() + seconds
         values = [value]
         missing = []
         for index in range(1, self.count):
-            found = self._get(f"{key}/{index}", max(end - time.monotonic(), 0.05))
-            if found is None:
+            received = self._get(f"{key}/{index}", max(end - time.monotonic(), 0.05))
+            if received is None:
                 missing.append(self._name(index))
-            values.append(found or b"")
+            values.append(received or b"")
             self._client.key_value_delete(f"{key}/{index}")
         if missing:
             return json.dumps(f"{', '.join(missing)} did not answer within {seconds:g} s ({channel})").encode()
-        return json.dumps([len(one) for one in values]).encode() + b"\n" + b"".join(values)
+        return json.dumps([len(v) for v in values]).encode() + b"\n" + b"".join(values)
 
     def _get(self, key: str, seconds: float) -> bytes | None:
-        """The value of a key, or None if nobody has set it in time."""
+        """Returns the value of a key, or None if it is not set within `seconds`."""
         try:
-            found: bytes = self._client.blocking_key_value_get_bytes(key, max(int(seconds * 1000), 1))
-        except RuntimeError as error:  # jax's own error is one
+            value: bytes = self._client.blocking_key_value_get_bytes(key, max(int(seconds * 1000), 1))
+        except RuntimeError as error:  # the base class of JAX's own error
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
             return None
-        return found
+        return value
 
     def _name(self, index: int) -> str:
-        return f"process {index} ({self.names[index]})"
+        return f"process {index} ({self.host_names[index]})"
 
     def all_max(self, *values: int) -> list[int]:
-        """The largest value of any process, number by number.
+        """Returns the elementwise maximum of `values` over all processes.
 
-        If any was told to stop, all of them stop here, `Interrupted`.
+        If any process has received a stop signal, raises `Interrupted` on all of them.
         """
         if self.count == 1:
             return list(values)
-        rows = [json.loads(one) for one in self.all_gather(json.dumps([self.stop_signal(), *values]).encode())]
+        rows = [json.loads(row) for row in self.all_gather(json.dumps([self.stop_signal(), *values]).encode())]
         signum, *largest = (max(column) for column in zip(*rows, strict=True))
         if signum:
             raise Interrupted(signum)
         return largest
 
     def barrier(self, channel: str = "main") -> None:
-        """Returns when every process has come here, however long that takes."""
-        self.all_gather(b"", AS_LONG_AS_IT_TAKES, channel)
+        """Waits until every process has called this, without a timeout."""
+        self.all_gather(b"", NO_TIMEOUT, channel)
 
     def run_on_all(self, work: Callable[[], Any], channel: str = "main") -> list[Any]:
-        """Runs `work` on every process: what it gives, which JSON can hold, on all of them in order.
+        """Runs `work` on every process; returns the results of all, which must be JSON values, in process order.
 
-        Where it fails its own error is raised, on the others a `UserError` that names the process.
+        If `work` fails, its process raises the error itself, the others raise a `UserError` that names the process.
         """
         error: Exception | None = None
         try:
-            said = {"value": work()}
+            own = {"value": work()}
         except Exception as failure:
-            error, said = failure, {"error": f"{failure}" or type(failure).__name__}
-        answers = [json.loads(one) for one in self.all_gather(json.dumps(said).encode(), AS_LONG_AS_IT_TAKES, channel)]
+            error, own = failure, {"error": f"{failure}" or type(failure).__name__}
+        outcomes = [json.loads(o) for o in self.all_gather(json.dumps(own).encode(), NO_TIMEOUT, channel)]
         if error:
             raise error
-        for index, answer in enumerate(answers):
-            if "error" in answer:
-                raise UserError(f"{self._name(index)}: {answer['error']}")
-        return [answer["value"] for answer in answers]
+        for index, outcome in enumerate(outcomes):
+            if "error" in outcome:
+                raise UserError(f"{self._name(index)}: {outcome['error']}")
+        return [outcome["value"] for outcome in outcomes]
 
     def run_on_first(self, work: Callable[[], Any], channel: str = "main") -> Any:
-        """Runs `work` on process 0 while the others wait; what it gives, or that it failed, is known to all."""
+        """Runs `work` on process 0 while the others wait; all return its result, or raise if it failed."""
         return self.run_on_all(lambda: None if self.index else work(), channel)[0]
 
     @contextlib.contextmanager
     def process_0_first(self) -> Iterator[None]:
-        """Process 0 runs the block, which leaves something on the disk, and then the others, who find it."""
+        """Process 0 runs the block before all others, who can then use the files that it has written."""
         if self.index:
             self.barrier()
         yield
@@ -143,20 +152,20 @@ class ProcessGroup:
             self.barrier()
 
 
-_ours = ProcessGroup()
+_process_group = ProcessGroup()
 
 
 def process_group() -> ProcessGroup:
-    """That of this process, as JAX has one set of devices; alone until `hosts.connect` has found others."""
-    return _ours
+    """Returns the group of this process: a group of one until `cluster.connect` has connected to the others."""
+    return _process_group
 
 
 @contextlib.contextmanager
 def use_process_group(group: ProcessGroup) -> Iterator[ProcessGroup]:
-    """Within the block, `process_group` is another one."""
-    global _ours
-    before, _ours = _ours, group
+    """Within the block, `process_group()` returns `group`."""
+    global _process_group
+    previous, _process_group = _process_group, group
     try:
         yield group
     finally:
-        _ours = before
+        _process_group = previous

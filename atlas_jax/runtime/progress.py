@@ -1,4 +1,4 @@
-"""Long work, visible: a bar on a terminal, a line now and then in a log file."""
+"""Progress of long work: a tqdm bar on a terminal, an occasional line in a log file."""
 
 import contextlib
 import logging
@@ -15,28 +15,28 @@ SECONDS_PER_LINE = 30.0
 
 
 @contextlib.contextmanager
-def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
-    """Yields a function to tell how many more are done; shows rate and time left."""
+def progress(description: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
+    """Yields `advance(count)`, which adds `count` finished units; shows rate and, with a `total`, the time left."""
     if sys.stderr.isatty():
-        with logging_redirect_tqdm(), tqdm(total=total, desc=what, unit=f" {unit}", dynamic_ncols=True) as bar:
+        with logging_redirect_tqdm(), tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True) as bar:
             yield bar.update
         return
-    start = last = time.monotonic()
+    start = last_line = time.monotonic()
     done = 0
 
-    def tell() -> None:
+    def log_line() -> None:
         seconds = max(time.monotonic() - start, 1e-9)
-        of = f" of {total}" if total else ""
+        of_total = f" of {total}" if total else ""
         left = f", {(total - done) * seconds / max(done, 1):.0f} s left" if total and done < total else ""
-        logger.info("%s: %d%s %s, %.1f/s, %.0f s%s", what, done, of, unit, done / seconds, seconds, left)
+        logger.info("%s: %d%s %s, %.1f/s, %.0f s%s", description, done, of_total, unit, done / seconds, seconds, left)
 
-    def more(count: int) -> None:
-        nonlocal done, last
+    def advance(count: int) -> None:
+        nonlocal done, last_line
         done += count
-        if time.monotonic() - last > SECONDS_PER_LINE:
-            last = time.monotonic()
-            tell()
+        if time.monotonic() - last_line > SECONDS_PER_LINE:
+            last_line = time.monotonic()
+            log_line()
 
-    yield more
+    yield advance
     if done:
-        tell()
+        log_line()

@@ -1,4 +1,4 @@
-"""Whether this process is stuck, as in a call to a file system that has gone: one of its threads can still tell."""
+"""Watchdog of this process: detects that it is stuck, as in a call to a file system that no longer answers."""
 
 import importlib.util
 import os
@@ -10,61 +10,64 @@ from pathlib import Path
 from types import FrameType
 
 PACKAGE = Path(__file__).parents[1]
-JAX = os.path.dirname(getattr(importlib.util.find_spec("jax"), "origin", None) or "jax") + os.sep
-# Who is in these waits for other processes or for devices, which may wait for theirs in turn
-WAITING = (
-    JAX,
+JAX_FOLDER = os.path.dirname(getattr(importlib.util.find_spec("jax"), "origin", None) or "jax") + os.sep
+# A thread inside these files waits for other processes or for devices, which may wait for others in turn
+WAITING_CODE = (
+    JAX_FOLDER,
     *(str(PACKAGE / name) for name in ("runtime/process_group.py", "runtime/compiled.py", "retrieval/flat_index.py")),
 )
-BUSY = 0.02  # of a processor; what only beats takes a tenth of it
+BUSY_SHARE = 0.02  # of one CPU; a process that only sends heartbeats uses a tenth of it
 
 
 class Watchdog:
-    """Since when all threads but daemons have been asleep, none of them waiting for another process or a device.
+    """Measures how long this process has been idle: all its threads, daemons aside, asleep.
 
-    Linux knows how often a thread has been awake; elsewhere no process is ever stuck.
+    A thread that waits for another process or for a device does not count as idle. Whether a thread ran is read from
+    its context switches in /proc, which only Linux has; elsewhere a process is never idle.
     """
 
     def __init__(self) -> None:
-        self._alive, self._awake, self._worked = time.monotonic(), self._wakings(), time.process_time()
+        self._active, self._switches, self._cpu = time.monotonic(), self._context_switches(), time.process_time()
 
     def idle_seconds(self) -> float:
-        """Seconds, if this is asked every now and then."""
-        now, awake, worked = time.monotonic(), self._wakings(), time.process_time()
-        busy = worked - self._worked > BUSY * (1 + now - self._alive)  # as threads are that are not Python's
-        if busy or not awake or awake != self._awake or any(map(_waits, _frames().values())):
-            self._alive, self._awake, self._worked = now, awake, worked
-        return now - self._alive
+        """Returns the seconds since the last activity, as seen by the calls of this method: call it regularly."""
+        now, switches, cpu = time.monotonic(), self._context_switches(), time.process_time()
+        busy = cpu - self._cpu > BUSY_SHARE * (1 + now - self._active)  # includes threads that are not Python's
+        if busy or not switches or switches != self._switches or any(map(_is_waiting, _thread_frames().values())):
+            self._active, self._switches, self._cpu = now, switches, cpu
+        return now - self._active
 
     def location(self) -> str:
-        """Where the main thread is, in our code."""
-        frame = _frames().get(threading.main_thread())
-        ours = next((one for one in _outwards(frame) if one.f_code.co_filename.startswith(str(PACKAGE))), frame)
-        return f"{Path(ours.f_code.co_filename).name}, line {ours.f_lineno}" if ours else "an unknown place"
+        """Returns the file and line in this package that the main thread is executing."""
+        frame = _thread_frames().get(threading.main_thread())
+        own = next((f for f in _outwards(frame) if f.f_code.co_filename.startswith(str(PACKAGE))), frame)
+        return f"{Path(own.f_code.co_filename).name}, line {own.f_lineno}" if own else "an unknown place"
 
-    def _wakings(self) -> dict[int, str]:
-        """Of each thread, how often it went to sleep or lost the processor."""
-        found = {}
-        for thread in _frames():
+    def _context_switches(self) -> dict[int, str]:
+        """Returns, for each native thread id, the lines of /proc that count its context switches."""
+        switches = {}
+        for thread in _thread_frames():
             try:
                 status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
-            except OSError:  # it has just ended, or this is no Linux
+            except OSError:  # the thread has just ended, or this is not Linux
                 continue
-            found[thread.native_id or 0] = status[status.find("voluntary_ctxt_switches") :]
-        return found
+            switches[thread.native_id or 0] = status[status.find("voluntary_ctxt_switches") :]
+        return switches
 
 
-def _frames() -> dict[threading.Thread, FrameType]:
+def _thread_frames() -> dict[threading.Thread, FrameType]:
+    """Returns the innermost frame of each thread that is not a daemon."""
     frames = sys._current_frames()
     threads = (thread for thread in threading.enumerate() if not thread.daemon)
     return {thread: frames[thread.ident] for thread in threads if thread.ident in frames}
 
 
-def _waits(frame: FrameType) -> bool:
-    return any(one.f_code.co_filename.startswith(WAITING) for one in _outwards(frame))
+def _is_waiting(frame: FrameType) -> bool:
+    return any(f.f_code.co_filename.startswith(WAITING_CODE) for f in _outwards(frame))
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yields a frame and its callers, innermost first."""
     while frame:
         yield frame
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all."""
+"""Files and folders that appear complete or not at all (atomic rename), and control of the page cache while writing."""
 
 import contextlib
 import errno
@@ -20,13 +20,13 @@ from atlas_jax.storage import mapped_file
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterator[Path]:
-    """Yields a hidden sibling to write into, renamed to `folder` when the block ends and removed when it fails.
+    """Yields a hidden sibling folder to write into; renames it to `folder` when the block ends, removes it on an error.
 
-    The siblings of processes that were killed go first. When `folder` has appeared meanwhile the first writer wins,
-    unless `replace`. Not being able to write is a `UserError` that ends in `remedy`.
+    First removes such siblings of processes that were killed. Without `replace` a `folder` that exists by the end of
+    the block stays, and what the block wrote is dropped. UserError that ends in `remedy` if it cannot be written.
     """
-    _sweep(folder)
-    draft, retired = _sibling(folder, "draft"), _sibling(folder, "old")
+    _remove_leftovers(folder)
+    draft, previous = _sibling(folder, "draft"), _sibling(folder, "old")
     try:
         draft.mkdir(parents=True)
     except OSError as error:
@@ -34,83 +34,90 @@ def atomic_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterat
     try:
         yield draft
         if replace and folder.exists():
-            os.rename(folder, retired)
+            os.rename(folder, previous)
         os.rename(draft, folder)
-        shutil.rmtree(retired, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
     except OSError as error:
-        if not _is_about(error, draft):
+        if not _is_write_error(error, draft):
             raise
         if replace or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise UserError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from None
     finally:
-        if retired.exists() and not folder.exists():
-            os.rename(retired, folder)
+        if previous.exists() and not folder.exists():
+            os.rename(previous, folder)
         shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a hidden sibling to write, renamed to `path` when the block ends and removed when it fails.
+    """Yields a hidden sibling path to write; renames it to `path` when the block ends, removes it on an error.
 
-    The siblings of processes that were killed go first. Not being able to write is a `UserError`.
+    First removes such siblings of processes that were killed. UserError if it cannot be written.
     """
-    _sweep(path)
+    _remove_leftovers(path)
     draft = _sibling(path, "draft")
     try:
         yield draft
         os.replace(draft, path)
     except OSError as error:
-        if not _is_about(error, draft):
+        if not _is_write_error(error, draft):
             raise
         remedy = "free some space there, or choose another folder"
         raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None
     finally:
-        with contextlib.suppress(OSError):  # there is none, or what stopped the writing stops this too
+        with contextlib.suppress(OSError):  # the file is gone, or the error that stopped the writing stops this too
             draft.unlink()
 
 
 def _sibling(path: Path, kind: str) -> Path:
-    """A new hidden name beside a path, which tells whose it is."""
-    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{kind}")
+    """Returns a new hidden path beside `path`, whose name holds the machine id and the pid of its writer."""
+    return path.with_name(f".{path.name}.{_machine_id()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{kind}")
 
 
-def _sweep(path: Path) -> None:
-    """Such siblings, which may be large, of processes that were killed on this machine: they go, or take its place."""
-    with contextlib.suppress(OSError):  # who comes to write here will say what is wrong
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-            its = re.fullmatch(r"(\w{8})-(\d+)-\w{8}\.(draft|old)", left.name.removeprefix(f".{path.name}."))
-            if not its or its[1] != _machine() or _lives(int(its[2])):
+def _remove_leftovers(path: Path) -> None:
+    """Removes the siblings that killed processes of this machine left beside `path`, which may be large.
+
+    If such a process was killed between the two renames of a replacement, `path` is missing: its old content is
+    renamed back.
+    """
+    with contextlib.suppress(OSError):  # the caller writes here next and reports the error
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            match = re.fullmatch(r"(\w{8})-(\d+)-\w{8}\.(draft|old)", leftover.name.removeprefix(f".{path.name}."))
+            if not match or match[1] != _machine_id() or _is_alive(int(match[2])):
                 continue
-            if its[3] == "old" and not path.exists():  # killed just before the new one came
-                os.rename(left, path)
-            elif left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
+            if match[3] == "old" and not path.exists():  # killed between the two renames
+                os.rename(leftover, path)
+            elif leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
             else:
-                left.unlink()
+                leftover.unlink()
 
 
 @functools.cache
-def _machine() -> str:
-    """One name wherever the same number is the same process: neither on another host nor in a container of this one."""
+def _machine_id() -> str:
+    """Returns 8 hexadecimal digits that identify the pid namespace of this process.
+
+    They differ between hosts, boots and containers of one host, so that equal pids mean the same process.
+    """
     try:
-        boot, numbers = Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
-    except OSError:  # not Linux: nobody's
-        boot, numbers = uuid.uuid4().hex, 0
-    return hashlib.blake2b(f"{boot} {numbers}".encode(), digest_size=4).hexdigest()
+        boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux: random, so that no other process's files are taken for leftovers of this machine
+        boot, namespace = uuid.uuid4().hex, 0
+    return hashlib.blake2b(f"{boot} {namespace}".encode(), digest_size=4).hexdigest()
 
 
-def _lives(process: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # no permission: another user's process
         return True
     return True
 
 
 def fsync(*paths: Path) -> None:
-    """Files and folders outlive a power cut from here on; of a folder that is the names in it."""
+    """Flushes files and folders to the disk, so that they survive a power cut; for a folder, the names in it."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -120,49 +127,49 @@ def fsync(*paths: Path) -> None:
 
 
 def drop_page_cache(*paths: Path) -> None:
-    """What is on the disk leaves the kernel's memory, as far as the kernel can do so."""
+    """Drops files from the page cache, except for pages that are not yet on the disk."""
     for path in paths:
         with open(path, "rb") as file:
-            mapped_file.drop_page_cache(file.fileno())
+            mapped_file.fadvise_dontneed(file.fileno())
 
 
 class WritebackLimiter:
-    """Of a long file that is being written, sees to it that the kernel's memory never holds more than `room` bytes."""
+    """Keeps at most about `limit` bytes of a long file in the page cache while it is written."""
 
-    def __init__(self, file: IO[bytes], room: int = 64 << 20):
-        self.file, self.room = file, room
-        self.since = 0  # bytes written since it last was on the disk
+    def __init__(self, file: IO[bytes], limit: int = 64 << 20):
+        self.file, self.limit = file, limit
+        self.unsynced = 0  # bytes written since the last fsync
 
     def wrote(self, count: int) -> None:
-        """Is told of bytes, and now and then waits until they are on the disk."""
-        self.since += count
-        if self.since >= self.room:
+        """Counts bytes that were just written; at `limit`, syncs the file and drops it from the page cache."""
+        self.unsynced += count
+        if self.unsynced >= self.limit:
             self.file.flush()
             os.fsync(self.file.fileno())
-            mapped_file.drop_page_cache(self.file.fileno())
-            self.since = 0
+            mapped_file.fadvise_dontneed(self.file.fileno())
+            self.unsynced = 0
 
 
-def _is_about(error: OSError, draft: Path) -> bool:
-    """Whether writing below `draft` failed: a failing `write` knows no name."""
-    named = error.filename is None or draft.name in str(error.filename)
-    return error.errno is not None and not isinstance(error, BrokenPipeError) and named
+def _is_write_error(error: OSError, draft: Path) -> bool:
+    """Returns whether an error came from writing to `draft`: it names a path there, or, as `write` does, none."""
+    is_named = error.filename is None or draft.name in str(error.filename)
+    return error.errno is not None and not isinstance(error, BrokenPipeError) and is_named
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes an object, indented."""
+    """Writes a JSON object, indented, as an `atomic_file`."""
     with atomic_file(path) as draft:
         draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file; UserError if there is none."""
+    """Reads a JSON object; UserError if the file cannot be read or holds none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); is this the right folder?") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); restore the file") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{path}: holds no object; restore the file")
-    return found
+    return value

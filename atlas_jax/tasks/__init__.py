@@ -1,4 +1,4 @@
-"""Rows in, scores out: what a task asks the reader and how it judges the answer."""
+"""Tasks: rows in, scores out. A task makes the reader's queries and targets, and scores its answers."""
 
 from atlas_jax.config import Config
 from atlas_jax.errors import UserError
@@ -10,7 +10,7 @@ __all__ = ["Example", "Record", "Task", "make_task"]
 
 
 def make_task(config: Config, *, train: bool = False) -> Task:
-    """The task that `--task` names, as it is evaluated or as it is trained on."""
+    """Returns the task that `--task` names, with the flags of training or of evaluation."""
     options = config.task
     permutations = options.multiple_choice_train_permutations if train else options.multiple_choice_eval_permutations
     match options.task:

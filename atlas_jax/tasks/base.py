@@ -1,4 +1,4 @@
-"""What every task is, and the plainest: rows carry `query` and `target`."""
+"""The interface of all tasks, and the plainest task: rows carry `query` and `target`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,60 +13,62 @@ Record = dict[str, Any]  # one line of a predictions file
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One thing to read and answer."""
+    """One query for the reader, with its target and the answers that score."""
 
     query: str
-    target: str | None  # what the decoder is taught; None where the row has none
-    answers: list[str]  # what counts as right
-    metadata: Mapping[str, Any] | None = None  # travels into the predictions file
-    passages: Sequence[Mapping[str, Any]] | None = None  # those of the row, for --use_file_passages
+    target: str | None  # text that the decoder is trained on; None where the row has none
+    answers: list[str]  # accepted answers: a prediction scores against the best match
+    metadata: Mapping[str, Any] | None = None  # copied into the predictions file
+    passages: Sequence[Mapping[str, Any]] | None = None  # the row's own, for --use_file_passages
     id: Any = None
 
 
 @runtime_checkable
 class Task(Protocol):
-    """Rows in, scores out; nothing here knows a model or a device."""
+    """Makes examples of rows and scores of predictions, without a model or a device."""
 
     @property
     def metrics(self) -> Sequence[str]:
-        """What an evaluation reports, `eval_loss` among it."""
+        """Names of the scores that an evaluation reports, `eval_loss` among them."""
         ...
 
     @property
     def choices(self) -> Sequence[str]:
-        """The texts whose logits decide, for multiple choice; else empty."""
+        """For multiple choice, the texts whose logits are compared; else empty."""
         ...
 
     @property
     def per_row(self) -> int:
-        """The number of examples that every row makes."""
+        """Number of examples made of each row."""
         ...
 
     def check(self, row: Row) -> None:
-        """Raises ValueError, saying what is wrong and the remedy, if the row cannot be used."""
+        """Raises ValueError, with what is wrong and the remedy, if the row cannot be used."""
         ...
 
     def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
-        """The examples of a row; `number` decides what is drawn, the reader's tokenizer tells what is too long."""
+        """Returns the `per_row` examples of a row; `number` seeds random choices, `tokenizer` is the reader's."""
         ...
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
-        """The scores, 0 to 1, of one generated text."""
+        """Returns the scores, 0 to 1, of one generated text."""
         ...
 
     def finish(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
-        """From the records of a row's examples: the line to write, and the scores that need all of them."""
+        """Merges the records of a row's examples into the one to write; returns it with the scores that need all."""
         ...
 
 
-def need(row: Row, field: str, kind: type | tuple[type, ...], what: str) -> None:
-    """Raises ValueError unless the row has the field, of this type."""
-    if not isinstance(row.get(field), kind):
-        raise ValueError(f"`{field}` is {'not ' + what if field in row else 'missing'}; every row needs {what} there")
+def require_field(row: Row, field: str, types: type | tuple[type, ...], description: str) -> None:
+    """Raises ValueError, naming the `description`, unless the row has the field with one of these types."""
+    if not isinstance(row.get(field), types):
+        raise ValueError(
+            f"`{field}` is {'not ' + description if field in row else 'missing'}; every row needs {description} there"
+        )
 
 
-def check_lists(row: Row) -> None:
-    """Raises ValueError unless `answers` and `passages`, where the row has them, are what is scored and read."""
+def check_answers_and_passages(row: Row) -> None:
+    """Raises ValueError if `answers` is there but no non-empty list of texts, or `passages` no list of objects."""
     answers, passages = row.get("answers", [""]), row.get("passages") or []
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError('`answers` is not a list of texts; write ["..", ".."]')
@@ -77,34 +79,34 @@ def check_lists(row: Row) -> None:
 
 
 def file_passages(row: Row) -> Sequence[Mapping[str, Any]]:
-    """The row's own passages; one empty passage where it has none."""
+    """Returns the row's own passages; one empty passage where it has none."""
     return row.get("passages") or [{"title": "", "text": ""}]
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """Text to text: `query` in, `target` out."""
+    """Text to text: the reader gets `query` as it is and learns `target`."""
 
     metrics: tuple[str, ...] = ("accuracy", "eval_loss")
     choices: tuple[str, ...] = ()
     per_row: int = 1
 
     def check(self, row: Row) -> None:
-        """Needs `query` and `target`."""
-        need(row, "query", str, "a text")
-        need(row, "target", str, "a text")
-        check_lists(row)
+        """Raises ValueError unless `query` and `target` are texts."""
+        require_field(row, "query", str, "a text")
+        require_field(row, "target", str, "a text")
+        check_answers_and_passages(row)
 
     def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
-        """One example."""
+        """Returns the one example of the row."""
         del number, tokenizer
         answers = row.get("answers", [row["target"]])
         return [Example(row["query"], row["target"], answers, row.get("metadata"), file_passages(row), row.get("id"))]
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
-        """Accuracy: the text itself."""
+        """Returns the accuracy: 1 if the text is exactly an answer."""
         return {"accuracy": exact_match(prediction, answers)}
 
     def finish(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
-        """The example's own record."""
+        """Returns the record of the one example."""
         return records[0], {}

@@ -1,4 +1,4 @@
-"""Multiple choice, as MMLU: the reader is shown the options in several orders and its probabilities are averaged."""
+"""Multiple choice, as in MMLU: the reader sees the options in several orders and its probabilities are averaged."""
 
 import dataclasses
 import functools
@@ -10,29 +10,29 @@ from typing import Literal
 import numpy as np
 
 from atlas_jax.data.tokens import Tokenizer
-from atlas_jax.tasks.base import Example, Record, Row, file_passages, need
+from atlas_jax.tasks.base import Example, Record, Row, file_passages, require_field
 from atlas_jax.tasks.metrics import exact_match
 
 Permutations = Literal["single", "cyclic", "all"]
-TIE = 1e-6  # options this near are equal and the first is chosen: rounding, which batches change, decides nothing
+TIE_MARGIN = 1e-6  # probabilities this close tie, the first wins: rounding, which varies by batch, must not decide
 MAX_PROMPT_TOKENS = 356  # a longer prompt loses the start of its question
 
 
-def orders(count: int, permutations: Permutations) -> list[tuple[int, ...]]:
-    """The orders in which options are shown: the option at each place; the first order is their own."""
-    own = tuple(range(count))
+def option_orders(count: int, permutations: Permutations) -> list[tuple[int, ...]]:
+    """Returns the orders to show options in, each the option's index by letter; the first is the original order."""
+    original = tuple(range(count))
     match permutations:
         case "single":
-            return [own]
+            return [original]
         case "cyclic":
-            return [own[count - i :] + own[: count - i] for i in range(count)]
+            return [original[count - i :] + original[: count - i] for i in range(count)]
         case "all":
-            return list(itertools.permutations(own))
+            return list(itertools.permutations(original))
 
 
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice:
-    """Rows carry `question`, `options` {"A": text, ...} and `answer`, the letter of the right one."""
+    """Rows carry `question`, `options` {"A": text, ...} and `answer`, the letter of the right option."""
 
     num_options: int = 4
     permutations: Permutations = "single"
@@ -40,19 +40,19 @@ class MultipleChoice:
 
     @functools.cached_property
     def choices(self) -> str:
-        """The letters, each with a logit in the reader's answer."""
+        """The letters of the options, whose logits are compared."""
         return string.ascii_uppercase[: self.num_options]
 
     @functools.cached_property
     def per_row(self) -> int:
-        """The number of orders."""
-        return len(orders(self.num_options, self.permutations))
+        """Number of orders of the options."""
+        return len(option_orders(self.num_options, self.permutations))
 
     def check(self, row: Row) -> None:
-        """Needs a question, texts for exactly the letters, and one of them as the answer."""
-        need(row, "question", str, "a text")
-        need(row, "options", dict, "an object of letters and texts")
-        need(row, "answer", str, "the letter of an option")
+        """Raises ValueError unless `options` has a text for each letter, and `answer` is one of the letters."""
+        require_field(row, "question", str, "a text")
+        require_field(row, "options", dict, "an object of letters and texts")
+        require_field(row, "answer", str, "the letter of an option")
         options = row["options"]
         if sorted(options) != list(self.choices):
             raise ValueError(
@@ -66,7 +66,7 @@ class MultipleChoice:
             raise ValueError(f"`answer` is {row['answer']!r}, no option; it must be one of {', '.join(self.choices)}")
 
     def prompt(self, question: str, options: dict[str, str], tokenizer: Tokenizer) -> str:
-        """The query; where it is too long, the question's last tokens."""
+        """Returns the query; one of over MAX_PROMPT_TOKENS keeps only the last tokens of its question."""
         listed = " ".join(f"({letter}) {text}" for letter, text in options.items()).strip()
 
         def fill(question: str) -> str:
@@ -76,19 +76,19 @@ class MultipleChoice:
             return tokenizer.finish(tokenizer.ids([text])[0])
 
         if len(tokens(fill(question))) > MAX_PROMPT_TOKENS:
-            # Reference: a negative rest (the options alone are too long) cuts from the other side, as the slice does
-            rest = MAX_PROMPT_TOKENS - len(tokens(fill("")))
-            question = tokenizer.decode(tokens(question)[-rest:])
+            # Reference: a negative budget (the options alone are too long) cuts tokens off the start, as the slice does
+            budget = MAX_PROMPT_TOKENS - len(tokens(fill("")))
+            question = tokenizer.decode(tokens(question)[-budget:])
         return fill(question)
 
     def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
-        """The row under each order of its options; a permuted example's answer is its letter there."""
+        """Returns an example for each order of the options; its answer is the right option's letter in that order."""
         del number
         texts = [row["options"][letter] for letter in self.choices]
         answer = self.choices.index(row["answer"])
         uid = row["question"] + " ".join(row["options"].values())
-        found = []
-        for order in orders(self.num_options, self.permutations):
+        examples = []
+        for order in option_orders(self.num_options, self.permutations):
             options = {letter: texts[option] for letter, option in zip(self.choices, order, strict=True)}
             letter = self.choices[order.index(answer)]
             metadata = dict(row) | {
@@ -98,38 +98,41 @@ class MultipleChoice:
                 "uid": uid,
             }
             query = self.prompt(row["question"], options, tokenizer)
-            found.append(Example(query, f"<extra_id_0> {letter}", [letter], metadata, file_passages({})))
-        return found
+            examples.append(Example(query, f"<extra_id_0> {letter}", [letter], metadata, file_passages({})))
+        return examples
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
-        """Accuracy of the generated letter."""
+        """Returns the accuracy: 1 if the text is exactly the right letter."""
         return {"accuracy": exact_match(prediction, answers)}
 
-    def finish(self, permuted: list[Record]) -> tuple[Record, dict[str, float]]:
-        """The question with each option's probability averaged over the orders, and its debiased accuracy."""
-        by_option: list[list[float]] = [[] for _ in self.choices]
-        by_text: dict[str, list[float]] = {}
-        for order, record in zip(orders(self.num_options, self.permutations), permuted, strict=True):
+    def finish(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
+        """Averages each option's probability over the orders; returns the row's record and its debiased accuracy."""
+        probs_by_option: list[list[float]] = [[] for _ in self.choices]
+        probs_by_text: dict[str, list[float]] = {}
+        for order, record in zip(option_orders(self.num_options, self.permutations), records, strict=True):
             probabilities = softmax([record["choice_logits"][letter] for letter in self.choices])
             for option, text, p in zip(order, record["metadata"]["options"].values(), probabilities, strict=True):
-                by_option[option].append(p)
-                by_text.setdefault(text, []).append(p)
+                probs_by_option[option].append(p)
+                probs_by_text.setdefault(text, []).append(p)
         means = {
-            letter: float(np.mean(ps, dtype=np.float32)) for letter, ps in zip(self.choices, by_option, strict=True)
+            letter: float(np.mean(ps, dtype=np.float32))
+            for letter, ps in zip(self.choices, probs_by_option, strict=True)
         }
         top = max(means.values())
-        line = {key: value for key, value in permuted[0].items() if key != "choice_logits"}
-        line |= {
-            "generation": max(means, key=lambda letter: means[letter] > top - TIE),  # the first that is
+        merged = {key: value for key, value in records[0].items() if key != "choice_logits"}
+        merged |= {
+            # The first of the options that tie at the top
+            "generation": max(means, key=lambda letter: means[letter] > top - TIE_MARGIN),
             "choice_probs": means,
-            "all_probs": by_text,
-            "permutations": permuted,
+            "all_probs": probs_by_text,
+            "permutations": records,
         }
-        return line, {"debiased_accuracy": float(line["generation"] == line["metadata"]["answer"])}
+        return merged, {"debiased_accuracy": float(merged["generation"] == merged["metadata"]["answer"])}
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
-    """The probabilities of a few logits, in float32."""
+    """Returns the softmax of a few logits, rounded to float32."""
     shifted = np.asarray(logits, np.float32) - np.float32(max(logits))
-    weights = np.exp(shifted.astype(np.float64)).astype(np.float32)  # rounded alike on every machine
+    # Computed in float64, so that every machine rounds to the same float32
+    weights = np.exp(shifted.astype(np.float64)).astype(np.float32)
     return (weights / weights.sum()).tolist()

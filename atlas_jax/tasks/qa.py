@@ -1,17 +1,17 @@
-"""Open-domain questions: rows carry `question` and `answers`."""
+"""Open-domain question answering: rows carry `question` and `answers`."""
 
 import dataclasses
 import random
 from collections.abc import Sequence
 
 from atlas_jax.data.tokens import Tokenizer
-from atlas_jax.tasks.base import Example, Record, Row, check_lists, file_passages, need
+from atlas_jax.tasks.base import Example, Record, Row, check_answers_and_passages, file_passages, require_field
 from atlas_jax.tasks.metrics import exact_match, f1, normalize
 
 
 @dataclasses.dataclass(frozen=True)
 class QA:
-    """Question to short answer, behind T5's first sentinel."""
+    """Short answers to questions, written after T5's first sentinel `<extra_id_0>`."""
 
     prompt: str = "question: {question} answer: <extra_id_0>"
     metrics: tuple[str, ...] = ("exact_match", "f1", "eval_loss")
@@ -19,16 +19,16 @@ class QA:
     per_row: int = 1
 
     def check(self, row: Row) -> None:
-        """Needs `question`, and `answers` or `target`."""
-        need(row, "question", str, "a text")
+        """Raises ValueError unless the row has `question`, and `answers` or `target`."""
+        require_field(row, "question", str, "a text")
         if "target" in row:
-            need(row, "target", str, "a text")
+            require_field(row, "target", str, "a text")
         else:
-            need(row, "answers", list, "a list of texts")
-        check_lists(row)
+            require_field(row, "answers", list, "a list of texts")
+        check_answers_and_passages(row)
 
     def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
-        """One example; where the row names no `target`, one of its answers, drawn by `number`."""
+        """Returns the one example of the row; without `target`, its target is an answer drawn with seed `number`."""
         del tokenizer
         target = row["target"] if "target" in row else random.Random(number).choice(row["answers"])
         return [
@@ -43,9 +43,9 @@ class QA:
         ]
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
-        """Exact match and F1 of SQuAD's normalised texts."""
+        """Returns SQuAD's exact match and F1."""
         return {"exact_match": exact_match(prediction, answers, normalize), "f1": f1(prediction, answers)}
 
     def finish(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
-        """The example's own record."""
+        """Returns the record of the one example."""
         return records[0], {}

@@ -1,4 +1,4 @@
-"""Checks every row of a jsonl file against the task before anything long runs."""
+"""Checks every row of a JSON-lines file against the task before a run does any long work."""
 
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.errors import UserError
@@ -7,10 +7,10 @@ from atlas_jax.tasks.base import Task
 
 
 def checked_rows(path: str, task: Task) -> JsonlRows:
-    """The rows of a file, once every one of them is known to fit the task; each process looks at some of them."""
+    """Returns the rows of a file after each process has checked its share; UserError for the first bad row."""
     rows = JsonlRows(path)
 
-    def first_wrong() -> tuple[int, str] | None:
+    def first_error() -> tuple[int, str] | None:
         for number in range(process_group().index, len(rows), process_group().count):
             try:
                 task.check(rows[number])
@@ -20,6 +20,6 @@ def checked_rows(path: str, task: Task) -> JsonlRows:
                 return number, str(rows.error(number, str(error)))
         return None
 
-    if wrong := [found for found in process_group().run_on_all(first_wrong) if found]:
-        raise UserError(min(wrong)[1])
+    if errors := [error for error in process_group().run_on_all(first_error) if error]:
+        raise UserError(min(errors)[1])
     return rows

@@ -1,4 +1,4 @@
-"""How far cross-attention agrees with the reader's judgement of the passages: for --compute_crossattention_stats.
+"""Correlations of cross-attention with the gold scores, for --compute_crossattention_stats.
 
 Axes: `b` queries, `n` passages, `l` tokens of a passage, `t` target, `s` all of a query's tokens (n*l).
 """
@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.fid import ReaderBatch
 from atlas_jax.models.t5 import CrossAttention
-from atlas_jax.training.losses import TOKENS_OF_A_PASSAGE
+from atlas_jax.training.losses import PASSAGE_TOKENS
 
-TOP = (5, 10, 20)
+TOP = (5, 10, 20)  # tokens of a passage with the largest values
 
 
 def correlations(
@@ -26,20 +26,20 @@ def correlations(
     eos_id: int,
     text_maxlength: int,
 ) -> dict[str, Array]:
-    """Pearson's correlation of `gold` with each way to sum up the attention to a passage; 0 where it has none.
+    """Pearson correlations, by metric name, of `gold` with each way to sum a passage's attention; 0 if undefined.
 
-    Reference: its 24 statistics. `cross_attention` are sums over the decoder's layers.
+    Reference: its 24 statistics. `cross_attention` is summed over the decoder's layers.
     """
     n = gold.shape[1]
     ids, mask = read.passages[:, :n], read.mask[:, :n]
-    found = {}
+    metrics = {}
     for kind, values in cross_attention._asdict().items():
         by_passage = values.reshape(*values.shape[:2], -1, mask.shape[-1])[:, :, :n]
         for name, summed in _sums(
             by_passage, ids, mask, read.target_mask, query_lengths, layers, eos_id, text_maxlength
         ):
-            found[f"corr/{kind}{name}"] = jnp.nan_to_num(jnp.corrcoef(gold.reshape(-1), summed.reshape(-1))[0, 1])
-    return found
+            metrics[f"corr/{kind}{name}"] = jnp.nan_to_num(jnp.corrcoef(gold.reshape(-1), summed.reshape(-1))[0, 1])
+    return metrics
 
 
 def _sums(
@@ -52,7 +52,7 @@ def _sums(
     eos_id: int,
     text_maxlength: int,
 ) -> Iterator[tuple[str, Float[Array, "b n"]]]:
-    """The attention to each passage, summed up in eight ways."""
+    """The attention to each passage summed in eight ways: name and sums."""
     values = jnp.where(mask[:, None], values, 0.0)
     first = values[:, 0]
     values = jnp.where(target_mask[:, :, None, None], values, 0.0)
@@ -63,8 +63,8 @@ def _sums(
     by_token = values.sum(1)
     tokens = mask.sum(-1)
     beyond = jnp.arange(ids.shape[-1])[None, None, :] >= query_lengths[:, None, None]
-    yield "nosep", jnp.where(ids == eos_id, by_token, 0.0).sum(-1) / (TOKENS_OF_A_PASSAGE * targets)
+    yield "nosep", jnp.where(ids == eos_id, by_token, 0.0).sum(-1) / (PASSAGE_TOKENS * targets)
     yield "first", first.sum(-1) / (layers * tokens)
-    yield "sum", by_token.sum(-1) / (TOKENS_OF_A_PASSAGE * targets)
+    yield "sum", by_token.sum(-1) / (PASSAGE_TOKENS * targets)
     yield "avg", by_token.sum(-1) / (tokens * targets)
-    yield "woquery", jnp.where(beyond, by_token, 0.0).sum(-1) / (TOKENS_OF_A_PASSAGE * targets)
+    yield "woquery", jnp.where(beyond, by_token, 0.0).sum(-1) / (PASSAGE_TOKENS * targets)

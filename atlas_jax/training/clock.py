@@ -1,22 +1,22 @@
-"""Where the time of a run goes: `runtime/*` of metrics.jsonl."""
+"""Seconds of the parts of a step: `runtime/*` in metrics.jsonl."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-Seconds = dict[str, float]  # by the name of the metric
+Seconds = dict[str, float]  # metric name to seconds
 
 
 class Clock:
-    """Counts what the host spends on a step, which may be in pieces, and the parts of that."""
+    """Measures the host's time for a step, which may be spent in several blocks, without compilation."""
 
     def __init__(self, compiled: Callable[[], float]):
-        """`compiled`: the seconds that all programs have taken to compile so far."""
+        """`compiled` returns the seconds that all compiled functions have taken to compile so far."""
         self._compiled = compiled
 
     @contextlib.contextmanager
     def __call__(self, seconds: Seconds, part: str = "") -> Iterator[None]:
-        """Adds what the block takes to `train_step` and to a part of it; its compilation is told apart."""
+        """Adds the block's seconds to `runtime/train_step` and `runtime/{part}`; compilation has its own entry."""
         began, compiled = time.perf_counter(), self._compiled()
         yield
         compiling = self._compiled() - compiled

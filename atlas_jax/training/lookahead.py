@@ -32,7 +32,7 @@ class Lookahead:
         position: int,
     ):
         self._config, self._index, self._batcher, self._clock = config, index, batcher, clock
-        self._examples = prefetch(examples.batches(position, batcher.size, batcher.own))
+        self._examples = prefetch(examples.batches(position, batcher.size, batcher.local_rows))
 
     def begin(self, model: AtlasModel, step: int) -> Callable[[], ReadyBatch]:
         """Starts to search the passages of `step`, which must be the next one, with the parameters of `model`.
@@ -59,6 +59,6 @@ class Lookahead:
 
 
 def can_look_ahead(config: Config, step: int) -> bool:
-    """Whether step + 1 may be retrieved before `step` is computed: it changes neither the query encoder nor the index."""
+    """Whether `step` changes neither query encoder nor index, so that step + 1 may be retrieved before it."""
     updates_retriever = trains_retriever(config, step) and step % config.optim.accumulation_steps == 0
     return not updates_retriever and not is_refresh_due(config, step)

@@ -1,4 +1,4 @@
-"""`atlas train`: checks the rows, restores or initialises, then runs step after step. Start reading at `Trainer.run`."""
+"""`atlas train`: checks the rows, restores or initialises, then runs step after step. Start at `Trainer.run`."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ SCRATCH = ".scratch-train-"
 def train(config: Config, run: Path) -> None:
     """Trains until --total_steps, resuming from the run's newest whole checkpoint. `Interrupted` leaves a checkpoint.
 
-    `run` is the folder that this process alone writes to; checkpoints, which all processes write, go to --checkpoint_dir.
+    `run` is the folder that this process alone writes to; all processes write checkpoints, to --checkpoint_dir.
     """
     training_rows = [checked_rows(path, make_task(config, train=True)) for path in config.run.train_data]
     eval_rows = checked_files(config.run.eval_data, make_task(config))

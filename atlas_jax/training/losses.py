@@ -1,7 +1,7 @@
-"""What the retriever learns from the reader: its judgement of each passage ("gold"), and the losses towards it.
+"""Gold scores, by which the reader says how much each passage helps, and the losses that teach them to the retriever.
 
-Axes: `b` queries, `n` passages of a query, `l` tokens of a passage, `t` target, `v` vocabulary. The judgements are
-those of arXiv 2208.03299, section 2.2; they are made without dropout, and no gradient goes through them.
+Axes: `b` queries, `n` passages of a query, `l` tokens of a passage, `t` target, `v` vocabulary. The formulas are those
+of arXiv 2208.03299, section 2.2. Gold scores are computed without dropout, and no gradient flows through them.
 """
 
 import jax
@@ -12,18 +12,18 @@ from atlas_jax.mesh import ROW_AXES, constrain
 from atlas_jax.models.fid import FiD, fuse, shift_right, token_losses
 from atlas_jax.models.t5 import EncoderStates
 
-TOKENS_OF_A_PASSAGE = 256  # Reference: cross-attention sums are divided by this, however long a passage is
+PASSAGE_TOKENS = 256  # Reference: cross-attention sums are divided by this, however long a passage is
 
 
 def mean_loss(losses: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, " b"]:
-    """Loss per token of each target, over the tokens that count."""
+    """Mean loss of each target over the tokens in `mask`."""
     return losses.sum(-1) / jnp.maximum(mask.sum(-1), 1)
 
 
 def single_passage_logits(
     reader: FiD, states: Float[Array, "b n l d"], mask: Bool[Array, "b n l"], target: Int[Array, "b t"], pad_id: int
 ) -> Float[Array, "b n t v"]:
-    """Logits of the target given one passage at a time."""
+    """Logits of the target when the decoder reads one passage at a time; `states` are encoder states."""
     b, n, length, d = states.shape
     source = EncoderStates(states.reshape(b * n, length, d), mask.reshape(b * n, 1, length))
     inputs = constrain(jnp.repeat(shift_right(target, pad_id), n, axis=0), ROW_AXES)
@@ -34,7 +34,7 @@ def single_passage_logits(
 def perplexity_gold(
     logits: Float[Array, "b n t v"], target: Int[Array, "b t"], target_mask: Bool[Array, "b t"]
 ) -> Float[Array, "b n"]:
-    """PDist: minus the target's loss per token given that passage alone (`ppmean`)."""
+    """PDist (`ppmean`): minus the mean loss of the target given each passage alone."""
     b, n = logits.shape[:2]
     rows = [jnp.repeat(x, n, axis=0) for x in (target, target_mask)]
     return -mean_loss(token_losses(logits.reshape(b * n, *logits.shape[2:]), *rows), rows[1]).reshape(b, n)
@@ -43,10 +43,13 @@ def perplexity_gold(
 def attention_gold(
     value_norms: Float[Array, "b t s"], mask: Bool[Array, "b n l"], target_mask: Bool[Array, "b t"], layers: int
 ) -> Float[Array, "b n"]:
-    """ADist: cross-attention weights times the lengths of values, summed over a passage's tokens (`evalnormsum`)."""
+    """ADist (`evalnormsum`): cross-attention weights times the norms of values, summed over a passage's tokens.
+
+    `value_norms` are such products, summed over the decoder's `layers` and averaged over heads.
+    """
     by_passage = jnp.where(mask[:, None], value_norms.reshape(*value_norms.shape[:2], *mask.shape[1:]), 0.0).sum(-1)
     total = jnp.where(target_mask[:, :, None], by_passage, 0.0).sum(1)
-    return total / (TOKENS_OF_A_PASSAGE * layers * target_mask.sum(-1, keepdims=True))
+    return total / (PASSAGE_TOKENS * layers * target_mask.sum(-1, keepdims=True))
 
 
 def leave_one_out_gold(
@@ -57,7 +60,7 @@ def leave_one_out_gold(
     target_mask: Bool[Array, "b t"],
     pad_id: int,
 ) -> Float[Array, "b n"]:
-    """LOOP: the target's loss per token when all passages but that one are given (`loop`)."""
+    """LOOP (`loop`): the mean loss of the target given all passages but this one."""
     (b, n, length), t = mask.shape, target.shape[1]
     others = mask[:, None] & ~jnp.eye(n, dtype=bool)[None, :, :, None]  # "b left_out n l"
     per_target = jnp.broadcast_to(others.reshape(b, n, 1, n * length), (b, n, t, n * length))
@@ -72,13 +75,13 @@ def leave_one_out_gold(
 def kl_to_gold(
     scores: Float[Array, "b n"], gold: Float[Array, "b n"], temperature_score: float, temperature_gold: float
 ) -> Float[Array, ""]:
-    """KL divergence from the gold distribution over a query's passages to the retriever's.
+    """KL divergence of the retriever's distribution over a query's passages from the gold distribution.
 
-    Reference: averaged over all queries and passages, not over queries alone.
+    Reference: the mean over all elements (queries x passages), not over queries alone.
     """
-    wanted = jax.nn.softmax(gold / temperature_gold)
+    target = jax.nn.softmax(gold / temperature_gold)
     log_ratio = jax.nn.log_softmax(gold / temperature_gold) - jax.nn.log_softmax(scores / temperature_score)
-    return jnp.where(wanted > 0, wanted * log_ratio, 0.0).mean()
+    return jnp.where(target > 0, target * log_ratio, 0.0).mean()
 
 
 def emdr_loss(
@@ -89,7 +92,10 @@ def emdr_loss(
     temperature_score: float,
     temperature_gold: float,
 ) -> Float[Array, ""]:
-    """EMDR2 (arXiv 2106.05346): minus the log-likelihood per token, the passage being a latent variable."""
+    """EMDR2 (arXiv 2106.05346): minus the log-likelihood per token, with the passage as a latent variable.
+
+    `logits` are those of `single_passage_logits`.
+    """
     scaled = logits / temperature_gold
     chosen = jnp.take_along_axis(scaled, target[:, None, :, None], axis=-1)[..., 0]
     log_prob = chosen - jax.nn.logsumexp(scaled, axis=-1)  # "b n t"

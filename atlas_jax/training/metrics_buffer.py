@@ -1,4 +1,4 @@
-"""Step metrics on their way to the reporter: read back one step late, so that the host does not wait for the devices."""
+"""Metrics of dispatched steps: read back one step late, so that the host does not wait for the devices."""
 
 import contextlib
 import time

@@ -1,4 +1,4 @@
-"""What a training run says of itself: metrics.jsonl, TensorBoard, the log, and a bar on a terminal."""
+"""Reports training: metrics.jsonl, TensorBoard events, log lines, and a progress bar on a terminal."""
 
 import contextlib
 import json
@@ -17,14 +17,14 @@ from atlas_jax.storage.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
-LAST = ("lr", "lr_retriever", "skipped_steps")  # of these the last value is written, of all others the mean
+LAST_VALUE = ("lr", "lr_retriever", "skipped_steps")  # reported as their last value; all others as the mean
 
 
 class MetricsReporter:
-    """Told of each step, writes a line every `log_freq` steps.
+    """Collects the metrics of each step, and writes a line every `log_freq` steps.
 
-    A run that goes on after `start_step` drops what was written later, and with the `pending()` of then its
-    metrics.jsonl becomes that of a run never stopped. Interrupted in its midst, a step is told by half: hold signals.
+    A run resumed after `start_step` drops later lines; with the `pending()` saved at that step its metrics.jsonl
+    becomes that of an uninterrupted run. Hold signals while calling `step`, which is not atomic.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MetricsReporter:
         from tensorboardX import SummaryWriter  # only training needs it
 
         self._total, self._log_freq = total_steps, log_freq
-        # of each metric the sum and the count since the last line
+        # Sum and count of each metric since the last line
         self._sums = {name: (math.nan if total is None else total, n) for name, (total, n) in (pending or {}).items()}
         self._line_step, self._line_time = start_step, time.monotonic()
         self._step_time = self._line_time
@@ -46,9 +46,10 @@ class MetricsReporter:
         _cut(path, start_step)
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(path.open("a", encoding="utf-8"))
-            # Events of steps from purge_step on are those of another attempt, whose file stays, even of this second
-            again = {"purge_step": start_step and start_step + 1, "filename_suffix": f".{start_step}"}
-            board = SummaryWriter(str(run), flush_secs=10, **again)
+            # purge_step hides events of an earlier attempt at the same steps; the suffix keeps its file, even if it
+            # was made in the same second
+            attempt = {"purge_step": start_step and start_step + 1, "filename_suffix": f".{start_step}"}
+            board = SummaryWriter(str(run), flush_secs=10, **attempt)
             self._board = stack.enter_context(board)
             if sys.stderr.isatty():
                 stack.enter_context(logging_redirect_tqdm())
@@ -63,10 +64,10 @@ class MetricsReporter:
         self._open.close()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Tells that a step is done. A metric may be missing in some of them."""
+        """Adds the metrics of a finished step. Steps may have different metrics."""
         for name, value in metrics.items():
             total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (value, 1) if name in LAST else (total + value, count + 1)
+            self._sums[name] = (value, 1) if name in LAST_VALUE else (total + value, count + 1)
         now = time.monotonic()
         loss = metrics.get("loss/train_loss", math.nan)
         self._bar.set_postfix_str(f"loss {loss:.3g}, {now - self._step_time:.3g} s/step", refresh=False)
@@ -77,11 +78,11 @@ class MetricsReporter:
             self._sums = {}
 
     def scores(self, step: int, name: str, scores: Mapping[str, float]) -> None:
-        """The results of evaluating a file, for TensorBoard."""
+        """Writes the scores of an evaluated file to TensorBoard."""
         self._show(step, {f"{name}/{metric}": score for metric, score in scores.items()})
 
     def pending(self) -> dict[str, tuple[float | None, int]]:
-        """What the next line will need of the steps so far, for JSON."""
+        """Sums and counts of the metrics since the last line, as a checkpoint holds them in JSON."""
         return {name: (_finite(total), count) for name, (total, count) in self._sums.items()}
 
     def _write(self, step: int, means: Mapping[str, float]) -> None:
@@ -92,29 +93,29 @@ class MetricsReporter:
         now = time.monotonic()
         pace = (now - self._line_time) / max(step - self._line_step, 1)
         self._line_step, self._line_time = step, now
-        said = [f"{step} / {self._total}", *(f"{name}: {mean:.3g}" for name, mean in means.items())]
+        parts = [f"{step} / {self._total}", *(f"{name}: {mean:.3g}" for name, mean in means.items())]
         left = tqdm.format_interval((self._total - step) * pace)
-        logger.info("%s", " | ".join([*said, f"{pace:.3g} s/step", f"{left} left"]))
+        logger.info("%s", " | ".join([*parts, f"{pace:.3g} s/step", f"{left} left"]))
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            if math.isfinite(value):  # tensorboardX warns of others, each time
+            if math.isfinite(value):  # tensorboardX warns of each other value
                 self._board.add_scalar(name, value, step)
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def _cut(path: Path, step: int) -> None:
-    """Keeps the whole lines up to a step; at step 0 there are none to keep."""
+    """Removes lines after `step`, and a torn last line; at step 0 the file."""
     if not step:
         path.unlink(missing_ok=True)
     elif path.exists():
         kept = []
         for line in path.read_bytes().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):  # torn
+            with contextlib.suppress(ValueError):  # a torn line
                 if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
         with atomic_file(path) as draft:

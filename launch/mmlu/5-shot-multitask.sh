@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 5-shot multitask MMLU: one model for the 57 domains, trained on five questions of each. Settings: common.sh.
+# 5-shot multitask MMLU: one model for all 57 domains, trained on five questions of each. Settings: common.sh.
 #   DATA_DIR=/data SIZE=base launch/mmlu/5-shot-multitask.sh
 # shellcheck source=launch/mmlu/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

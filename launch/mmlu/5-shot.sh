@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# 5-shot MMLU: a model for each of the 57 domains, trained on five questions of it. Settings: common.sh.
-#   DATA_DIR=/data SIZE=base launch/mmlu/5-shot.sh                  all domains, one after the other, and their table
-#   DATA_DIR=/data SIZE=base DOMAIN=anatomy launch/mmlu/5-shot.sh   one of them
-# As a SLURM array, a task takes the domain of its index, 0 to 56, and the one that ends last prints the table. A domain
-# that has its predictions is not trained again.
-# A model is as large as the one it starts from, so those of finished domains are not kept: --keep 1 keeps them.
+# 5-shot MMLU: one model for each of the 57 domains, trained on five questions of the domain. Settings: common.sh.
+#   DATA_DIR=/data SIZE=base launch/mmlu/5-shot.sh                  all domains, one after the other, and the score table
+#   DATA_DIR=/data SIZE=base DOMAIN=anatomy launch/mmlu/5-shot.sh   one domain
+# In a SLURM array, each task trains the domain of its index, 0 to 56, and the task that finishes last prints the table. A
+# domain whose predictions exist is not trained again.
+# Checkpoints of finished domains are deleted, as each is as large as the initial model; --keep 1 keeps the last one.
 # shellcheck source=launch/mmlu/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -1,9 +1,9 @@
-# What the four MMLU experiments share; sourced by them. Set:
-#   DATA_DIR   holds models/atlas/$SIZE, indices/atlas/wiki/$SIZE and data/mmlu_data, as the published downloads make it
+# Settings and functions of the four MMLU experiments, which source this file. Set:
+#   DATA_DIR   folder with models/atlas/$SIZE, indices/atlas/wiki/$SIZE and data/mmlu_data, as the published downloads make it
 #   SIZE       base, large, xl or xxl (default xxl)
-# and if you like PRECISION (bf16, fp32), SAVE_DIR (where runs go), READER and RETRIEVER (folders with config.json and
-# tokenizer, where the Hugging Face hub is out of reach). Arguments of a script go to atlas as they are.
-# ATLAS and SCORES are the commands that train and that print the score table. DRY_RUN=1 prints the commands.
+# Optional: PRECISION (bf16, fp32), SAVE_DIR (folder for the runs), READER and RETRIEVER (folders with config.json and
+# tokenizer, if the Hugging Face hub cannot be reached). The arguments of a script are passed on to atlas.
+# ATLAS and SCORES are the commands that train or evaluate, and that print the score table. DRY_RUN=1 prints the commands.
 set -euo pipefail
 
 : "${DATA_DIR:?set DATA_DIR: the folder that holds models/, indices/ and data/}"
@@ -13,8 +13,9 @@ MMLU=$DATA_DIR/data/mmlu_data
 read -ra ATLAS <<<"${ATLAS:-atlas}"
 read -ra SCORES <<<"${SCORES:-python $(dirname "${BASH_SOURCE[0]}")/../../eval/evaluate_mmlu_predictions.py}"
 
-# Runs atlas; its status is that of the script. Signals go on to it, so that it saves: a container's first process is this
-# shell, and it alone gets them. But SLURM signals the processes of srun itself, and srun kills them when it gets SIGTERM.
+# Runs atlas; its exit status becomes that of the script. Signals are forwarded to atlas, so that it saves: in a container only
+# the first process, which is this shell, gets them. Not with srun: SLURM itself signals the processes that srun has started,
+# and srun kills them if it gets SIGTERM.
 run_atlas() {
   if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${ATLAS[@]}" "$@"
@@ -22,20 +23,20 @@ run_atlas() {
     return
   fi
   if [ "${ATLAS[0]}" = srun ]; then
-    trap : TERM USR1 # and this shell waits for srun
+    trap : TERM USR1 # this shell must not end before srun
     "${ATLAS[@]}" "$@"
     return
   fi
   local atlas signal status again=1
-  set -m # in a process group of its own, so that a Ctrl-C comes to it once, from here
+  set -m # atlas has its own process group: Ctrl-C reaches it only once, forwarded by the trap below
   "${ATLAS[@]}" "$@" </dev/null &
   atlas=$!
   set +m
   for signal in INT TERM USR1 HUP; do
-    # shellcheck disable=SC2064 # the signal of now
+    # shellcheck disable=SC2064 # $signal is to be expanded now
     trap "again=1; kill -$signal $atlas 2>/dev/null || true" $signal
   done
-  while [ -n "$again" ]; do # a signal ends a `wait`
+  while [ -n "$again" ]; do # a signal interrupts `wait`
     again="" status=0
     wait "$atlas" || status=$?
   done
@@ -43,7 +44,7 @@ run_atlas() {
   return "$status"
 }
 
-# Prints the score table, once: of the pods of a Kubernetes job the first does.
+# Prints the score table; among the pods of a Kubernetes job only the first prints it.
 run_scores() {
   if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${SCORES[@]}" "$@"

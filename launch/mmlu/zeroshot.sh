@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Zero-shot MMLU: the published weights as they are. Settings: common.sh.
+# Zero-shot MMLU: evaluates the published weights without training. Settings: common.sh.
 #   DATA_DIR=/data SIZE=base launch/mmlu/zeroshot.sh
 # shellcheck source=launch/mmlu/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MMLU, 5-shot, on 8 nodes of 8 GPUs: launch/slurm/common.sh says how. Arguments go to atlas.
+# MMLU, 5-shot, on 8 nodes of 8 GPUs. Settings: launch/slurm/common.sh. Arguments are passed on to atlas.
 #SBATCH --job-name=atlas-5-shot
 #SBATCH --nodes=8
 #SBATCH --array=0-56
@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
-# SLURM runs a copy of this file, so its folder is that of `sbatch`.
+# SLURM runs a copy of this file elsewhere, so the repository is the folder in which `sbatch` was called.
 REPOSITORY=${SLURM_SUBMIT_DIR:-$PWD}
 [ -d "$REPOSITORY/launch/slurm" ] || { echo "$REPOSITORY: no launch/slurm; submit from the repository's folder" >&2; exit 2; }
 # shellcheck source=launch/slurm/common.sh

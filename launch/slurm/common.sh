@@ -1,17 +1,18 @@
-# What the SLURM scripts share; sourced by them with REPOSITORY set. Submit from the repository's folder:
+# Settings of the SLURM scripts, which source this file with REPOSITORY set. Submit from the repository's folder:
 #   DATA_DIR=/data sbatch launch/slurm/full.sh
-# IMAGE=FILE runs in a container: apptainer (an .sif), or with a SLURM that has pyxis, CONTAINER=pyxis and an image's name.
-# It has atlas in it and sees DATA_DIR, SAVE_DIR and this repository; no spaces in their names. The other settings are
-# those of launch/mmlu/common.sh. DRY_RUN=1 prints the commands.
+# IMAGE=FILE runs in an apptainer container (an .sif file); with CONTAINER=pyxis, if SLURM has pyxis, IMAGE is an image name.
+# The image must have atlas installed; DATA_DIR, SAVE_DIR and this repository are mounted, and their paths may have no spaces.
+# The other settings are those of launch/mmlu/common.sh. DRY_RUN=1 prints the commands.
 set -euo pipefail
 
-# Five minutes before the time is over SLURM sends SIGUSR1 to what srun started, not to this shell (`--signal=USR1@300`
-# without B:). Each process saves and ends with 138, sooner or later than others, and with --kill-on-bad-exit=1 the first
-# would have the rest killed while they save. Nor is that flag needed: a process whose peer is lost ends by itself. But
-# one that hangs shall not keep the nodes: --wait=600 seconds after the first has ended, srun kills who is left.
+# Five minutes before the time limit SLURM sends SIGUSR1 to the processes that srun started, not to this shell
+# (`--signal=USR1@300` without B:). Each process saves and exits with status 138, some earlier than others; with
+# --kill-on-bad-exit=1 the first exit would make srun kill the others while they save. That flag is not needed either: a
+# process that loses a peer exits by itself. So that a process that hangs does not hold the nodes, --wait=600 lets srun kill
+# the remaining processes 600 seconds after the first exit.
 LAUNCH=(srun --kill-on-bad-exit=0 --wait=600 --ntasks-per-node=1 --cpu-bind=none)
 
-TABLE="python $REPOSITORY/eval/evaluate_mmlu_predictions.py" # in this shell, on the first node alone
+TABLE="python $REPOSITORY/eval/evaluate_mmlu_predictions.py" # runs in this shell, on the first node only
 if [ -n "${IMAGE:-}" ]; then
   seen=$DATA_DIR:$DATA_DIR,$REPOSITORY:$REPOSITORY${SAVE_DIR:+,$SAVE_DIR:$SAVE_DIR}
   if [ "${CONTAINER:-apptainer}" = pyxis ]; then
@@ -25,8 +26,8 @@ if [ -n "${IMAGE:-}" ]; then
 fi
 export ATLAS="${LAUNCH[*]} atlas" SCORES=${SCORES:-$TABLE}
 
-# The first process puts the job back into the queue (atlas_jax/runtime/interrupts.py); in a container, which has no scontrol, this
-# shell does, when all processes have ended.
+# Process 0 requeues the job (atlas_jax/runtime/interrupts.py). A container has no scontrol: there this shell requeues the job
+# when all processes have ended.
 back_to_queue() {
   if [ "$1" -eq 138 ] && [ -n "${IMAGE:-}" ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -1,4 +1,4 @@
-"""What the tests of files share."""
+"""Fixtures of the checkpoint tests."""
 
 from pathlib import Path
 
@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where a test writes its file."""
+    """Returns the path to which a test writes its file."""
     return tmp_path / "model.pth.tar"

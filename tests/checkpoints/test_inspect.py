@@ -1,4 +1,4 @@
-"""`atlas convert --inspect`: what a folder holds, told without reading an array."""
+"""`atlas convert --inspect` describes a folder without reading an array."""
 
 import dataclasses
 import json
@@ -24,19 +24,19 @@ from tests.checkpoints.test_weights import their_shape
 
 
 @pytest.fixture(autouse=True)
-def unread(monkeypatch):
-    """To read an array, here, is a failure."""
+def fail_on_array_reads(monkeypatch):
+    """Makes every read of an array fail the test."""
 
-    def read(*_):
+    def fail(*_):
         raise AssertionError("an array is read")
 
     for module, name in ((orbax_arrays.Stored, "read"), (lazy_array.StackedViews, "read"), (lazy_array, "copy_into")):
-        monkeypatch.setattr(module, name, read)
+        monkeypatch.setattr(module, name, fail)
 
 
 @pytest.mark.parametrize("name", ["initial", "fixed_queryside"])
-def test_the_reference(golden, name):
-    """Folder or file: shapes out of arrays' shapes, two encoders or one, the step, each parameter once."""
+def test_a_reference_checkpoint_is_described(golden, name):
+    """Folder and file give the same shapes, inferred from arrays, encoders, step, and each parameter counted once."""
     folder = golden / f"checkpoint_{name}"
     facts = inspect(folder)
     assert facts == inspect(folder / "model.pth.tar")
@@ -53,8 +53,8 @@ def test_the_reference(golden, name):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_ours(tiny_weights, tmp_path, trained):
-    """The same numbers from atlas.json; an optimizer, a missing file and a missing tokenizer are told."""
+def test_our_checkpoint_is_described(tiny_weights, tmp_path, trained):
+    """atlas.json gives step and parameter count; an optimizer, a missing file and a missing tokenizer are reported."""
     resume_state = store.ResumeState({"mu": np.ones(3, np.float32)}, {}) if trained else None
     store.save(tmp_path / "ours", dataclasses.replace(tiny_weights, step=7), resume_state)
     facts = inspect(tmp_path / "ours")
@@ -69,8 +69,8 @@ def test_ours(tiny_weights, tmp_path, trained):
     assert (facts["tokenizers"], facts["whole"]) == (["reader"], False)
 
 
-def test_hugging_face(golden, tmp_path):
-    """A T5 and a BERT, tied or not, with weights or without; a folder of several has each by name."""
+def test_hugging_face_folders_are_described(golden, tmp_path):
+    """A T5 and a BERT, with or without weights, are described; a folder of several lists each by name."""
     facts = inspect(golden / "t5_1_0")
     assert (facts["reader"]["output_tied_to_input"], facts["reader"]["num_decoder_layers"]) == (True, 3)
     assert (facts["weights"], facts["tokenizers"]) == ("model.safetensors", ["reader"])
@@ -88,31 +88,31 @@ def test_hugging_face(golden, tmp_path):
 
 
 @pytest.mark.parametrize("name", T5_CONFIGS)
-def test_published_shapes_have_names(tmp_path, monkeypatch, name):
-    """The reader's known names are found by the shapes in the file, whose arrays here take no room."""
+def test_published_reader_shapes_are_named(tmp_path, monkeypatch, name):
+    """The reader's published names are found from the shapes in the file, whose arrays here take no memory."""
     cfg = AtlasConfig(T5_CONFIGS[name], ContrieverConfig(), untied=True)
-    number = np.zeros((), np.float32)
-    shared = np.broadcast_to(number, their_shape("reader.shared.weight", cfg))
-    model = {e.name: np.broadcast_to(number, their_shape(e.name, cfg)) for e in weight_entries(cfg)}
+    zero = np.zeros((), np.float32)
+    shared = np.broadcast_to(zero, their_shape("reader.shared.weight", cfg))
+    model = {e.name: np.broadcast_to(zero, their_shape(e.name, cfg)) for e in weight_entries(cfg)}
     model |= {e.name: shared for e in weight_entries(cfg) if e.path == "reader/embed/embedding"}
     if not T5_CONFIGS[name].tied:
         model["reader.lm_head.weight"] = np.broadcast_to(np.ones((), np.float32), shared.shape)
-    monkeypatch.setattr("atlas_jax.checkpoints.inspection.open_published", lambda file: (model, 5))
+    monkeypatch.setattr("atlas_jax.checkpoints.inspection.open_reference_arrays", lambda file: (model, 5))
     (tmp_path / "model.pth.tar").write_bytes(b"")
     facts = inspect(tmp_path)
-    assert facts["reader"]["shape_of"] == [other for other, known in T5_CONFIGS.items() if known == T5_CONFIGS[name]]
+    assert facts["reader"]["shape_of"] == [alias for alias, known in T5_CONFIGS.items() if known == T5_CONFIGS[name]]
     assert name in facts["reader"]["shape_of"]
     assert facts["retriever"]["shape_of"] == ["facebook/contriever"]
 
 
-def test_an_index_has_a_command_of_its_own(golden):
-    """It is named."""
+def test_an_index_is_refused_and_its_command_named(golden):
+    """The message names `atlas index inspect`."""
     with pytest.raises(UserError, match="is an index; atlas index inspect"):
         inspect(golden / "index_1shard")
 
 
-def test_what_is_none_of_these(tmp_path):
-    """An empty folder, a file that is no checkpoint, tensors that are no T5: one line with the path and the remedy."""
+def test_unknown_folders_and_files_are_refused(tmp_path):
+    """An empty folder, a missing one and tensors of no T5 or BERT are refused in one line with path and remedy."""
     with pytest.raises(UserError, match="holds nothing known here; give the folder of a checkpoint"):
         inspect(tmp_path)
     with pytest.raises(UserError, match="holds nothing known here"):
@@ -126,14 +126,14 @@ def test_what_is_none_of_these(tmp_path):
         inspect(file)
 
 
-def test_lines_and_json(golden, capsys):
-    """Lines for people; --json is the facts; nothing is written."""
+def test_facts_are_printed_as_lines_or_json(golden, capsys):
+    """The command prints lines for people, or with --json the facts as JSON."""
     folder = golden / "checkpoint_initial"
     convert.main(["--inspect", str(folder)])
-    told = capsys.readouterr().out
-    assert told.splitlines() == lines(inspect(folder))
-    assert "kind: a checkpoint of the PyTorch reference\nstep: 0\nreader:\n  shape of: none\n  d model: 64\n" in told
-    assert "parameters: 0.7 million (748912)\ndtype: float32\n" in told
-    assert "size: 0.00 GB" in told
+    output = capsys.readouterr().out
+    assert output.splitlines() == lines(inspect(folder))
+    assert "kind: a checkpoint of the PyTorch reference\nstep: 0\nreader:\n  shape of: none\n  d model: 64\n" in output
+    assert "parameters: 0.7 million (748912)\ndtype: float32\n" in output
+    assert "size: 0.00 GB" in output
     convert.main(["--inspect", str(folder), "--json"])
     assert json.loads(capsys.readouterr().out) == inspect(folder)

@@ -1,4 +1,4 @@
-"""Our checkpoints: what is saved comes back bit for bit, and what is damaged is refused in one line."""
+"""Checkpoints are loaded bit-exact as they were saved, and damaged ones are refused in one line."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ TEXTS = ["question: Who? answer: <extra_id_0>", "Z_8 x Z_10, naïve 字", ""]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tiny_weights) -> Path:
-    """A checkpoint of the golden weights at step 7."""
+    """Saves a checkpoint of the golden weights at step 7."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoint"
     store.save(folder, dataclasses.replace(tiny_weights, step=7))
     return folder
@@ -35,7 +35,7 @@ def saved(tmp_path_factory, tiny_weights) -> Path:
 
 @pytest.fixture(scope="module")
 def resume_state() -> ResumeState:
-    """What an optimizer and a loop may keep."""
+    """Returns a resume state such as an optimizer and a training loop may have."""
     moments = np.random.default_rng(0).normal(size=(2, 300, 70)).astype(np.float32)
     counts = {"reader/count": np.asarray(12, np.int32), "rng/key": np.arange(2, dtype=np.uint32)}
     return ResumeState(
@@ -45,7 +45,7 @@ def resume_state() -> ResumeState:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_weights, resume_state) -> Path:
-    """A checkpoint to go on training from, of the retriever alone."""
+    """Saves a checkpoint of the retriever alone with a resume state."""
     folder = tmp_path_factory.mktemp("trained") / "checkpoint"
     cfg = AtlasConfig(None, tiny_weights.cfg.retriever)
     params = {path: array for path, array in tiny_weights.params.items() if path.startswith("retriever/")}
@@ -54,8 +54,8 @@ def trained(tmp_path_factory, tiny_weights, resume_state) -> Path:
 
 
 @pytest.fixture
-def copy(saved, tmp_path) -> Path:
-    """One to damage."""
+def folder(saved, tmp_path) -> Path:
+    """Returns a copy of a checkpoint, to damage."""
     return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
 
 
@@ -71,69 +71,69 @@ def refusal(call: Callable[[], object], *parts: object) -> str:
 
 
 @pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=2,model=2", "passages=5"])
-def test_devices_get_their_share_from_the_files(saved, tmp_path, tiny_weights, spec):
-    """Where an array in memory would lie, bit for bit, or as another type; verified, so a changed number is named."""
+def test_devices_read_their_shards_from_the_files(saved, tmp_path, tiny_weights, spec):
+    """Arrays read from files are placed as those in memory, bit-exact or in another dtype; changed values are named."""
     mesh = make_mesh(spec)
     stored = store.open_checkpoint(saved).params
     for path, array in tiny_weights.params.items():
-        found, wanted = put_parameter(mesh, path, stored[path]), put_parameter(mesh, path, array)
-        assert found.sharding == wanted.sharding
-        np.testing.assert_array_equal(np.asarray(found).view(np.uint32), array.view(np.uint32))
+        placed, expected = put_parameter(mesh, path, stored[path]), put_parameter(mesh, path, array)
+        assert placed.sharding == expected.sharding
+        np.testing.assert_array_equal(np.asarray(placed).view(np.uint32), array.view(np.uint32))
         assert put_parameter(mesh, path, stored[path], jnp.bfloat16).dtype == jnp.bfloat16
     verify_shards(stored)
     name = "reader/encoder/layers/mlp/up/kernel"
     changed = tiny_weights.params[name].copy()
     changed.flat[-1] += 1
     store.save(tmp_path / "other", dataclasses.replace(tiny_weights, params={**tiny_weights.params, name: changed}))
-    other = store.open_checkpoint(tmp_path / "other").params
-    other[name].expected = stored[name].expected
-    for path, array in other.items():
+    changed_store = store.open_checkpoint(tmp_path / "other").params
+    changed_store[name].expected = stored[name].expected
+    for path, array in changed_store.items():
         put_parameter(mesh, path, array)
-    refusal(lambda: verify_shards(other), f"{tmp_path}/other/params: {name} is not what was saved")
+    refusal(lambda: verify_shards(changed_store), f"{tmp_path}/other/params: {name} is not what was saved")
 
 
 @pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=2,model=2"])
-def test_what_lies_spread_over_devices_is_saved_the_same(saved, tmp_path, tiny_weights, spec):
-    """Bit for bit and with the same checksums, from pieces whose chunks no two of them share."""
+def test_sharded_arrays_are_saved_the_same(saved, tmp_path, tiny_weights, spec):
+    """Sharded arrays are saved bit-exact with the same checksums, in chunks that no two shards have in common."""
     mesh = make_mesh(spec)
-    shares = {path: LocalShards(put_parameter(mesh, path, array)) for path, array in tiny_weights.params.items()}
-    assert any(len(shard.pieces) > 1 for shard in shares.values())
-    store.save(tmp_path / "spread", dataclasses.replace(tiny_weights, params=shares, step=7))
+    sharded = {path: LocalShards(put_parameter(mesh, path, array)) for path, array in tiny_weights.params.items()}
+    assert any(len(array.pieces) > 1 for array in sharded.values())
+    store.save(tmp_path / "spread", dataclasses.replace(tiny_weights, params=sharded, step=7))
     for path, array in store.load(tmp_path / "spread").params.items():
         np.testing.assert_array_equal(array.view(np.uint32), tiny_weights.params[path].view(np.uint32))
     checksums = [
         json.loads((folder / "atlas.json").read_text())["checksums"] for folder in (saved, tmp_path / "spread")
     ]
     assert checksums[0] == checksums[1]
-    for path, shard in shares.items():
+    for path, array in sharded.items():
         chunk = json.loads((tmp_path / "spread/params" / path / ".zarray").read_text())["chunks"]
         assert all(
-            piece == whole or piece % n == 0 for piece, whole, n in zip(shard.piece, shard.shape, chunk, strict=True)
+            piece == whole or piece % n == 0 for piece, whole, n in zip(array.piece, array.shape, chunk, strict=True)
         )
 
 
-def test_what_is_saved_comes_back(saved, tiny_weights):
-    """Parameters bit for bit, shapes, step, and tokenizers that give the same ids; the source is not needed."""
-    found = store.load(saved)
-    assert found.step == 7
-    assert found.index is None
-    assert found.cfg == tiny_weights.cfg
-    assert set(found.params) == set(tiny_weights.params)
+def test_a_saved_checkpoint_is_loaded_bit_exact(saved, tiny_weights):
+    """A loaded checkpoint has bit-exact parameters, the config, the step, and tokenizers that give the same ids."""
+    loaded = store.load(saved)
+    assert loaded.step == 7
+    assert loaded.index is None
+    assert loaded.cfg == tiny_weights.cfg
+    assert set(loaded.params) == set(tiny_weights.params)
     for path, array in tiny_weights.params.items():
-        assert found.params[path].dtype == np.float32
-        np.testing.assert_array_equal(found.params[path].view(np.uint32), array.view(np.uint32))
-    assert found.retriever_tokenizer
+        assert loaded.params[path].dtype == np.float32
+        np.testing.assert_array_equal(loaded.params[path].view(np.uint32), array.view(np.uint32))
+    assert loaded.retriever_tokenizer
     assert tiny_weights.retriever_tokenizer
-    pairs = ((found.tokenizer, tiny_weights.tokenizer), (found.retriever_tokenizer, tiny_weights.retriever_tokenizer))
-    for ours, theirs in pairs:
-        assert ours.ids(TEXTS) == theirs.ids(TEXTS)
-        assert ours.finish([5, 6]) == theirs.finish([5, 6])
-        assert ours.fingerprint == theirs.fingerprint  # or an index's token ids would be made again
-    assert found.tokenizer.ids(TEXTS) != found.retriever_tokenizer.ids(TEXTS)
+    pairs = ((loaded.tokenizer, tiny_weights.tokenizer), (loaded.retriever_tokenizer, tiny_weights.retriever_tokenizer))
+    for tokenizer, expected in pairs:
+        assert tokenizer.ids(TEXTS) == expected.ids(TEXTS)
+        assert tokenizer.finish([5, 6]) == expected.finish([5, 6])
+        assert tokenizer.fingerprint == expected.fingerprint  # else an index's passages would be tokenized again
+    assert loaded.tokenizer.ids(TEXTS) != loaded.retriever_tokenizer.ids(TEXTS)
 
 
-def test_what_is_in_the_folder(saved):
-    """Weights, tokenizers and shapes, nothing of the run: no dropout, no compute type; and no draft beside it."""
+def test_the_folder_holds_weights_and_tokenizers_only(saved):
+    """The folder has weights, tokenizers and configs, but no dropout and no dtype of the run; no draft is left."""
     assert sorted(path.name for path in saved.iterdir()) == ["atlas.json", "params", "reader", "retriever"]
     about = json.loads((saved / "atlas.json").read_text())
     assert set(about) == {"format", "step", "index", "untied", "reader", "retriever", "files", "checksums"}
@@ -143,52 +143,52 @@ def test_what_is_in_the_folder(saved):
     assert not store.is_checkpoint(saved / "reader")
 
 
-@pytest.mark.parametrize("part", ["reader", "retriever"])
-def test_half_a_model(tmp_path, tiny_weights, part):
-    """A reader without a retriever and the reverse, untied too, come back as they were."""
-    cfg = AtlasConfig(**{"reader": None, "retriever": None, part: getattr(tiny_weights.cfg, part)})
-    params = {path: array for path, array in tiny_weights.params.items() if path.startswith(f"{part}/")}
-    tokenizer = None if part == "reader" else tiny_weights.retriever_tokenizer
+@pytest.mark.parametrize("model", ["reader", "retriever"])
+def test_a_reader_or_a_retriever_alone_is_saved(tmp_path, tiny_weights, model):
+    """A reader without a retriever, and a retriever without a reader, are loaded as they were saved."""
+    cfg = AtlasConfig(**{"reader": None, "retriever": None, model: getattr(tiny_weights.cfg, model)})
+    params = {path: array for path, array in tiny_weights.params.items() if path.startswith(f"{model}/")}
+    tokenizer = None if model == "reader" else tiny_weights.retriever_tokenizer
     store.save(tmp_path / "half", Weights(params, cfg, tiny_weights.tokenizer, tokenizer))
-    found = store.load(tmp_path / "half")
-    assert found.cfg == cfg
-    assert set(found.params) == set(params)
-    assert (found.retriever_tokenizer is None) == (part == "reader")
+    loaded = store.load(tmp_path / "half")
+    assert loaded.cfg == cfg
+    assert set(loaded.params) == set(params)
+    assert (loaded.retriever_tokenizer is None) == (model == "reader")
 
 
-def test_how_a_run_computes_is_not_kept(tmp_path, tiny_weights):
-    """A checkpoint written in a bfloat16 run with dropout is a float32 one without."""
+def test_run_fields_are_not_saved(tmp_path, tiny_weights):
+    """A checkpoint saved in a bfloat16 run with dropout has a float32 config without dropout."""
     cfg = tiny_weights.cfg.computing(dtype=jnp.bfloat16, dropout=0.1, for_cpu=True)
     store.save(tmp_path / "half", dataclasses.replace(tiny_weights, cfg=cfg))
     assert store.load_config(tmp_path / "half") == (tiny_weights.cfg, 0)
 
 
-def files(folder: Path, tree: str = "params") -> list[Path]:
-    """What Orbax wrote, the largest first."""
+def files_by_size(folder: Path, tree: str = "params") -> list[Path]:
+    """Lists the files that Orbax wrote, largest first."""
     found = [path for path in (folder / tree).rglob("*") if path.is_file()]
     return sorted(found, key=lambda path: -path.stat().st_size)
 
 
-def test_damaged_parameters(copy, capfd):
-    """The largest file cut short, then gone, then no params at all: one line with the file, and none from elsewhere."""
-    largest = files(copy)[0]
+def test_damaged_parameter_files_are_refused(folder, capfd):
+    """The largest file truncated, then missing, then all missing: one line names the file, and stderr stays empty."""
+    largest = files_by_size(folder)[0]
     size = largest.stat().st_size
     largest.write_bytes(largest.read_bytes()[: size // 2])
-    refusal(lambda: store.load(copy), f"{largest}: {size // 2} bytes, not {size}; copy the checkpoint again")
+    refusal(lambda: store.load(folder), f"{largest}: {size // 2} bytes, not {size}; copy the checkpoint again")
     largest.unlink()
-    refusal(lambda: store.load(copy), f"{largest}: missing")
-    shutil.rmtree(copy / "params")
-    refusal(lambda: store.load(copy), f"{copy}/params/", "missing")
+    refusal(lambda: store.load(folder), f"{largest}: missing")
+    shutil.rmtree(folder / "params")
+    refusal(lambda: store.load(folder), f"{folder}/params/", "missing")
     assert capfd.readouterr().err == ""
 
 
-def test_every_missing_file_is_noticed(copy):
-    """Without any one of Orbax's files the weights are refused; with all of them again they are read."""
-    for file in files(copy):
-        file.rename(copy / "aside")
-        refusal(lambda file=file: store.load(copy), f"{file}: missing")
-        (copy / "aside").rename(file)
-    store.load(copy)
+def test_every_missing_file_is_refused(folder):
+    """A checkpoint without any one of Orbax's files is refused; with all of them it is loaded."""
+    for file in files_by_size(folder):
+        file.rename(folder / "aside")
+        refusal(lambda file=file: store.load(folder), f"{file}: missing")
+        (folder / "aside").rename(file)
+    store.load(folder)
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -196,9 +196,9 @@ def edit(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_parameters_of_another_shape(copy):
-    """Shapes that contradict the arrays, a part more or a part less, are refused; Orbax alone would pad and cut."""
-    about = json.loads((copy / "atlas.json").read_text())
+def test_parameters_of_another_shape_are_refused(folder):
+    """Configs that contradict the arrays' names or shapes are refused; Orbax alone would pad and cut."""
+    about = json.loads((folder / "atlas.json").read_text())
     for changes in (
         {"reader": about["reader"] | {"d_ff": 161}},
         {"reader": about["reader"] | {"d_ff": 80}},
@@ -206,28 +206,28 @@ def test_parameters_of_another_shape(copy):
         {"untied": True},
         {"retriever": None},
     ):
-        edit(copy, **about | changes)
-        refusal(lambda: store.load(copy), f"{copy}/params: damaged or incomplete")
-    edit(copy, **about)
-    store.load(copy)
+        edit(folder, **about | changes)
+        refusal(lambda: store.load(folder), f"{folder}/params: damaged or incomplete")
+    edit(folder, **about)
+    store.load(folder)
 
 
-def test_a_damaged_atlas_json(copy):
-    """Cut short, another format, fields missing, unknown or of another kind: the file and what to do."""
-    path = copy / "atlas.json"
+def test_a_damaged_atlas_json_is_refused(folder):
+    """An atlas.json cut short, of another format, or with missing, unknown or mistyped fields is refused by name."""
+    path = folder / "atlas.json"
     text = path.read_text()
     about = json.loads(text)
     path.write_text(text[:-20])
-    refusal(lambda: store.load(copy), f"{path}: not JSON")
+    refusal(lambda: store.load(folder), f"{path}: not JSON")
     path.write_text("[]")
-    refusal(lambda: store.load(copy), f"{path}: holds no object")
+    refusal(lambda: store.load(folder), f"{path}: holds no object")
     path.write_text(json.dumps(about | {"format": 1}))
-    refusal(lambda: store.load(copy), f"{path}: format 1, this program reads 2; use its release")
+    refusal(lambda: store.load(folder), f"{path}: format 1, this program reads 2; use its release")
     path.write_text("{}")
-    refusal(lambda: store.load(copy), f"{path}: format None")
+    refusal(lambda: store.load(folder), f"{path}: format None")
     for key in ("step", "index", "untied", "reader", "retriever", "files", "checksums"):
         path.write_text(json.dumps({field: value for field, value in about.items() if field != key}))
-        refusal(lambda: store.load(copy), f"{path}: damaged ('{key}')")
+        refusal(lambda: store.load(folder), f"{path}: damaged ('{key}')")
     for changes in (
         {"step": "seven"},
         {"reader": 5},
@@ -239,121 +239,123 @@ def test_a_damaged_atlas_json(copy):
         {"checksums": []},
     ):
         path.write_text(json.dumps(about | changes))
-        refusal(lambda: store.load(copy), f"{path}: damaged")
+        refusal(lambda: store.load(folder), f"{path}: damaged")
 
 
-def test_missing_tokenizers(copy):
-    """A checkpoint without its tokenizer says so, and where."""
-    shutil.rmtree(copy / "retriever")
-    refusal(lambda: store.load(copy), copy / "retriever")
+def test_a_missing_tokenizer_is_refused(folder):
+    """A checkpoint without a tokenizer is refused; the message names the tokenizer's folder."""
+    shutil.rmtree(folder / "retriever")
+    refusal(lambda: store.load(folder), folder / "retriever")
 
 
-def test_an_interrupted_save_leaves_the_old_one(copy, tiny_weights, monkeypatch):
-    """A save that fails or is interrupted at its end changes nothing and leaves no draft; a whole one replaces it."""
+def test_an_interrupted_save_keeps_the_old_checkpoint(folder, tiny_weights, monkeypatch):
+    """A save interrupted at its end changes nothing and leaves no draft; a complete save replaces the checkpoint."""
 
     def interrupted(path, value):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store, "write_json", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        store.save(copy, dataclasses.replace(tiny_weights, step=9))
-    assert list(copy.parent.iterdir()) == [copy]
-    assert store.load(copy).step == 7
+        store.save(folder, dataclasses.replace(tiny_weights, step=9))
+    assert list(folder.parent.iterdir()) == [folder]
+    assert store.load(folder).step == 7
     monkeypatch.undo()
-    store.save(copy, dataclasses.replace(tiny_weights, step=9))
-    assert list(copy.parent.iterdir()) == [copy]
-    assert store.load(copy).step == 9
+    store.save(folder, dataclasses.replace(tiny_weights, step=9))
+    assert list(folder.parent.iterdir()) == [folder]
+    assert store.load(folder).step == 9
 
 
-def same(found: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> bool:
-    return set(found) == set(arrays) and all(
-        found[name].dtype == array.dtype
-        and found[name].shape == array.shape
-        and found[name].tobytes() == array.tobytes()
-        for name, array in arrays.items()
+def arrays_are_equal(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
+    return set(actual) == set(expected) and all(
+        actual[name].dtype == array.dtype
+        and actual[name].shape == array.shape
+        and actual[name].tobytes() == array.tobytes()
+        for name, array in expected.items()
     )
 
 
-def loaded(resume_state: ResumeState | None) -> ResumeState:
+def load_all(resume_state: ResumeState | None) -> ResumeState:
     assert resume_state
     return resume_state.load()
 
 
-def test_the_memory_of_a_training_comes_back(trained, saved, resume_state, tiny_weights, tmp_path):
-    """Arrays bit for bit with their shapes and types, the JSON beside them, the index; a model alone has no memory."""
-    found = store.load_resume_state(trained)
-    assert found
-    assert same(loaded(found).arrays, resume_state.arrays)
-    assert found.about == resume_state.about
+def test_a_resume_state_is_loaded_bit_exact(trained, saved, resume_state, tiny_weights, tmp_path):
+    """Arrays, JSON values and the index fingerprint are loaded as saved; a model alone has no resume state."""
+    state = store.load_resume_state(trained)
+    assert state
+    assert arrays_are_equal(load_all(state).arrays, resume_state.arrays)
+    assert state.about == resume_state.about
     assert store.load(trained).index == "5eed"
     assert store.load_resume_state(saved) is None
     store.save(tmp_path / "counters", tiny_weights, ResumeState({}, {"position": 1}))  # Orbax keeps no empty folder
     assert store.load_resume_state(tmp_path / "counters") == ResumeState({}, {"position": 1})
 
 
-def plain(folder: Path) -> dict[str, np.ndarray]:
-    """What Orbax reads without us."""
+def restore_with_orbax(folder: Path) -> dict[str, np.ndarray]:
+    """Restores the arrays with Orbax alone."""
     with ocp.StandardCheckpointer() as checkpointer:
-        there = checkpointer.metadata(folder).item_metadata
-        return checkpointer.restore(folder, {name: np.zeros(x.shape, x.dtype) for name, x in there.items()})
+        metadata = checkpointer.metadata(folder).item_metadata
+        return checkpointer.restore(folder, {name: np.zeros(x.shape, x.dtype) for name, x in metadata.items()})
 
 
-def flip(file: Path, place: float = 0.5) -> None:
-    """One bit, so far into the file."""
+def flip_bit(file: Path, position: float = 0.5) -> None:
+    """Flips one bit, at this fraction of the file."""
     content = bytearray(file.read_bytes())
-    content[int(len(content) * place)] ^= 1 << 4
+    content[int(len(content) * position)] ^= 1 << 4
     file.write_bytes(content)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # TensorStore's threads, of a closed loop
-def test_a_flipped_bit_in_any_file_is_found(trained, resume_state, tmp_path):
-    """In the middle of a third of Orbax's files and of ours: refused, or what is read is what was saved.
+# Errors of TensorStore's threads after their event loop has closed
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_flipped_bit_in_any_file_is_detected(trained, resume_state, tmp_path):
+    """A bit flipped in the middle of a file is refused, or has no effect: every third file of params, all of training.
 
-    Orbax alone reads other numbers without a word.
+    Orbax alone reads changed values without an error.
     """
     params = store.load(trained).params
     silent, refusals = 0, []
-    for file in [*files(trained)[::3], *files(trained, "training"), trained / "training.json"]:
-        copy = Path(shutil.copytree(trained, tmp_path / "checkpoint"))
-        flip(copy / file.relative_to(trained))
+    for file in [*files_by_size(trained)[::3], *files_by_size(trained, "training"), trained / "training.json"]:
+        folder = Path(shutil.copytree(trained, tmp_path / "checkpoint"))
+        flip_bit(folder / file.relative_to(trained))
         try:
-            found = store.load(copy).params, loaded(store.load_resume_state(copy))
+            result = store.load(folder).params, load_all(store.load_resume_state(folder))
         except UserError as error:
             refusals.append(str(error))
         else:
-            assert same(found[0], params), file
-            assert found[1], file
-            assert same(found[1].arrays, resume_state.arrays), file
-            assert found[1].about == resume_state.about, file
+            assert arrays_are_equal(result[0], params), file
+            assert result[1], file
+            assert arrays_are_equal(result[1].arrays, resume_state.arrays), file
+            assert result[1].about == resume_state.about, file
         with contextlib.suppress(Exception):
-            silent += not (same(plain(copy / "params"), params) and same(plain(copy / "training"), resume_state.arrays))
-        shutil.rmtree(copy)
+            silent += not (
+                arrays_are_equal(restore_with_orbax(folder / "params"), params)
+                and arrays_are_equal(restore_with_orbax(folder / "training"), resume_state.arrays)
+            )
+        shutil.rmtree(folder)
     assert all(message.startswith(f"{tmp_path}/checkpoint/") and "\n" not in message for message in refusals)
     assert sum("is not what was saved" in message for message in refusals) >= silent >= 1
     assert len(refusals) > silent
 
 
-def test_a_changed_number_is_named(copy, trained, tmp_path):
-    """A checkpoint whose files are whole but whose numbers are others: the folder, the array and the remedy."""
-    about = json.loads((copy / "atlas.json").read_text())
+def test_changed_values_and_files_are_refused_by_name(folder, trained, tmp_path):
+    """Changed values in complete files are refused by folder and array; truncated and missing files by path."""
+    about = json.loads((folder / "atlas.json").read_text())
     name = "reader/embed/embedding"
     about["checksums"]["params"][name] = about["checksums"]["params"][name][::-1]
-    edit(copy, **about)
-    refusal(lambda: store.load(copy), f"{copy}/params: {name} is not what was saved; copy the checkpoint again")
-    assert store.is_whole(copy)  # by its sizes
+    edit(folder, **about)
+    refusal(lambda: store.load(folder), f"{folder}/params: {name} is not what was saved; copy the checkpoint again")
+    assert store.is_whole(folder)  # its file sizes are right
     for name in ("training.json", "training/_METADATA"):
-        other = Path(shutil.copytree(trained, tmp_path / name.replace("/", "-")))
-        (other / name).write_bytes((other / name).read_bytes()[:-3])
-        refusal(lambda other=other: store.load_resume_state(other), f"{other}/{name}", "bytes, not")
-        (other / name).unlink()
-        refusal(lambda other=other: store.load(other), f"{other}/{name}: missing")
-        assert not store.is_whole(other)
+        damaged = Path(shutil.copytree(trained, tmp_path / name.replace("/", "-")))
+        (damaged / name).write_bytes((damaged / name).read_bytes()[:-3])
+        refusal(lambda damaged=damaged: store.load_resume_state(damaged), f"{damaged}/{name}", "bytes, not")
+        (damaged / name).unlink()
+        refusal(lambda damaged=damaged: store.load(damaged), f"{damaged}/{name}: missing")
+        assert not store.is_whole(damaged)
 
 
-def test_all_is_on_the_disk_before_the_folder_appears(tmp_path, tiny_weights, resume_state, monkeypatch):
-    """Every file and folder of the draft is synced before it gets its name, and then the folder that holds the name."""
+def test_everything_is_synced_before_the_folder_appears(tmp_path, tiny_weights, resume_state, monkeypatch):
+    """All files and folders of the draft are synced before its rename, and the parent folder after it."""
     synced: list[Path] = []
 
     def fsync(*paths: Path) -> None:
@@ -364,28 +366,28 @@ def test_all_is_on_the_disk_before_the_folder_appears(tmp_path, tiny_weights, re
     store.save(tmp_path / "checkpoint", tiny_weights, resume_state)
     *draft, parent = synced
     root = draft[-1]
-    there = {path.relative_to(tmp_path / "checkpoint") for path in (tmp_path / "checkpoint").rglob("*")}
-    assert {path.relative_to(root) for path in draft} == {Path("."), *there}
+    written = {path.relative_to(tmp_path / "checkpoint") for path in (tmp_path / "checkpoint").rglob("*")}
+    assert {path.relative_to(root) for path in draft} == {Path("."), *written}
     assert parent == tmp_path
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, tiny_weights):
-    """A path below a file: one line with the folder."""
+def test_an_unwritable_folder_is_refused(tmp_path, tiny_weights):
+    """A checkpoint folder below a file is refused in one line with the folder."""
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "checkpoint"
     refusal(lambda: store.save(folder, tiny_weights), f"{folder}: cannot be written")
 
 
 def test_orbax_is_silent(saved, capsys, caplog):
-    """Reading says nothing: Orbax would tell its own life in the log."""
+    """Loading logs and prints nothing, though Orbax by default logs each of its steps."""
     with caplog.at_level(logging.INFO):
         store.load(saved)
     assert [record for record in caplog.records if record.levelno < logging.ERROR] == []
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, tiny_weights, monkeypatch):
-    """The bytes that are needed and those that are left are named, and nothing stays; with room it is saved."""
+def test_a_checkpoint_larger_than_the_free_space_is_not_begun(tmp_path, tiny_weights, monkeypatch):
+    """The message has the needed and the free space, and nothing is written; with enough space it is saved."""
     needed = sum(array.nbytes for array in tiny_weights.params.values())
     for free, fits in ((needed - 1, False), (needed, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))

@@ -1,4 +1,4 @@
-"""The tables of names: every array of the reference's is used once, every parameter of ours is filled once."""
+"""The weight rules use every array of the reference once and fill every parameter of ours once."""
 
 import functools
 from collections import Counter
@@ -25,7 +25,7 @@ from atlas_jax.models.t5 import T5_CONFIGS
 
 CHECKPOINTS = ("initial", "linear", "fixed_queryside")
 CONTRIEVER = KNOWN_RETRIEVERS["facebook/contriever"]
-PUBLISHED = {  # parameters, as the papers and Hugging Face count them: an array that stands in two places once
+PUBLISHED_SIZES = {  # numbers of parameters, as the papers and Hugging Face count them: a tied array once
     "t5-small": 60_506_624,
     "t5-base": 222_903_552,
     "t5-large": 737_668_096,
@@ -38,25 +38,25 @@ PUBLISHED = {  # parameters, as the papers and Hugging Face count them: an array
 }
 
 
-def shapes(golden: Path, name: str) -> AtlasConfig:
-    """What the models of a golden checkpoint look like."""
+def golden_config(golden: Path, name: str) -> AtlasConfig:
+    """Returns the config of a golden checkpoint's models."""
     assets = golden / "assets"
     return AtlasConfig(
         reader_config(f"{assets}/reader"), retriever_config(f"{assets}/retriever"), untied=name == "fixed_queryside"
     )
 
 
-def weights(golden: Path, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a golden checkpoint."""
+def golden_arrays(golden: Path, name: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of a golden checkpoint by the reference's names."""
     return dict(load_torch(golden / f"checkpoint_{name}" / "model.pth.tar")["model"])
 
 
 def t5_1_0(golden: Path) -> tuple[dict[str, np.ndarray], AtlasConfig]:
-    """A tied T5 with ReLU, as Hugging Face saves it."""
+    """Returns the arrays and the config of a tied T5 with ReLU, as Hugging Face saves it."""
     folder = str(golden / "t5_1_0")
-    found = folder_weights(folder)
-    assert found
-    return {f"reader.{key}": array for key, array in found.items()}, AtlasConfig(reader_config(folder), None)
+    arrays = folder_weights(folder)
+    assert arrays
+    return {f"reader.{key}": array for key, array in arrays.items()}, AtlasConfig(reader_config(folder), None)
 
 
 def refusal(source: dict[str, np.ndarray], cfg: AtlasConfig) -> str:
@@ -69,8 +69,8 @@ def refusal(source: dict[str, np.ndarray], cfg: AtlasConfig) -> str:
     return message
 
 
-def numbered(source: dict[str, np.ndarray], cfg: AtlasConfig) -> tuple[dict[str, np.ndarray], int]:
-    """The same shapes filled with 1, 2, 3, ..., no number twice but in aliases; and the last number."""
+def fill_with_numbers(source: dict[str, np.ndarray], cfg: AtlasConfig) -> tuple[dict[str, np.ndarray], int]:
+    """Returns arrays of the same shapes filled with 1, 2, 3, ..., repeated only in aliases, and the last number."""
     filled, count = {}, 0
     paths = {e.name: (e.path, e.layer) for e in weight_entries(cfg)}
     aliased: dict[object, np.ndarray] = {}
@@ -78,20 +78,20 @@ def numbered(source: dict[str, np.ndarray], cfg: AtlasConfig) -> tuple[dict[str,
         if name not in paths:
             filled[name] = array
             continue
-        place = paths[name]
-        if place not in aliased:
-            aliased[place] = (count + 1 + np.arange(array.size, dtype=np.float32)).reshape(array.shape)
+        target = paths[name]
+        if target not in aliased:
+            aliased[target] = (count + 1 + np.arange(array.size, dtype=np.float32)).reshape(array.shape)
             count += array.size
-        filled[name] = aliased[place]
+        filled[name] = aliased[target]
     assert count < 2**24  # float32 holds them all
     return filled, count
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_every_number_arrives_exactly_once(golden, name):
-    """A checkpoint filled with 1, 2, 3, ... fills every place of every parameter, and each number is there once."""
-    cfg = shapes(golden, name)
-    source, count = numbered(weights(golden, name), cfg)
+    """Importing a checkpoint filled with 1, 2, 3, ... fills every parameter, and each number arrives once."""
+    cfg = golden_config(golden, name)
+    source, count = fill_with_numbers(golden_arrays(golden, name), cfg)
     params = import_weights(source, cfg, where="FILE")
     assert {path: array.shape for path, array in params.items()} == {p: s.shape for p, s in param_shapes(cfg).items()}
     arrived = np.sort(np.concatenate([array.reshape(-1) for array in params.values()]))
@@ -100,8 +100,8 @@ def test_every_number_arrives_exactly_once(golden, name):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_every_name_is_used_exactly_once(golden, name):
-    """The table has each array of the file once; what it has besides are names known to be unused, or aliases."""
-    cfg, source = shapes(golden, name), weights(golden, name)
+    """The rules have each array of the file once, but for unused names; names that the file lacks are aliases."""
+    cfg, source = golden_config(golden, name), golden_arrays(golden, name)
     wanted = Counter(e.name for e in weight_entries(cfg))
     assert set(wanted.values()) == {1}
     assert {key for key in source if key not in wanted} == {key for key in source if key.endswith("position_ids")}
@@ -109,46 +109,46 @@ def test_every_name_is_used_exactly_once(golden, name):
         e.name for e in weight_entries(cfg) if e.alias
     }
     assert is_untied(source) == cfg.untied
-    places = Counter((e.path, e.layer) for e in weight_entries(cfg) if not e.alias)
-    assert set(places.values()) == {1}
-    layers = Counter(path for path, layer in places if layer is not None)
+    targets = Counter((e.path, e.layer) for e in weight_entries(cfg) if not e.alias)
+    assert set(targets.values()) == {1}
+    layers = Counter(path for path, layer in targets if layer is not None)
     assert {p: s.shape[0] for p, s in param_shapes(cfg).items() if p in layers} == layers
-    assert {path for path, _ in places} == set(param_shapes(cfg))
+    assert {path for path, _ in targets} == set(param_shapes(cfg))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_key_that_is_missing_or_too_many_is_named(golden, name, monkeypatch):
-    """Without any one key, and with any one more, the import is refused and says which; aliases may be absent."""
+def test_missing_and_unexpected_names_are_refused(golden, name, monkeypatch):
+    """An import with any one name missing or unexpected is refused and names it; aliases may be absent."""
     monkeypatch.setattr("atlas_jax.checkpoints.weights.param_shapes", functools.cache(param_shapes))  # for speed
-    cfg, source = shapes(golden, name), weights(golden, name)
+    cfg, source = golden_config(golden, name), golden_arrays(golden, name)
     optional = {e.name for e in weight_entries(cfg) if e.alias} | {
         key for key in source if key.endswith("position_ids")
     }
     assert len(optional) == 4 if cfg.untied else 3
     for key in source:
-        rest = {other: array for other, array in source.items() if other != key}
+        remaining = {other: array for other, array in source.items() if other != key}
         if key in optional:
-            import_weights(rest, cfg, where="FILE")
+            import_weights(remaining, cfg, where="FILE")
         else:
-            assert f"it lacks {key};" in refusal(rest, cfg)
+            assert f"it lacks {key};" in refusal(remaining, cfg)
     for extra in ("reader.encoder.block.3.layer.0.layer_norm.weight", "retriever.contriever.x", "reader.module", ""):
         assert f"nothing takes {extra};" in refusal(source | {extra: np.zeros(1, np.float32)}, cfg)
     assert any(pattern.startswith(r"(^|\.)pooler") for pattern in UNUSED)  # harmless, so no refusal:
     import_weights(source | {"retriever.contriever.pooler.dense.bias": np.zeros(1, np.float32)}, cfg, where="FILE")
 
 
-def test_many_keys_are_counted(golden):
-    """A wholly other file is refused in one line of bounded length."""
-    message = refusal({f"x.{n}": np.zeros(1, np.float32) for n in range(1000)}, shapes(golden, "initial"))
+def test_a_message_about_many_names_is_short(golden):
+    """A file of 1000 unexpected names is refused in one line of bounded length."""
+    message = refusal({f"x.{n}": np.zeros(1, np.float32) for n in range(1000)}, golden_config(golden, "initial"))
     assert "and 996 more" in message
     assert len(message) < 1000
 
 
 @pytest.mark.parametrize("name", ["initial", "fixed_queryside"])
 def test_a_changed_shape_is_refused_with_both_shapes(golden, name, monkeypatch):
-    """Any one array a little longer or with an axis more is refused, and the line has its shape and the right one."""
+    """An array that is longer or has another rank is refused; the message has its shape and the expected one."""
     monkeypatch.setattr("atlas_jax.checkpoints.weights.param_shapes", functools.cache(param_shapes))  # for speed
-    cfg, source = shapes(golden, name), weights(golden, name)
+    cfg, source = golden_config(golden, name), golden_arrays(golden, name)
     for key, array in source.items():
         if key.endswith("position_ids"):
             continue
@@ -161,30 +161,30 @@ def test_a_changed_shape_is_refused_with_both_shapes(golden, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_there_and_back_is_bit_exact(golden, name):
-    """export_weights(import_weights(x)) is x, bit for bit, and has the same names; aliases come back."""
-    cfg, source = shapes(golden, name), weights(golden, name)
-    back = export_weights(import_weights(source, cfg, where="FILE"), cfg)
-    assert set(back) == {key for key in source if not key.endswith("position_ids")}
-    for key, array in back.items():
+def test_import_then_export_is_bit_exact(golden, name):
+    """export_weights(import_weights(x)) equals x bit for bit, with the same names, aliases included."""
+    cfg, source = golden_config(golden, name), golden_arrays(golden, name)
+    exported = export_weights(import_weights(source, cfg, where="FILE"), cfg)
+    assert set(exported) == {key for key in source if not key.endswith("position_ids")}
+    for key, array in exported.items():
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array.view(np.uint32), source[key].view(np.uint32))
 
 
 def test_half_precision_is_widened_exactly(golden):
-    """Files in float16 or float64 give float32; nothing is rounded that need not be."""
-    cfg, source = shapes(golden, "initial"), weights(golden, "initial")
+    """Files in float16 give float32 parameters with exactly the same values."""
+    cfg, source = golden_config(golden, "initial"), golden_arrays(golden, "initial")
     half = {key: array.astype(np.float16) for key, array in source.items()}
     for path, array in import_weights(half, cfg, where="FILE").items():
         assert array.dtype == np.float32, path
-    back = export_weights(import_weights(half, cfg, where="FILE"), cfg)
+    exported = export_weights(import_weights(half, cfg, where="FILE"), cfg)
     key = "reader.decoder.block.2.layer.2.DenseReluDense.wo.weight"
-    np.testing.assert_array_equal(back[key], half[key].astype(np.float32))
+    np.testing.assert_array_equal(exported[key], half[key].astype(np.float32))
 
 
-def test_data_parallel_prefixes_give_the_same(golden):
-    """`module.` in front of every name, or within, as PyTorch's wrappers put it, changes nothing."""
-    source = weights(golden, "initial")
+def test_data_parallel_prefixes_are_stripped(golden):
+    """`module.` before or inside names, as PyTorch's wrappers insert it, is removed, but not from `my_module`."""
+    source = golden_arrays(golden, "initial")
     for wrap in (
         lambda key: f"module.{key}",
         lambda key: key.replace(".", ".module.", 1),
@@ -194,17 +194,17 @@ def test_data_parallel_prefixes_give_the_same(golden):
         assert list(strip_module_prefix(wrapped)) == list(source)
         assert all(a is b for a, b in zip(strip_module_prefix(wrapped).values(), source.values(), strict=True))
     assert list(strip_module_prefix({"reader.my_module.weight": np.zeros(1)})) == ["reader.my_module.weight"]
-    untied = weights(golden, "fixed_queryside")
+    untied = golden_arrays(golden, "fixed_queryside")
     assert is_untied(strip_module_prefix({f"module.{key}": array for key, array in untied.items()}))
 
 
 def test_an_alias_that_differs_is_refused(golden):
-    """embed_tokens must be the shared embedding, and a tied T5's lm_head too; an untied one has its own."""
-    cfg, source = shapes(golden, "initial"), weights(golden, "initial")
+    """embed_tokens and a tied T5's lm_head must equal the shared embedding; an untied lm_head may differ."""
+    cfg, source = golden_config(golden, "initial"), golden_arrays(golden, "initial")
     for key in ("reader.encoder.embed_tokens.weight", "reader.decoder.embed_tokens.weight"):
-        other = source[key].copy()
-        other[7, 3] += 1e-3
-        assert f"{key} differs from reader/embed/embedding" in refusal(source | {key: other}, cfg)
+        changed = source[key].copy()
+        changed[7, 3] += 1e-3
+        assert f"{key} differs from reader/embed/embedding" in refusal(source | {key: changed}, cfg)
     head = "reader.lm_head.weight"
     assert not np.array_equal(source[head], source["reader.shared.weight"])  # untied: both are used
     tied, tied_cfg = t5_1_0(golden)
@@ -213,28 +213,28 @@ def test_an_alias_that_differs_is_refused(golden):
     assert f"{head} differs" in refusal(tied | {head: shared + 1}, tied_cfg)
 
 
-def test_the_first_t5(golden):
-    """T5 1.0, tied, ReLU, of unequal depths: each number arrives once, and its published spare bias is no stranger."""
+def test_t5_1_0_fills_every_parameter(golden):
+    """T5 1.0, tied, with ReLU and unequal depths, is imported number by number; its unused bias may be present."""
     source, cfg = t5_1_0(golden)
     assert cfg.reader
     assert (cfg.reader.tied, cfg.reader.gated) == (True, False)
     assert (cfg.reader.num_layers, cfg.reader.num_decoder_layers) == (2, 3)
-    filled, count = numbered(source, cfg)
+    filled, count = fill_with_numbers(source, cfg)
     params = import_weights(filled, cfg, where="FILE")
     arrived = np.sort(np.concatenate([array.reshape(-1) for array in params.values()]))
     np.testing.assert_array_equal(arrived, 1 + np.arange(count, dtype=np.float32))
     assert "reader/lm_head/kernel" not in params
-    spare = "reader.decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-    import_weights(source | {spare: np.zeros((32, 5), np.float32)}, cfg, where="FILE")
-    real = spare.replace("decoder", "encoder").replace("1.EncDec", "0.Self")
-    assert f"it lacks {real};" in refusal({key: array for key, array in source.items() if key != real}, cfg)
+    unused = "reader.decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    import_weights(source | {unused: np.zeros((32, 5), np.float32)}, cfg, where="FILE")
+    required = unused.replace("decoder", "encoder").replace("1.EncDec", "0.Self")
+    assert f"it lacks {required};" in refusal({key: array for key, array in source.items() if key != required}, cfg)
 
 
 def their_shape(name: str, cfg: AtlasConfig) -> tuple[int, ...]:
-    """The shape of an array of the reference's, by its name alone: PyTorch's Linear is (out, in)."""
-    part, rest = name.split(".", 1)
+    """Returns the shape of an array of the reference by its name; PyTorch's Linear is (out, in)."""
+    model, remainder = name.split(".", 1)
     last = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    if part == "reader":
+    if model == "reader":
         t5 = cfg.reader
         assert t5
         inner = t5.num_heads * t5.head_dim
@@ -250,8 +250,8 @@ def their_shape(name: str, cfg: AtlasConfig) -> tuple[int, ...]:
         }[last]
     bert = cfg.retriever
     assert bert
-    out = bert.d_ff if "intermediate" in rest else bert.d_model
-    if name.endswith("bias") or "LayerNorm" in rest:
+    out = bert.d_ff if "intermediate" in remainder else bert.d_model
+    if name.endswith("bias") or "LayerNorm" in remainder:
         return (out,)
     rows = {
         "word_embeddings": bert.vocab_size,
@@ -260,46 +260,46 @@ def their_shape(name: str, cfg: AtlasConfig) -> tuple[int, ...]:
     }
     if last in rows:
         return rows[last], bert.d_model
-    return out, bert.d_ff if "output" in rest and "attention" not in rest else bert.d_model
+    return out, bert.d_ff if "output" in remainder and "attention" not in remainder else bert.d_model
 
 
 @pytest.mark.parametrize("name", T5_CONFIGS)
 def test_every_published_shape_fits(name):
-    """The layout of each entry brings PyTorch's shape to ours, for every published size; no array is made for it."""
+    """Each entry's layout maps PyTorch's shape to ours for every published size, without allocating arrays."""
     cfg = AtlasConfig(T5_CONFIGS[name], CONTRIEVER, untied=True)
-    ours = param_shapes(cfg)
+    our_shapes = param_shapes(cfg)
     for e in weight_entries(cfg):
-        array = np.broadcast_to(np.float32(0), their_shape(e.name, cfg))  # a view of one number
-        there = einops.rearrange(array, e.layout, **e.sizes).shape
-        wanted = ours[e.path].shape
-        assert there == (wanted if e.layer is None else wanted[1:]), e.name
-    assert {e.path for e in weight_entries(cfg)} == set(ours)
+        array = np.broadcast_to(np.float32(0), their_shape(e.name, cfg))  # a view of one scalar
+        mapped_shape = einops.rearrange(array, e.layout, **e.sizes).shape
+        expected = our_shapes[e.path].shape
+        assert mapped_shape == (expected if e.layer is None else expected[1:]), e.name
+    assert {e.path for e in weight_entries(cfg)} == set(our_shapes)
 
 
-def test_their_shapes_are_the_files(golden):
-    """The shapes that the test above computes from names are those in the reference's own files."""
+def test_computed_shapes_are_those_of_the_files(golden):
+    """The shapes that `their_shape` computes from names are those in the reference's own files."""
     for name in CHECKPOINTS:
-        cfg = shapes(golden, name)
-        for key, array in weights(golden, name).items():
+        cfg = golden_config(golden, name)
+        for key, array in golden_arrays(golden, name).items():
             if not key.endswith("position_ids"):
                 assert their_shape(key, cfg) == array.shape, key
 
 
 @pytest.mark.parametrize("name", T5_CONFIGS)
-def test_published_sizes(name):
-    """The number of parameters of each published T5 is the published one."""
+def test_readers_have_the_published_sizes(name):
+    """Each published T5 has the published number of parameters."""
     cfg = AtlasConfig(T5_CONFIGS[name], None)
-    same = name.removesuffix("-lm-adapt").replace("google/t5-", "google/t5-v1_1-") if "lm-adapt" in name else name
-    assert sum(shape.size for shape in param_shapes(cfg).values()) == PUBLISHED[same]
+    base_name = name.removesuffix("-lm-adapt").replace("google/t5-", "google/t5-v1_1-") if "lm-adapt" in name else name
+    assert sum(shape.size for shape in param_shapes(cfg).values()) == PUBLISHED_SIZES[base_name]
 
 
 def test_the_contriever_has_the_published_size():
-    """110 million parameters: BERT base without its pooler."""
+    """Contriever has 109 million parameters, BERT base without its pooler; untied, twice as many."""
     assert sum(shape.size for shape in param_shapes(AtlasConfig(None, CONTRIEVER)).values()) == 108_891_648
     untied = AtlasConfig(None, CONTRIEVER, untied=True)
     assert sum(shape.size for shape in param_shapes(untied).values()) == 2 * 108_891_648
 
 
-def test_the_names_of_flags_and_of_shapes_are_the_same():
-    """--help lists exactly the readers whose shapes are known, in the same order."""
+def test_help_lists_the_readers_with_known_configs():
+    """READERS, which --help lists, are exactly the readers with known configs, in the same order."""
     assert tuple(T5_CONFIGS) == READERS

@@ -1,4 +1,4 @@
-"""Commands that must fail, and one that has run."""
+"""Fixtures: a run of `atlas evaluate` that has finished, and assertions about commands that must fail."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,40 +6,43 @@ from pathlib import Path
 import pytest
 
 from atlas_jax.commands.main import main
-from tests.commands.sample_run import command, leftovers
+from tests.commands.sample_evaluation import evaluate_argv, unfinished_files
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> Path:
-    """The folder of a run that went well: `runs/run/`, and the index it built in `index/`."""
+def finished_run(tmp_path_factory) -> Path:
+    """The folder of a successful run: its files are in `runs/run/`, the index that it built in `index/`."""
     folder = tmp_path_factory.mktemp("done")
-    assert main(command(folder, save_index_path=folder / "index")) == 0
+    assert main(evaluate_argv(folder, save_index_path=folder / "index")) == 0
     return folder
 
 
 @pytest.fixture
-def refused(capsys, tmp_path) -> Callable[..., str]:
-    """Runs a command that must fail: status 2, one line that has all of `parts` and a remedy, and nothing left over."""
+def assert_refused(capsys, tmp_path) -> Callable[..., str]:
+    """A function that runs a command and asserts that it fails with status 2 and one line on stderr, which it returns.
+
+    The line must have all of `parts` and a remedy, and no unfinished file may be left in `tmp_path`.
+    """
 
     def run(argv: list[str], *parts: object, status: int = 2) -> str:
         assert main(argv) == status
         captured = capsys.readouterr()
-        said = [line for line in captured.err.splitlines() if not line.startswith("[")]  # besides log lines
-        assert len(said) == 1, captured.err
-        assert said[0].startswith("atlas: ")
+        errors = [line for line in captured.err.splitlines() if not line.startswith("[")]  # the others are log lines
+        assert len(errors) == 1, captured.err
+        assert errors[0].startswith("atlas: ")
         assert captured.out == ""
         for part in parts:
-            assert str(part) in said[0]
-        assert status != 2 or "; " in said[0] or ": " in said[0].removeprefix("atlas: ")
-        assert leftovers(tmp_path) == []
-        return said[0]
+            assert str(part) in errors[0]
+        assert status != 2 or "; " in errors[0] or ": " in errors[0].removeprefix("atlas: ")
+        assert unfinished_files(tmp_path) == []
+        return errors[0]
 
     return run
 
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Loading weights, which takes minutes for XXL, is a failure of the test."""
+    """Makes loading weights, which takes minutes for XXL, fail the test."""
 
     def restore(config):
         raise AssertionError("the weights are loaded")

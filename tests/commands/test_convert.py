@@ -1,4 +1,4 @@
-"""`atlas convert`: every form into every other, bit for bit, a part at a time."""
+"""`atlas convert`: each format is converted into each other bit for bit, a part at a time."""
 
 import dataclasses
 import json
@@ -23,6 +23,7 @@ from atlas_jax.checkpoints.pretrained import folder_weights
 from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.weights import map_weights, weight_entries
 from atlas_jax.commands import convert
+from atlas_jax.commands.main import main
 from atlas_jax.config import READERS
 from atlas_jax.errors import UserError
 from atlas_jax.models.atlas import AtlasConfig, param_shapes
@@ -32,28 +33,30 @@ from atlas_jax.storage import lazy_array
 from atlas_jax.storage.lazy_array import StackedViews
 from tests.checkpoints.formats import pickles
 from tests.checkpoints.test_weights import their_shape
+from tests.commands.sample_evaluation import SAMPLE
 
 CHECKPOINTS = ("initial", "linear", "fixed_queryside")
 
 
 @pytest.fixture(scope="module")
 def run(golden):
-    """Converts; the models are those of the goldens unless said otherwise."""
+    """A function that runs `atlas convert` on the golden models, unless `flags` name others, and returns --output."""
 
-    def convert_(output: Path, **flags: object) -> Path:
+    def run_convert(output: Path, **flags: object) -> Path:
         assets = golden / "assets"
-        named = {"reader_model_type": assets / "reader", "retriever_model_path": assets / "retriever", **flags}
+        all_flags = {"reader_model_type": assets / "reader", "retriever_model_path": assets / "retriever", **flags}
         convert.main(
-            [text for flag, value in named.items() for text in (f"--{flag}", str(value))] + ["--output", str(output)]
+            [text for flag, value in all_flags.items() for text in (f"--{flag}", str(value))]
+            + ["--output", str(output)]
         )
         return output
 
-    return convert_
+    return run_convert
 
 
 @pytest.fixture(scope="module")
 def converted(run, golden, tmp_path_factory) -> dict[str, Path]:
-    """The golden checkpoints, in our form."""
+    """The golden checkpoints, converted to Orbax."""
     folder = tmp_path_factory.mktemp("ours")
     return {name: run(folder / name, model_path=golden / f"checkpoint_{name}") for name in CHECKPOINTS}
 
@@ -62,18 +65,18 @@ def bits(array: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
     return array.dtype.name, array.shape, array.tobytes()
 
 
-def assert_same(one, other) -> None:
-    assert set(one) == set(other)
-    for name in one:
-        assert bits(one[name]) == bits(other[name]), name
+def assert_same(arrays, expected) -> None:
+    assert set(arrays) == set(expected)
+    for name in arrays:
+        assert bits(arrays[name]) == bits(expected[name]), name
 
 
-# -- There and back ----------------------------------------------------------------------------------------------------
+# -- Round trips -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_reference_comes_back(run, converted, golden, tmp_path, name):
-    """reference -> ours -> reference is the same tensors under the same names, the step and what loading asks for."""
+def test_reference_to_orbax_and_back_is_the_identity(run, converted, golden, tmp_path, name):
+    """The tensors, their names, the step and the other keys of the file are those of the reference checkpoint."""
     back = load_torch(run(tmp_path / "back", model_path=converted[name], to="reference") / "model.pth.tar")
     source = load_torch(golden / f"checkpoint_{name}" / "model.pth.tar")
     assert_same(back["model"], source["model"])
@@ -82,8 +85,8 @@ def test_the_reference_comes_back(run, converted, golden, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_hugging_face_comes_back(run, converted, golden, tmp_path, name):
-    """ours -> Hugging Face -> ours: all parameters, shapes and token ids; of two encoders, each."""
+def test_orbax_to_hugging_face_and_back_is_the_identity(run, converted, golden, tmp_path, name):
+    """Parameters, shapes and token ids are the same; of untied encoders, those of each."""
     folder = run(tmp_path / "hf", model_path=converted[name], to="huggingface")
     before = store.load(converted[name])
     encoders = {"query_encoder", "passage_encoder"} if before.cfg.untied else {"retriever"}
@@ -91,20 +94,20 @@ def test_hugging_face_comes_back(run, converted, golden, tmp_path, name):
     for encoder in encoders:
         flags = {"reader_model_type": folder / "reader", "retriever_model_path": folder / encoder}
         after = store.load(run(tmp_path / f"again-{encoder}", **flags))
-        there = "encoder" if encoder == "retriever" else encoder
-        renamed = {path.replace(f"retriever/{there}/", "retriever/encoder/"): x for path, x in before.params.items()}
+        module = "encoder" if encoder == "retriever" else encoder
+        renamed = {path.replace(f"retriever/{module}/", "retriever/encoder/"): x for path, x in before.params.items()}
         assert_same(after.params, {path: renamed[path] for path in after.params})
         assert after.cfg == dataclasses.replace(before.cfg, untied=False)
-        for one, other in (
+        for tokenizer, expected in (
             (after.tokenizer, before.tokenizer),
             (after.retriever_tokenizer, before.retriever_tokenizer),
         ):
-            assert one.ids(["What is 25 x 6? <extra_id_0>"]) == other.ids(["What is 25 x 6? <extra_id_0>"])
-            assert one.fingerprint == other.fingerprint
+            assert tokenizer.ids(["What is 25 x 6? <extra_id_0>"]) == expected.ids(["What is 25 x 6? <extra_id_0>"])
+            assert tokenizer.fingerprint == expected.fingerprint
 
 
-def test_a_tied_t5(run, golden, tmp_path):
-    """T5 1.0: Hugging Face -> reference and ours -> Hugging Face; the output is the input's array, stored once."""
+def test_a_t5_with_tied_embeddings_stores_them_once(run, golden, tmp_path):
+    """T5 1.0, Hugging Face -> reference -> Orbax -> Hugging Face: lm_head is the array of the input embedding."""
     flags = {"reader_model_type": golden / "t5_1_0"}
     model = load_torch(run(tmp_path / "reference", to="reference", **flags) / "model.pth.tar")["model"]
     assert np.shares_memory(model["reader.lm_head.weight"], model["reader.shared.weight"])
@@ -115,20 +118,20 @@ def test_a_tied_t5(run, golden, tmp_path):
     assert (config["tie_word_embeddings"], config["feed_forward_proj"]) == (True, "relu")
 
 
-def test_ours_again_leaves_the_optimizer_behind(converted, tiny_weights, tmp_path):
-    """A training's checkpoint, converted in its own place, keeps weights, step and index."""
+def test_a_training_checkpoint_converted_in_place_loses_its_optimizer(converted, tiny_weights, tmp_path):
+    """--output is the --model_path: weights, step and index fingerprint are kept, the resume state is removed."""
     folder = tmp_path / "trained"
     trained = dataclasses.replace(tiny_weights, step=5, index="5eed")
     store.save(folder, trained, store.ResumeState({"mu": np.ones(3, np.float32)}, {"position": 1}))
     convert.main(["--model_path", str(folder), "--output", str(folder)])
-    found = store.load(folder)
-    assert_same(found.params, tiny_weights.params)
-    assert (found.step, found.index, store.load_resume_state(folder)) == (5, "5eed", None)
+    loaded = store.load(folder)
+    assert_same(loaded.params, tiny_weights.params)
+    assert (loaded.step, loaded.index, store.load_resume_state(folder)) == (5, "5eed", None)
     assert [path.name for path in tmp_path.iterdir()] == ["trained"]
 
 
-def test_the_layer_norm_survives_and_is_warned_of(run, converted, golden, tmp_path, caplog):
-    """Atlas's own is said in config.json and aloud; a standard one is not warned of, and comes back."""
+def test_the_layer_norm_is_kept_and_atlas_s_own_is_warned_of(run, converted, golden, tmp_path, caplog):
+    """Atlas's layer norm is written to config.json, with a warning; a standard one is kept without a warning."""
     with caplog.at_level(logging.WARNING):
         folder = run(tmp_path / "hf", model_path=converted["initial"], to="huggingface")
     assert "BertModel computes the standard one" in caplog.text
@@ -145,12 +148,12 @@ def test_the_layer_norm_survives_and_is_warned_of(run, converted, golden, tmp_pa
     assert store.load_config(again)[0].retriever == cfg
 
 
-# -- What Hugging Face folders hold ------------------------------------------------------------------------------------
+# -- Formats of Hugging Face folders -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["bin", "safetensors shards", "bin shards", "bfloat16"])
-def test_forms_of_hugging_face_folders(run, golden, tmp_path, form):
-    """pytorch_model.bin, files that an index names, and half precision, widened exactly."""
+def test_hugging_face_weights_are_read_from_every_format(run, golden, tmp_path, form):
+    """pytorch_model.bin, shards that an index file names, and bfloat16, which is cast to float32 exactly."""
     folder = Path(shutil.copytree(golden / "assets/reader", tmp_path / "reader"))
     source = {name: array.copy() for name, array in open_safetensors(folder / "model.safetensors").items()}
     (folder / "model.safetensors").unlink()
@@ -176,23 +179,23 @@ def test_forms_of_hugging_face_folders(run, golden, tmp_path, form):
         AtlasConfig(store.load_config(tmp_path / "ours")[0].reader, None),
         where="",
     )
-    for path, linked in expected.items():
-        assert bits(params[path]) == bits(linked.read()), path
+    for path, lazy in expected.items():
+        assert bits(params[path]) == bits(lazy.read()), path
 
 
 @pytest.mark.parametrize(
-    ("index", "said"),
+    ("index", "message"),
     [
         ({}, "has no weight_map"),
         ({"weight_map": {"shared.weight": "../model.safetensors"}}, "names ../model.safetensors"),
         ({"weight_map": {"shared.weight": "gone.safetensors"}}, "names gone.safetensors"),
     ],
 )
-def test_an_index_that_misleads(golden, tmp_path, index, said):
-    """An index without files, to a file elsewhere, to one that is missing: the index is named."""
+def test_a_bad_shard_index_is_named(golden, tmp_path, index, message):
+    """A shard index without a weight_map, with a file outside the folder, or with a missing file."""
     file = tmp_path / "model.safetensors.index.json"
     file.write_text(json.dumps(index))
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         folder_weights(str(tmp_path))
     assert str(caught.value).startswith(f"{file}: ")
 
@@ -200,61 +203,63 @@ def test_an_index_that_misleads(golden, tmp_path, index, said):
 # -- A part at a time --------------------------------------------------------------------------------------------------
 
 
-def test_no_more_than_parts_are_read(converted, golden, tmp_path, monkeypatch):
-    """With parts of 2 KB: nothing larger is ever asked for, the checkpoint is the same, and so are its checksums."""
+def test_weights_are_read_in_parts(converted, golden, tmp_path, monkeypatch):
+    """With parts of 2 KB, no read is as large as two parts; the written checkpoint and its checksums are the same."""
     source = load_torch(golden / "checkpoint_initial" / "model.pth.tar")["model"]
     whole = store.load(converted["initial"])
-    asked: list[int] = []
-    take = StackedViews.take
+    read_sizes: list[int] = []
+    read_once = StackedViews.read_once
 
-    def counted(self, index=()):
-        part = take(self, index)
-        asked.append(part.nbytes)
+    def recorded(self, index=()):
+        part = read_once(self, index)
+        read_sizes.append(part.nbytes)
         return part
 
     monkeypatch.setattr(lazy_array, "PART", 2048)
-    monkeypatch.setattr(StackedViews, "take", counted)
-    linked = map_weights(source, whole.cfg, where="FILE")
-    assert asked == []
-    told: list[int] = []
+    monkeypatch.setattr(StackedViews, "read_once", recorded)
+    lazy = map_weights(source, whole.cfg, where="FILE")
+    assert read_sizes == []
+    written_sizes: list[int] = []
     store.save(
-        tmp_path / "small", Weights(linked, whole.cfg, whole.tokenizer, whole.retriever_tokenizer), tell=told.append
+        tmp_path / "small",
+        Weights(lazy, whole.cfg, whole.tokenizer, whole.retriever_tokenizer),
+        on_bytes=written_sizes.append,
     )
-    assert max(asked) < 2 * 2048
-    assert sum(told) == sum(asked) == sum(array.nbytes for array in whole.params.values())
+    assert max(read_sizes) < 2 * 2048
+    assert sum(written_sizes) == sum(read_sizes) == sum(array.nbytes for array in whole.params.values())
     small = store.load(tmp_path / "small")
     assert_same(small.params, whole.params)
-    sums = [
+    checksums = [
         json.loads((folder / "atlas.json").read_text())["checksums"]
         for folder in (tmp_path / "small", converted["initial"])
     ]
-    assert sums[0] == sums[1]
-    assert sums[0]["params"] == {path: checksum(array) for path, array in whole.params.items()}
+    assert checksums[0] == checksums[1]
+    assert checksums[0]["params"] == {path: checksum(array) for path, array in whole.params.items()}
 
 
-def test_orbax_alone_reads_it(converted):
-    """What Orbax's own checkpointer restores is what was written."""
+def test_orbax_s_own_checkpointer_restores_the_parameters(converted):
+    """`StandardCheckpointer` restores the arrays that `atlas convert` wrote."""
     folder = converted["linear"] / "params"
     with ocp.StandardCheckpointer() as checkpointer:
-        there = checkpointer.metadata(folder).item_metadata
-        found = checkpointer.restore(folder, {name: np.zeros(x.shape, x.dtype) for name, x in there.items()})
-    assert_same(found, store.load(converted["linear"]).params)
+        metadata = checkpointer.metadata(folder).item_metadata
+        restored = checkpointer.restore(folder, {name: np.zeros(x.shape, x.dtype) for name, x in metadata.items()})
+    assert_same(restored, store.load(converted["linear"]).params)
 
 
-def test_what_orbax_alone_wrote_is_read(converted, tmp_path):
-    """Orbax's own format, one database of compressed arrays, as our checkpoints once were."""
+def test_checkpoints_in_orbax_s_ocdbt_format_are_read(converted, tmp_path):
+    """OCDBT, one database of compressed arrays, is the format of older checkpoints of this package."""
     params = store.load(converted["initial"]).params
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "params", dict(params))
     assert (tmp_path / "params/manifest.ocdbt").is_file()
-    sums = {path: checksum(array) for path, array in params.items()}
-    found = orbax_arrays.open_arrays(tmp_path / "params", sums)
-    assert_same({name: array.read() for name, array in found.items()}, params)
+    checksums = {path: checksum(array) for path, array in params.items()}
+    arrays = orbax_arrays.open_arrays(tmp_path / "params", checksums)
+    assert_same({name: array.read() for name, array in arrays.items()}, params)
 
 
 @pytest.mark.parametrize("to", ["orbax", "huggingface", "reference"])
-def test_a_damaged_source_is_found_on_the_way(run, converted, tmp_path, to):
-    """A flipped bit in our checkpoint: the array is named, and nothing is left of what was begun."""
+def test_a_damaged_checkpoint_is_detected_while_converting(run, converted, tmp_path, to):
+    """A flipped bit in an Orbax checkpoint: the message names the array, and no output is left."""
     source = Path(shutil.copytree(converted["initial"], tmp_path / "source"))
     largest = max((path for path in (source / "params").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
@@ -266,16 +271,16 @@ def test_a_damaged_source_is_found_on_the_way(run, converted, tmp_path, to):
 
 
 @pytest.mark.parametrize("to", ["orbax", "huggingface", "reference"])
-def test_too_little_room(run, converted, tmp_path, monkeypatch, to):
-    """It is said before anything is written."""
+def test_too_little_disk_space_is_refused_before_writing(run, converted, tmp_path, monkeypatch, to):
+    """The message has the bytes needed and the bytes free, and no file is written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     with pytest.raises(UserError, match=r"needs 0\.0 GB, but 0\.0 GB are left there; free some space"):
         run(tmp_path / "out", model_path=converted["initial"], to=to)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_exports_replace_nothing(run, converted, tmp_path):
-    """An --output that is there is refused, and so is none."""
+def test_exports_do_not_replace_an_existing_folder(run, converted, tmp_path):
+    """An --output that exists is refused, and so is a missing --output."""
     (tmp_path / "out").mkdir()
     for to in ("huggingface", "reference"):
         with pytest.raises(UserError, match="out: is there; choose a new folder"):
@@ -289,24 +294,27 @@ def test_exports_replace_nothing(run, converted, tmp_path):
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("untied", [False, True])
-def test_every_published_model_fits(name, untied):
-    """The true shapes of each published reader and the Contriever: all is taken once, both ways, without memory."""
+def test_every_published_model_is_mapped_both_ways(name, untied):
+    """At the shapes of each published reader and of Contriever, every array and parameter is used exactly once.
+
+    The arrays are broadcast zeros, which take no memory.
+    """
     cfg = AtlasConfig(T5_CONFIGS[name], ContrieverConfig(), untied)
-    number = np.float32(0)
-    source = {e.name: np.broadcast_to(number, their_shape(e.name, cfg)) for e in weight_entries(cfg)}
-    linked = map_weights(source, cfg, where="FILE")
+    zero = np.float32(0)
+    source = {e.name: np.broadcast_to(zero, their_shape(e.name, cfg)) for e in weight_entries(cfg)}
+    params = map_weights(source, cfg, where="FILE")
     shapes = param_shapes(cfg)
-    assert {path: x.shape for path, x in linked.items()} == {path: s.shape for path, s in shapes.items()}
-    layers = Counter(e.path for e in weight_entries(cfg) if not e.alias)
-    assert layers == {path: len(x.views) for path, x in linked.items()}
-    back = exported(linked, cfg, aliases=True)
+    assert {path: x.shape for path, x in params.items()} == {path: s.shape for path, s in shapes.items()}
+    arrays_per_path = Counter(e.path for e in weight_entries(cfg) if not e.alias)
+    assert arrays_per_path == {path: len(x.views) for path, x in params.items()}
+    back = exported(params, cfg, aliases=True)
     assert {name: x.shape for name, x in back.items()} == {name: x.shape for name, x in source.items()}
-    once = {id(x): x for x in back.values()}.values()
-    assert sum(x.size for x in once) == sum(s.size for s in shapes.values()) == parameters(cfg)
+    distinct = {id(x): x for x in back.values()}.values()
+    assert sum(x.size for x in distinct) == sum(s.size for s in shapes.values()) == parameter_count(cfg)
 
 
-def parameters(cfg: AtlasConfig) -> int:
-    """Counted from the papers' shapes: matrices and vectors of a T5 and of a BERT."""
+def parameter_count(cfg: AtlasConfig) -> int:
+    """Number of parameters of a T5 and of a BERT, from the shapes in the papers."""
     t5, bert = cfg.reader, cfg.retriever
     assert t5
     assert bert
@@ -322,16 +330,65 @@ def parameters(cfg: AtlasConfig) -> int:
     return reader + retriever * (2 if cfg.untied else 1)
 
 
-def test_loading_takes_each_array_once(converted, monkeypatch):
-    """What a run loads is read array by array, each once."""
-    read: list[str] = []
-    original = orbax_arrays.Stored.read
+def test_loading_reads_each_array_once(converted, monkeypatch):
+    """`store.load` reads array by array, each array exactly once."""
+    read_names: list[str] = []
+    original_read = orbax_arrays.Stored.read
 
-    def counted(self, index=()):
-        read.append(self.name)
-        return original(self, index)
+    def recorded(self, index=()):
+        read_names.append(self.name)
+        return original_read(self, index)
 
-    monkeypatch.setattr(orbax_arrays.Stored, "read", counted)
+    monkeypatch.setattr(orbax_arrays.Stored, "read", recorded)
     weights = store.load(converted["initial"])
     assert isinstance(weights, Weights)
-    assert len(read) == len(set(read)) == len(weights.params)
+    assert len(read_names) == len(set(read_names)) == len(weights.params)
+
+
+# -- Refusals and output -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--model_path", str(SAMPLE / "model")], ["--output is missing", "--inspect"]),
+        (["--output", "x", "--modle_path", "y"], ["--modle_path", "see atlas convert --help"]),
+        (["--output", "x", "--model_path", str(SAMPLE / "model")], ["--reader_model_type is missing", "t5-base"]),
+        (["--output", str(SAMPLE), "--reader_model_type", str(SAMPLE / "reader")], [SAMPLE, "choose a new folder"]),
+        (["--output", "x", "--reader_model_type", "t5-bse"], ["t5-bse", "; "]),
+        (["--output", "x", "--model_path", "nowhere"], ["--model_path nowhere: no such folder", "model.pth.tar"]),
+        (["--output", "x", "--model_path", ".", "--reader_model_type", "t5-base"], ["neither model.pth.tar nor"]),
+    ],
+)
+def test_bad_flags_are_refused(assert_refused, tmp_path, monkeypatch, argv, parts):
+    """Missing, unknown and wrong flags: exit status 2, one line, and no folder is created."""
+    monkeypatch.chdir(tmp_path)
+    assert_refused(["convert", *argv], *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_outputs_are_refused_before_any_file_is_opened(assert_refused, tmp_path):
+    """An unknown --to, no --output, an --output that exists, and an --inspect path without weights."""
+    argv = ["convert", "--model_path", str(SAMPLE / "model"), "--reader_model_type", str(SAMPLE / "reader"),
+            "--retriever_model_path", str(SAMPLE / "retriever")]  # fmt: skip
+    assert_refused(
+        [*argv, "--output", str(tmp_path / "out"), "--to", "gguf"], "--to: invalid choice: 'gguf'", "huggingface"
+    )
+    assert_refused(argv, "--output is missing: name the folder to write, or --inspect PATH to only look")
+    (tmp_path / "there").mkdir()
+    assert_refused(
+        [*argv, "--output", str(tmp_path / "there"), "--to", "reference"], "there: is there; choose a new folder"
+    )
+    assert_refused(
+        ["convert", "--inspect", str(tmp_path / "there")], "there: holds nothing known here; give the folder of a"
+    )
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+
+
+def test_inspect_and_help_print_to_stdout(capsys):
+    """`--inspect` prints the kind of checkpoint; `--help` has an example of each format."""
+    assert main(["convert", "--inspect", str(SAMPLE / "model")]) == 0
+    assert "kind: a checkpoint of the PyTorch reference\n" in capsys.readouterr().out
+    assert main(["convert", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(example in text for example in ("--to huggingface", "--to reference", "--inspect models/atlas/xxl"))

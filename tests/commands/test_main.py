@@ -1,8 +1,9 @@
-"""Runs that something from outside ends, in this process and as one of its own."""
+"""The `atlas` command: dispatch, help, log handlers, and the exit status of runs that fail or are interrupted."""
 
 import contextlib
 import errno
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -13,13 +14,56 @@ from pathlib import Path
 import pytest
 
 from atlas_jax.commands.main import main
-from tests.commands.sample_run import CLOSED_BOOK, ROOT, ROWS, command, leftovers, lines, put
+from tests.commands.sample_evaluation import (
+    CLOSED_BOOK,
+    ROOT,
+    ROWS,
+    evaluate_argv,
+    to_jsonl,
+    unfinished_files,
+    write_file,
+)
 
-EVALUATING = "atlas_jax.evaluation.evaluator.Evaluator.__call__"
+EVALUATOR_CALL = "atlas_jax.evaluation.evaluator.Evaluator.__call__"
 
 
-def failing(error: BaseException) -> Callable:
-    """Evaluating that fails after its first line."""
+def test_unknown_commands_are_refused(assert_refused):
+    """The nearest command is suggested; if none is near, all are named."""
+    assert_refused(["evalaute"], "atlas evalaute: no such command", "did you mean evaluate?")
+    assert_refused(["--version"], "choose from train, evaluate, index, convert")
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["evaluate", "--help"], ["convert", "--help"]])
+def test_help_is_printed_to_stdout(capsys, argv):
+    """Help has status 0 and names the commands, or the flags of a command."""
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for word in ("evaluate", "convert") if len(argv) < 2 else ("--model_path", "--reader_model_type"):
+        assert word in captured.out
+
+
+def test_a_run_folder_that_cannot_be_created_is_refused(assert_refused, tmp_path, no_weights):
+    """--checkpoint_dir below a file: the message names the folder and the flag."""
+    write_file(tmp_path / "file", b"")
+    assert_refused(
+        evaluate_argv(tmp_path, checkpoint_dir=tmp_path / "file"), tmp_path / "file", "choose another --checkpoint_dir"
+    )
+
+
+def test_log_handlers_are_removed_after_a_command(capsys, tmp_path):
+    """A second command in the same process logs each line once, and not into the run.log of the first."""
+    before = list(logging.getLogger().handlers)
+    for name in ("one", "two"):
+        assert main(evaluate_argv(tmp_path, name=name, n_context=31, max_passages=3, load_index_path=tmp_path)) == 2
+        assert logging.getLogger().handlers == before
+        assert capsys.readouterr().err.count("million parameters") == 1
+    assert "million" in (tmp_path / "runs/one/run.log").read_text()
+    assert (tmp_path / "runs/one/run.log").read_text().count("million") == 1
+
+
+def failing_evaluator(error: BaseException) -> Callable:
+    """A replacement for `Evaluator.__call__` that writes one line and raises `error`."""
 
     def evaluate(self, rows, reader, write):
         write("{}\n")
@@ -39,82 +83,88 @@ def failing(error: BaseException) -> Callable:
         (OSError(errno.EIO, "Input/output error", "/data/x.bin"), 2, ["/data/x.bin: Input/output error", "disk"]),
     ],
 )
-def test_a_run_that_is_cut_off(refused, tmp_path, monkeypatch, error, status, parts):
-    """Ctrl-C, no memory, no space, a failing disk: one line, and no half-written predictions."""
-    monkeypatch.setattr(EVALUATING, failing(error))
-    refused(command(tmp_path, **CLOSED_BOOK), *parts, status=status)
+def test_a_failed_run_prints_one_line_and_leaves_no_predictions(
+    assert_refused, tmp_path, monkeypatch, error, status, parts
+):
+    """Ctrl-C, want of memory or disk space, and a failing disk each have their exit status and message."""
+    monkeypatch.setattr(EVALUATOR_CALL, failing_evaluator(error))
+    assert_refused(evaluate_argv(tmp_path, **CLOSED_BOOK), *parts, status=status)
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
-    """Errors that no user can mend are not disguised as theirs; the files are cleaned up all the same."""
+def test_an_internal_error_keeps_its_traceback(tmp_path, monkeypatch):
+    """Exceptions that no user can remedy are raised, not reported as bad input; unfinished files are still removed."""
     for error in (ValueError("a bug"), RuntimeError("a bug"), OSError("without a number")):
-        monkeypatch.setattr(EVALUATING, failing(error))
+        monkeypatch.setattr(EVALUATOR_CALL, failing_evaluator(error))
         with pytest.raises(type(error)):
-            main(command(tmp_path, **CLOSED_BOOK))
-        assert leftovers(tmp_path) == []
+            main(evaluate_argv(tmp_path, **CLOSED_BOOK))
+        assert unfinished_files(tmp_path) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_full_disk(refused, tmp_path, monkeypatch):
-    """A write that really fails for want of space (/dev/full) names the predictions file."""
-    opened = Path.open
+def test_a_full_disk_names_the_predictions_file(assert_refused, tmp_path, monkeypatch):
+    """The write fails in the kernel for want of space, as the predictions go to /dev/full."""
+    original_open = Path.open
 
     def open_full(path: Path, mode: str = "r", *args, **kwargs) -> io.IOBase:
-        full = "eval-step-1.jsonl" in path.name and mode == "w"
-        return opened(Path("/dev/full") if full else path, mode, *args, **kwargs)
+        is_predictions = "eval-step-1.jsonl" in path.name and mode == "w"
+        return original_open(Path("/dev/full") if is_predictions else path, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", open_full)
-    monkeypatch.setattr(EVALUATING, lambda self, rows, reader, write: write("x" * 100_000))
-    refused(command(tmp_path, **CLOSED_BOOK), "eval-step-1.jsonl: cannot be written (No space left on device)")
+    monkeypatch.setattr(EVALUATOR_CALL, lambda self, rows, reader, write: write("x" * 100_000))
+    assert_refused(
+        evaluate_argv(tmp_path, **CLOSED_BOOK), "eval-step-1.jsonl: cannot be written (No space left on device)"
+    )
 
 
-def atlas(*argv: str, **options) -> subprocess.Popen:
+def start_atlas(*argv: str, **options) -> subprocess.Popen:
+    """Starts `atlas` as a process of its own, in which SIGINT raises KeyboardInterrupt."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment} | options
-    # A shell's background job, which the tests may be, ignores SIGINT, and so would what it starts
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from atlas_jax.commands.main import main; "
+    # A background job of a shell ignores SIGINT, as do the processes that it starts: the tests may run in one
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from atlas_jax.commands.main import main; "
     return subprocess.Popen([sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", *argv], **options)
 
 
-def test_a_bad_flag_as_a_process(tmp_path):
-    """The shell sees status 2, one line on stderr and nothing on stdout."""
-    process = atlas(*command(tmp_path, n_contxt=3))
+def test_a_process_with_a_bad_flag_exits_with_status_2(tmp_path):
+    """One line on stderr and nothing on stdout."""
+    process = start_atlas(*evaluate_argv(tmp_path, n_contxt=3))
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "")
     assert err == "atlas: --n_contxt: no such flag; did you mean --n_context?\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["evaluate", "--help"]])
-def test_a_reader_that_leaves_is_no_error(argv):
-    """`atlas | head -0`: nothing on stderr, and the status of a broken pipe (argparse hides it: 0)."""
-    read, written = os.pipe()
-    os.close(read)
-    process = atlas(*argv, stdout=written)
-    os.close(written)
+def test_a_closed_stdout_is_no_error(argv):
+    """`atlas | head -0`: nothing on stderr, and the exit status of SIGPIPE (but 0 with argparse, which ignores it)."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    process = start_atlas(*argv, stdout=write_end)
+    os.close(write_end)
     _, err = process.communicate(timeout=120)
     assert err == ""
     assert process.returncode == (0 if argv else 141)
 
 
-def test_ctrl_c_as_a_process(tmp_path):
-    """SIGINT while the weights are read or later: status 130, one line, no traceback, nothing half-written.
+def test_a_process_that_gets_ctrl_c_exits_with_status_130(tmp_path):
+    """SIGINT after the weights are read: the last line on stderr is one line without a traceback, and no file is left.
 
-    The run would last for minutes. Python loses a SIGINT that comes while it collects garbage: a person presses again.
+    The run would last for minutes. SIGINT is sent up to four times, since Python loses one during garbage collection.
     """
-    put(tmp_path / "eval.jsonl", lines(ROWS * 2000))
-    process = atlas(*command(tmp_path, save_index_path=tmp_path / "index"))
+    write_file(tmp_path / "eval.jsonl", to_jsonl(ROWS * 2000))
+    process = start_atlas(*evaluate_argv(tmp_path, save_index_path=tmp_path / "index"))
     assert process.stderr
-    logged = ""
-    while "million parameters" not in logged:
-        logged = process.stderr.readline()
-        assert logged, "ended by itself"
-    said = []
+    line = ""
+    while "million parameters" not in line:
+        line = process.stderr.readline()
+        assert line, "ended by itself"
+    errors = []
     for _ in range(4):
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            said = process.communicate(timeout=30)[1].splitlines()
+            errors = process.communicate(timeout=30)[1].splitlines()
             break
     assert process.returncode == 130
-    assert said[-1] == "atlas: interrupted"
-    assert leftovers(tmp_path) == []
+    assert errors[-1] == "atlas: interrupted"
+    assert unfinished_files(tmp_path) == []
     assert not list((tmp_path / "runs" / "run").glob("eval-step-1*"))

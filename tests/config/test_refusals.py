@@ -1,12 +1,12 @@
-"""Command lines that are refused, each in one line that names the value and the remedy."""
+"""Values that `Config` and the command line refuse, each in one line that names the value and the remedy."""
 
 import pytest
 
 from atlas_jax.commands.flags import parse_args
 from atlas_jax.config import READERS
-from tests.commands.test_flags_parsing import SHORT, files, refusal
+from tests.commands.test_flags import MINIMAL, input_files, refusal
 
-__all__ = ["files"]  # the fixture
+__all__ = ["input_files"]  # a fixture, used by every test
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,10 @@ __all__ = ["files"]  # the fixture
         ("--qa_prompt_format {query}", ["--qa_prompt_format {query}: ", "only {question} is"]),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(line, parts):
-    """The value and the remedy; the same command line without the mistake parses."""
-    parse_args("evaluate", SHORT.split())
-    message = refusal(f"{SHORT} {line}")
+def test_a_bad_value_is_refused_in_one_line(line, parts):
+    """The message has the value and the remedy; the same command line without the bad value parses."""
+    parse_args("evaluate", MINIMAL.split())
+    message = refusal(f"{MINIMAL} {line}")
     assert [part for part in parts if part not in message] == [], message
 
 
@@ -121,28 +121,28 @@ def test_what_is_wrong_is_said_in_one_line(line, parts):
         "--model_path none --retrieve_only",
     ],
 )
-def test_what_only_looks_wrong_is_taken(line):
-    parse_args("evaluate", f"{SHORT} {line}".split())
+def test_unusual_but_valid_values_are_accepted(line):
+    parse_args("evaluate", f"{MINIMAL} {line}".split())
 
 
-def test_what_is_missing_is_said_in_one_line():
-    """The task and the reader have no default; each command needs rows, and passages from somewhere."""
+def test_missing_flags_are_named():
+    """The task and the reader have no default; each command needs a file of rows, and a source of passages."""
     reader, task, rows = "--reader_model_type t5-small", "--task qa", "--eval_data test.jsonl"
     assert refusal(f"{reader} {rows}") == (
         "--task is missing: choose from base, mlm, lm, multiple_choice, kilt, section, fever, qa"
     )
-    asked = f"{task} {rows} --closed_book"
-    assert refusal(asked).startswith("--reader_model_type is missing: choose from t5-small, t5-base")
+    without_reader = f"{task} {rows} --closed_book"
+    assert refusal(without_reader).startswith("--reader_model_type is missing: choose from t5-small, t5-base")
     assert refusal(f"{reader} {task}") == "no eval file: pass --eval_data FILE.jsonl"
     assert refusal(f"{reader} {task}", "train") == "no train file: pass --train_data FILE.jsonl"
     assert refusal(f"{reader} {task} {rows}") == refusal(f"{reader} {task} --train_data T", "train")
-    for remedy in ("--load_index_path I", "--passages passages.jsonl", "--use_file_passages", "--closed_book"):
-        assert remedy.split()[0] in refusal(f"{reader} {task} {rows}")
-        parse_args("evaluate", f"{reader} {task} {rows} {remedy}".split())
-        parse_args("train", f"{reader} {task} --train_data T {remedy}".split())
+    for passages in ("--load_index_path I", "--passages passages.jsonl", "--use_file_passages", "--closed_book"):
+        assert passages.split()[0] in refusal(f"{reader} {task} {rows}")
+        parse_args("evaluate", f"{reader} {task} {rows} {passages}".split())
+        parse_args("train", f"{reader} {task} --train_data T {passages}".split())
     assert "--retrieve_only" in refusal(f"{reader} {task} --train_data T --load_index_path I --retrieve_only", "train")
 
 
 def test_a_format_with_spaces_is_one_value():
-    argv = [*SHORT.split(), "--encoder_format", "{query} see: {text} {"]
+    argv = [*MINIMAL.split(), "--encoder_format", "{query} see: {text} {"]
     assert refusal(argv).startswith("--encoder_format {query} see: {text} {: ")

@@ -1,6 +1,6 @@
-"""Writes tokens.json: ids of awkward texts by tokenizers that share no code with ours.
+"""Writes tokens.json: ids of unusual texts by tokenizers that share no code with the fast tokenizers of `Tokenizer`.
 
-With transformers < 5, whose slow tokenizers are sentencepiece in C++ (T5) and plain Python (BERT):
+Run by hand with transformers < 5, whose slow tokenizers are sentencepiece in C++ (T5) and plain Python (BERT):
 
     VENV/bin/python tests/data/make_tokens.py
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import transformers
 
 ASSETS = Path(__file__).parents[1] / "golden" / "assets"
-TEXTS = {  # what is awkward about each; [text, times] where it is long
+TEXTS = {  # name: text, or [text, repetitions] if long
     "answer": "<extra_id_0> A",
     "answer_joined": "<extra_id_0>A",
     "question": "question: who? answer: <extra_id_0>",
@@ -56,14 +56,15 @@ def digest(ids):
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def row(what, text):
+def golden_row(name, text):
+    """Returns a row of tokens.json: the ids of both tokenizers, or a digest of them from 200 ids on."""
     whole = text[0] * text[1] if isinstance(text, list) else text
-    ids = {name: tokenizer.encode(whole) for name, tokenizer in SLOW.items()}
-    told = {
-        name: {"count": len(i), "ids": i} if len(i) < 200 else {"count": len(i), "sha256": digest(i)}
-        for name, i in ids.items()
+    ids_by_tokenizer = {key: tokenizer.encode(whole) for key, tokenizer in SLOW.items()}
+    golden = {
+        key: {"count": len(ids), "ids": ids} if len(ids) < 200 else {"count": len(ids), "sha256": digest(ids)}
+        for key, ids in ids_by_tokenizer.items()
     }
-    return {"what": what, "text": text, **told}
+    return {"what": name, "text": text, **golden}
 
 
 if __name__ == "__main__":
@@ -72,5 +73,5 @@ if __name__ == "__main__":
         "retriever": transformers.BertTokenizer.from_pretrained(ASSETS / "retriever"),
     }
     assert not any(tokenizer.is_fast for tokenizer in SLOW.values())
-    rows = ",\n".join(json.dumps(row(*item)) for item in TEXTS.items())
+    rows = ",\n".join(json.dumps(golden_row(*item)) for item in TEXTS.items())
     Path(__file__).with_name("tokens.json").write_text(f"[\n{rows}\n]\n")

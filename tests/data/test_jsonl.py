@@ -1,4 +1,4 @@
-"""Rows of a JSON-lines file: what is accepted, what is refused and where the refusal points."""
+"""Rows of a JSON-lines file: accepted and refused content, errors that name file and line, memory, threads."""
 
 import concurrent.futures
 import json
@@ -14,7 +14,7 @@ from atlas_jax.data.jsonl import MAX_LINE_BYTES, JsonlRows, read_rows
 from atlas_jax.errors import UserError
 
 MESSY = b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": "\xc3\xa9\xe2\x80\xa8"}\n\t\n{"a": 3}'
-BAD_FILES = {  # content -> the line it is wrong in (None: the file), and what is said
+BAD_FILES = {  # content, number of the bad line (None: the whole file), part of the message
     "malformed": (b'{"a": 1}\n\n{"a": }\n{"a": 2}\n', 3, "not valid JSON"),
     "truncated": (b'{"a": 1}\n{"a": "he', 2, "looks truncated"),
     "invalid_utf8": (b'{"a": 1}\n{"a": "\xff"}\n', 2, "invalid UTF-8 at byte 8 of the line; save the file as UTF-8"),
@@ -34,15 +34,15 @@ def write(folder, content):
     return path
 
 
-def test_harmless_oddities_are_accepted(tmp_path):
-    """A byte order mark, CRLF, blank lines, U+2028 inside a string, no newline at the end: line numbers still count."""
+def test_bom_crlf_blank_lines_and_a_missing_last_newline_are_accepted(tmp_path):
+    """Also U+2028 inside a string; line numbers count the blank lines."""
     path = write(tmp_path, MESSY)
     assert list(read_rows(path)) == [(1, {"a": 1}), (4, {"a": "é\u2028"}), (6, {"a": 3})]
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files_are_named_by_file_and_line(tmp_path, case):
-    """One line of message: file, line, what is wrong and a remedy."""
+def test_errors_of_bad_files_name_file_and_line(tmp_path, case):
+    """The message is one line: file, line number, what is wrong and a remedy."""
     content, line, message = BAD_FILES[case]
     path = write(tmp_path, content)
     with pytest.raises(UserError) as error:
@@ -54,16 +54,16 @@ def test_bad_files_are_named_by_file_and_line(tmp_path, case):
     assert "\n" not in str(error.value)
 
 
-def test_rows_before_a_bad_line_are_delivered(tmp_path):
-    """The file is streamed: what stands before the bad line arrives, a whole surrogate pair is fine."""
+def test_rows_before_a_bad_line_are_yielded(tmp_path):
+    """The file is streamed; the row before the bad line holds a complete surrogate pair, which is accepted."""
     rows = read_rows(write(tmp_path, rb'{"a": "\ud83d\udc4d"}' + b"\n{"))
     assert next(rows) == (1, {"a": "👍"})
     with pytest.raises(UserError, match="looks truncated"):
         next(rows)
 
 
-def test_missing_files_and_folders(tmp_path):
-    """Both readers name the path and the remedy."""
+def test_a_missing_file_or_a_folder_is_an_error(tmp_path):
+    """`read_rows` and `JsonlRows` name the path and the remedy."""
     for read in (lambda path: list(read_rows(path)), JsonlRows):
         with pytest.raises(UserError, match=r"nothing\.jsonl: no such file; check the path"):
             read(tmp_path / "nothing.jsonl")
@@ -71,8 +71,8 @@ def test_missing_files_and_folders(tmp_path):
             read(tmp_path)
 
 
-def test_an_endless_line_is_not_read_whole(tmp_path):
-    """A line of 1 GiB is refused after 16 MiB; a line just short of the limit is read."""
+def test_a_line_over_16_mib_is_refused_without_reading_it(tmp_path):
+    """A line of 1 GiB is refused within 48 MiB of memory; a line of exactly 16 MiB is read."""
     path = tmp_path / "endless.jsonl"
     with open(path, "wb") as file:
         file.truncate(2**30)
@@ -86,8 +86,8 @@ def test_an_endless_line_is_not_read_whole(tmp_path):
     assert len(list(read_rows(path))) == 1
 
 
-def test_memory_is_one_line(tmp_path):
-    """8 MB of rows pass through less than 1 MB."""
+def test_streaming_holds_one_line_in_memory(tmp_path):
+    """Streaming 8 MB of rows takes less than 1 MiB of memory."""
     path = write(tmp_path, (b'{"a": "' + b"x" * 1000 + b'"}\n') * 8000)
     tracemalloc.start()
     assert sum(1 for _ in read_rows(path)) == 8000
@@ -95,12 +95,12 @@ def test_memory_is_one_line(tmp_path):
     tracemalloc.stop()
 
 
-def test_rows_by_number_are_the_streamed_rows(tmp_path):
-    """Any order, negative numbers and slices; the line is the one in the file."""
+def test_rows_by_index_equal_the_streamed_rows(tmp_path):
+    """In any order, with negative indices and slices; `line_number` and `error` give the line in the file."""
     path = write(tmp_path, MESSY)
     rows, streamed = JsonlRows(path), list(read_rows(path))
     assert len(rows) == 3
-    assert [(rows.line(i), rows[i]) for i in (2, 0, 1)] == [streamed[i] for i in (2, 0, 1)]
+    assert [(rows.line_number(i), rows[i]) for i in (2, 0, 1)] == [streamed[i] for i in (2, 0, 1)]
     assert rows[-1] == {"a": 3}
     assert rows[1:] == [row for _, row in streamed[1:]]
     assert str(rows.error(1, "no answers; add some")) == f"{path}:4: no answers; add some"
@@ -109,7 +109,7 @@ def test_rows_by_number_are_the_streamed_rows(tmp_path):
 
 
 def test_rows_are_parsed_on_demand(tmp_path):
-    """A malformed row is an error when it is asked for, with its line; an empty file is one at once."""
+    """A malformed row is an error only when it is accessed; a file without rows is one at once."""
     rows = JsonlRows(write(tmp_path, b'{"a": 1}\n\n{"a": \n'))
     assert rows[0] == {"a": 1}
     with pytest.raises(UserError, match=r"rows\.jsonl:3: not valid JSON"):
@@ -118,8 +118,8 @@ def test_rows_are_parsed_on_demand(tmp_path):
         JsonlRows(write(tmp_path, b"\n"))
 
 
-def test_threads_share_rows(tmp_path):
-    """Positional reads: eight threads reading at random get the rows they asked for."""
+def test_threads_can_share_jsonl_rows(tmp_path):
+    """Eight threads reading 4000 random rows get the right ones, since reads are positional."""
     rows = JsonlRows(write(tmp_path, b"".join(b'{"a": "%s"}\n' % (b"%d" % i * (i % 50)) for i in range(2000))))
     numbers = random.Random(0).choices(range(2000), k=4000)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -128,8 +128,8 @@ def test_threads_share_rows(tmp_path):
 
 
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none()), min_size=1), st.booleans())
-def test_whatever_json_writes_is_read_back(tmp_path_factory, objects, escape):
-    """Any text, escaped or not, survives; so does its number."""
-    text = "".join(json.dumps(row, ensure_ascii=escape) + "\n" for row in objects)
+def test_any_json_objects_are_read_back(tmp_path_factory, objects, ascii_only):
+    """Any texts and numbers, with escaped or raw non-ASCII characters, streamed and by index."""
+    text = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in objects)
     path = write(tmp_path_factory.getbasetemp(), text.encode())
     assert [row for _, row in jsonl.read_rows(path)] == objects == list(JsonlRows(path))

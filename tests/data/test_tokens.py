@@ -1,4 +1,4 @@
-"""Text to ids: equal to Hugging Face and to the reference, and where a text may be tokenized in two parts."""
+"""Text to ids: equal to Hugging Face and the reference, and which tokenizers can split a text at a space; padding."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Core
 
-from atlas_jax.data.tokens import Tokenizer, bucket, ends_visibly, pad
+from atlas_jax.data.tokens import Tokenizer, bucket, ends_in_visible_character, pad
 from atlas_jax.errors import UserError
 
 ASSETS = Path(__file__).parent.parent / "golden" / "assets"
@@ -31,8 +31,8 @@ awkward = st.lists(
 ).map("".join)
 
 
-def small(pre_tokenizer, normalizer=None, model=None, trainer=trainers.BpeTrainer, added=()) -> Tokenizer:
-    """A tokenizer trained on a few words, with merges across spaces if it can make them."""
+def trained_tokenizer(pre_tokenizer, normalizer=None, model=None, trainer=trainers.BpeTrainer, added=()) -> Tokenizer:
+    """Returns a tokenizer trained on a few words, with merges across spaces if its pre-tokenizer allows them."""
     core = Core(model or models.BPE(unk_token="<unk>"))
     core.normalizer, core.pre_tokenizer = normalizer, pre_tokenizer
     text = ["the title of the book", "a title: the book", "answer: the title"] * 20
@@ -42,7 +42,7 @@ def small(pre_tokenizer, normalizer=None, model=None, trainer=trainers.BpeTraine
 
 
 def test_batch_equals_the_reference(golden):
-    """Reader, retriever, query and label ids of the reference's batch, number by number."""
+    """Reader, retriever, query and label ids and masks equal those of the reference's batch."""
     text, arrays = json.loads((golden / "batch.json").read_text()), np.load(golden / "batch.npz")
     reader, retriever = TOKENIZERS["reader"], TOKENIZERS["retriever"]
 
@@ -62,7 +62,7 @@ def test_batch_equals_the_reference(golden):
 @names
 @given(text=awkward, max_length=st.integers(2, 40))
 def test_finish_equals_hugging_face(name, text, max_length):
-    """Ids, then `finish`: what the Hugging Face tokenizer gives for any text and length, and without a limit."""
+    """`ids`, then `finish`: the ids of the Hugging Face tokenizer, for any text and length and without a limit."""
     tokenizer, hf = TOKENIZERS[name], HF[name]
     [ids] = tokenizer.ids([text])
     assert tokenizer.finish(ids, max_length) == hf(text, max_length=max_length, truncation=True)["input_ids"]
@@ -70,8 +70,8 @@ def test_finish_equals_hugging_face(name, text, max_length):
 
 
 @names
-def test_nobody_else_can_truncate_our_ids(name):
-    """Calls to the Hugging Face object, which truncate and pad by changing it, leave `ids` whole."""
+def test_truncation_set_on_the_hugging_face_tokenizer_does_not_affect_ids(name):
+    """A call of the Hugging Face object with truncation, which changes the object's state, leaves `ids` uncut."""
     hf = transformers.AutoTokenizer.from_pretrained(ASSETS / name)
     tokenizer = Tokenizer(hf)
     before = tokenizer.ids(TEXTS)
@@ -81,30 +81,30 @@ def test_nobody_else_can_truncate_our_ids(name):
     assert len(before[-1]) > 4 or name == "retriever"
 
 
-def test_batches_of_any_size():
-    """More texts than a chunk: same ids, same order; none: none."""
+def test_ids_of_a_batch_equal_those_of_single_texts():
+    """For a batch of several chunks, in the same order; an empty batch gives an empty list."""
     tokenizer = TOKENIZERS["reader"]
     texts = [f"passage {i}" for i in range(2500)]
     assert tokenizer.ids(texts) == [tokenizer.ids([text])[0] for text in texts]
     assert tokenizer.ids([]) == []
 
 
-def test_targets():
-    """Text and one `</s>`, cut at the end: the `</s>` is not kept for its own sake."""
+def test_targets_end_in_one_eos_unless_cut():
+    """Text and exactly one `</s>`, which a cut can remove; decoding drops special tokens."""
     reader = TOKENIZERS["reader"]
-    [plain], [ended] = reader.target_ids(["<extra_id_0> Tribe"]), reader.target_ids(["<extra_id_0> Tribe</s>"])
-    assert plain == ended == [*reader.ids(["<extra_id_0> Tribe"])[0], 1]
-    assert reader.target_ids(["<extra_id_0> Tribe"], 2) == [plain[:2]]
-    assert reader.decode(np.array([0, *plain, 0])) == "Tribe"
+    [target], [with_eos] = reader.target_ids(["<extra_id_0> Tribe"]), reader.target_ids(["<extra_id_0> Tribe</s>"])
+    assert target == with_eos == [*reader.ids(["<extra_id_0> Tribe"])[0], 1]
+    assert reader.target_ids(["<extra_id_0> Tribe"], 2) == [target[:2]]
+    assert reader.decode(np.array([0, *target, 0])) == "Tribe"
     assert (reader.prefix, reader.suffix, reader.pad_id, reader.vocab_size) == ((), (1,), 0, 2000)
     assert (TOKENIZERS["retriever"].prefix, TOKENIZERS["retriever"].suffix) == ((2,), (3,))
 
 
 @names
 @given(a=awkward, b=awkward)
-def test_two_parts_equal_the_whole(name, a, b):
-    """T5's and BERT's tokenizers: any two texts around a space, if the first ends visibly."""
-    assume(ends_visibly(a))
+def test_ids_of_two_parts_equal_those_of_the_whole(name, a, b):
+    """T5's and BERT's tokenizers: any two texts around a space, if the first ends in a visible character."""
+    assume(ends_in_visible_character(a))
     tokenizer = TOKENIZERS[name]
     assert tokenizer.splits_at_spaces
     left, right, whole = tokenizer.ids([a, f" {b}", f"{a} {b}"])
@@ -112,9 +112,9 @@ def test_two_parts_equal_the_whole(name, a, b):
 
 
 @names
-def test_every_character_may_stand_before_the_space(name):
-    """Each visible character of the first plane, and emoji, before a space and a combining mark: no exception."""
-    ends = [f"x{c}" for c in map(chr, [*range(0x10000), *range(0x1F000, 0x1FB00)]) if ends_visibly(c)]
+def test_texts_split_after_every_visible_character(name):
+    """Holds for each visible character of Unicode's first plane, and emoji, before a space and a combining mark."""
+    ends = [f"x{c}" for c in map(chr, [*range(0x10000), *range(0x1F000, 0x1FB00)]) if ends_in_visible_character(c)]
     left, right = TOKENIZERS[name].ids(ends), TOKENIZERS[name].ids([" \u0308x"])[0]
     assert [ids + right for ids in left] == TOKENIZERS[name].ids([f"{a} \u0308x" for a in ends])
     assert len(ends) > 50_000
@@ -123,7 +123,7 @@ def test_every_character_may_stand_before_the_space(name):
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 UNSPLIT = pre_tokenizers.Metaspace(split=False)
 SPACE = {"pre_tokenizer": pre_tokenizers.WhitespaceSplit()}
-JOINING = {  # tokenizers whose ids of the whole are not those of the parts, and parts that show it
+NOT_SPLITTING = {  # tokenizers whose ids of a whole are not those of its parts, and two parts that show it
     "byte_level_bpe": ({"pre_tokenizer": BYTES}, "the title of the", "book"),
     "metaspace_unsplit": ({"pre_tokenizer": UNSPLIT}, "the", "title"),
     "no_pre_tokenizer": ({"pre_tokenizer": None}, "the title of the", "book"),
@@ -142,48 +142,50 @@ JOINING = {  # tokenizers whose ids of the whole are not those of the parts, and
 }
 
 
-@pytest.mark.parametrize("case", JOINING)
-def test_tokenizers_that_reach_over_a_space_are_found_out(case):
-    """Each gives other ids for the whole than for the parts, and says so."""
-    build, a, b = JOINING[case]
-    tokenizer = small(**build)
+@pytest.mark.parametrize("case", NOT_SPLITTING)
+def test_tokenizers_with_pieces_across_spaces_do_not_split(case):
+    """Each gives other ids for the whole than for the parts, and has `splits_at_spaces` False."""
+    build, a, b = NOT_SPLITTING[case]
+    tokenizer = trained_tokenizer(**build)
     left, right, whole = tokenizer.ids([a, f" {b}", f"{a} {b}"])
     assert left + right != whole
     assert not tokenizer.splits_at_spaces
 
 
-def test_a_text_that_ends_in_a_space_does_not_part():
-    """The counter-case to `ends_visibly`: a run of spaces counts as one, and would be cut in two."""
-    tokenizer = small(pre_tokenizers.Metaspace(), normalizers.Replace(Regex(" {2,}"), "▁"))
+def test_a_text_that_ends_in_a_space_does_not_split():
+    """Counter-case for `ends_in_visible_character`: the tokenizer replaces runs of spaces, and splitting cuts a run."""
+    tokenizer = trained_tokenizer(pre_tokenizers.Metaspace(), normalizers.Replace(Regex(" {2,}"), "▁"))
     assert tokenizer.splits_at_spaces
     left, right, whole = tokenizer.ids(["the ", " title", "the  title"])
     assert left + right != whole
-    assert not ends_visibly("the ")
+    assert not ends_in_visible_character("the ")
 
 
-def test_unsure_is_no():
-    """GPT-2's own pattern does cut before a space, but it is not among the forms known to: refused. Known ones pass."""
-    assert not small(pre_tokenizers.ByteLevel(add_prefix_space=False)).splits_at_spaces
-    assert not small(
+def test_splits_at_spaces_is_false_for_unknown_configurations():
+    """GPT-2's pattern does split before a space, but is not among the known ones; several known ones are True."""
+    assert not trained_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False)).splits_at_spaces
+    assert not trained_tokenizer(
         pre_tokenizers.WhitespaceSplit(), model=models.BPE(unk_token="<unk>", dropout=0.1)
     ).splits_at_spaces
-    bpe, t5 = pre_tokenizers.Metaspace(), normalizers.Replace(" {2,}", "▁")
-    assert small(bpe, normalizers.Sequence([normalizers.NFKC(), normalizers.Strip(left=False)])).splits_at_spaces
-    assert not small(bpe, t5).splits_at_spaces  # a plain string, not T5's expression
+    metaspace, plain_replace = pre_tokenizers.Metaspace(), normalizers.Replace(" {2,}", "▁")
+    assert trained_tokenizer(
+        metaspace, normalizers.Sequence([normalizers.NFKC(), normalizers.Strip(left=False)])
+    ).splits_at_spaces
+    assert not trained_tokenizer(metaspace, plain_replace).splits_at_spaces  # a plain string, not T5's expression
     sequence = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits()])
-    assert small(sequence, normalizers.Lowercase()).splits_at_spaces
+    assert trained_tokenizer(sequence, normalizers.Lowercase()).splits_at_spaces
 
 
 @pytest.mark.parametrize(
     ("text", "visible"), [("a", 1), ("é", 1), ("?", 1), ("字", 1), ("", 0), ("a\u200b", 0), ("a\n", 0)]
 )
-def test_ends_visibly(text, visible):
-    """Letters, marks and signs do; nothing, white space, control and format characters do not."""
-    assert ends_visibly(text) == bool(visible)
+def test_ends_in_visible_character(text, visible):
+    """True for letters, marks and signs; False for an empty text, white space, control and format characters."""
+    assert ends_in_visible_character(text) == bool(visible)
 
 
-def test_a_saved_tokenizer_is_the_same(tmp_path):
-    """The fingerprint survives save and load and another process, and tells tokenizers apart."""
+def test_a_saved_tokenizer_keeps_its_fingerprint_and_ids(tmp_path):
+    """The fingerprint is equal after save and load and in another process, and differs between tokenizers."""
     reader = TOKENIZERS["reader"]
     reader.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
@@ -193,11 +195,11 @@ def test_a_saved_tokenizer_is_the_same(tmp_path):
     root = Path(__file__).parents[2]
     other = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == reader.fingerprint
-    assert other.stderr == ""  # nor does transformers talk about PyTorch
+    assert other.stderr == ""  # no advice of transformers about PyTorch
 
 
-def test_by_name_offline(tmp_path, monkeypatch):
-    """Offline, a name of the hub is read from its cache; one that is not there is a line with the remedy."""
+def test_a_hub_name_is_read_from_the_cache_offline(tmp_path, monkeypatch):
+    """A name that is not in the hub's cache is a UserError of one line with the remedy; a cached one loads."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as caught:
         Tokenizer.load("google-t5/t5-small")
@@ -214,8 +216,8 @@ def test_by_name_offline(tmp_path, monkeypatch):
     assert Tokenizer.load("google-t5/t5-small").fingerprint == TOKENIZERS["reader"].fingerprint
 
 
-def test_tokenizers_that_cannot_be_loaded(tmp_path):
-    """No vocabulary in the folder (transformers would make one up), broken files, unknown names, no pad token."""
+def test_tokenizers_that_cannot_be_loaded_are_errors(tmp_path):
+    """No vocabulary in the folder (transformers would invent one), broken files, unknown names, no pad token."""
     (tmp_path / "config.json").write_text((ASSETS / "reader" / "config.json").read_text())
     with pytest.raises(UserError, match=r"no tokenizer in this folder; copy one of tokenizer\.json"):
         Tokenizer.load(tmp_path)
@@ -230,8 +232,8 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path):
 
 
 @given(st.lists(st.lists(st.integers(1, 70_000), max_size=20), max_size=6), st.integers(20, 30))
-def test_pad(rows, length):
-    """Rows on the left, pad_id on the right, the mask over the rows; arrays and lists alike."""
+def test_pad_appends_pad_ids_and_masks_them(rows, length):
+    """Rows on the left, `pad_id` on the right, the mask true for the rows; arrays and lists give the same."""
     ids, mask = pad(rows, length, 7)
     assert ids.shape == mask.shape == (len(rows), length)
     assert [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)] == rows
@@ -240,14 +242,14 @@ def test_pad(rows, length):
     np.testing.assert_array_equal(ids, pad([np.array(row, np.int32) for row in rows], length, 7)[0])
 
 
-def test_pad_does_not_cut():
-    """A row that is too long is a mistake of the caller."""
+def test_pad_refuses_a_row_that_is_too_long():
+    """ValueError rather than cutting the row."""
     with pytest.raises(ValueError, match="a row of 3 ids does not fit into 2"):
         pad([[1, 2, 3]], 2, 0)
 
 
-def test_buckets():
-    """Few lengths, little padding, never above the maximum, which is one of them."""
+def test_buckets_are_few_with_little_padding():
+    """12 lengths up to 512; beyond 128 tokens less than a fifth is padding; the maximum is the largest bucket."""
     lengths = sorted({bucket(n, 512) for n in range(513)})
     assert lengths == [32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
     for maximum in (7, 100, 356, 500, 2000):

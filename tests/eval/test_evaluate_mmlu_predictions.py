@@ -1,4 +1,4 @@
-"""The MMLU scorer: the reference's table to the letter, folders of runs, and one line for whatever is wrong."""
+"""The MMLU scorer: the reference's table byte for byte, folders of runs, and one line for every bad input."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ OPTIONS = {"A": "one", "B": "two", "C": "three", "D": "four"}
 
 
 class Run(NamedTuple):
-    """What a run of the scorer left behind."""
+    """Exit status and output of one call of the scorer."""
 
     status: int
     out: str
@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
 @pytest.fixture
 def run(capsys) -> Callable[..., Run]:
-    """Call the scorer with arguments, in this process."""
+    """Calls the scorer with arguments, in this process."""
 
     def call(*args: str | Path) -> Run:
         status = 0
@@ -41,19 +41,19 @@ def run(capsys) -> Callable[..., Run]:
 
 
 @pytest.fixture
-def published(golden, tmp_path) -> tuple[str | Path, ...]:
-    """The arguments that score the reference's own prediction file."""
+def reference_args(golden, tmp_path) -> tuple[str | Path, ...]:
+    """Arguments that score the reference's prediction file."""
     predictions = tmp_path / "mmlu_eval-step-1.jsonl"
     predictions.write_bytes(gzip.decompress((golden / "exp/mmlu/mmlu_eval-step-1.jsonl.gz").read_bytes()))
     return "--predictions_path", predictions, "--gold_path", golden / "mmlu_eval.jsonl"
 
 
-def question(text: str, domain: str = "anatomy", answer: str = "A", split: str = "test") -> dict[str, Any]:
+def gold_row(text: str, domain: str = "anatomy", answer: str = "A", split: str = "test") -> dict[str, Any]:
     return {"question": text, "options": OPTIONS, "answer": answer, "dataset": f"{domain}_{split}"}
 
 
-def predict(gold: Mapping[str, Any], original: str, debiased: str) -> dict[str, Any]:
-    """A row of a prediction file; its second, cyclic permutation speaks for another letter."""
+def prediction_row(gold: Mapping[str, Any], original: str, debiased: str) -> dict[str, Any]:
+    """A row of a prediction file; its permutation that is not original has its highest logits at the other letters."""
     logits = {letter: 1.0 if letter == original else -1.0 for letter in OPTIONS}
     return {
         "generation": debiased,
@@ -65,7 +65,7 @@ def predict(gold: Mapping[str, Any], original: str, debiased: str) -> dict[str, 
     }
 
 
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -76,23 +76,23 @@ def accuracies(result: Run) -> dict[str, tuple[str, str]]:
     return {cells[0]: (cells[1], cells[2]) for line in result.out.splitlines()[2:] for cells in [line.split()]}
 
 
-def one_line(result: Run) -> str:
-    """What the scorer says about bad input: status 2, nothing on standard output, one line and no traceback."""
+def error_line(result: Run) -> str:
+    """Returns stderr after bad input; asserts status 2, an empty stdout, and one line without a traceback."""
     assert result.status == 2
     assert result.out == ""
     assert result.err.count("\n") == 1
     return result.err
 
 
-def test_the_table_is_the_reference_s(published, golden):
-    """Started as a program, for the reference's predictions: the reference's table, byte for byte."""
-    out = subprocess.run([sys.executable, scorer.__file__, *published], check=True, capture_output=True)
+def test_the_table_equals_the_reference_byte_for_byte(reference_args, golden):
+    """Run as a program on the reference's predictions, the scorer prints the reference's table, byte for byte."""
+    out = subprocess.run([sys.executable, scorer.__file__, *reference_args], check=True, capture_output=True)
     assert out.stdout == (golden / "mmlu_table.txt").read_bytes()
     assert out.stderr == b""
 
 
 def test_there_are_57_domains_in_four_categories():
-    """13 + 12 + 18 + 14 domains, and none of them twice."""
+    """13 + 12 + 18 + 14 domains, none of them twice."""
     assert {name: len(domains) for name, domains in scorer.CATEGORIES.items()} == {
         "humanities": 13,
         "Soc Sci.": 12,
@@ -102,46 +102,46 @@ def test_there_are_57_domains_in_four_categories():
     assert len(scorer.DOMAINS) == 57
 
 
-def test_a_folder_of_runs_scores_as_the_one_file(published, golden, run, tmp_path):
-    """Split into 57 per-domain runs, with strangers beside them, the predictions make the same table."""
+def test_a_folder_of_runs_gives_the_table_of_one_file(reference_args, golden, run, tmp_path):
+    """Split into 57 runs, one a domain, with unrelated files beside them, the predictions give the same table."""
     folder = tmp_path / "runs"
     domains: dict[str, list[dict[str, Any]]] = {}
-    for line in Path(published[1]).read_text().splitlines():
+    for line in Path(reference_args[1]).read_text().splitlines():
         row = json.loads(line)
         domains.setdefault(row["metadata"]["dataset"].removesuffix("_test"), []).append(row)
     for domain, rows in domains.items():
-        write(folder / domain / f"{domain}.test-step-16.jsonl", rows)
-        write(folder / domain / f"{domain}.test-step-8.jsonl", [])
-    write(folder / "notes.jsonl", [{"not": "ours"}])
-    write(folder / "checkpoint/anatomy.test-step-16.jsonl", [{"not": "ours"}])
+        write_jsonl(folder / domain / f"{domain}.test-step-16.jsonl", rows)
+        write_jsonl(folder / domain / f"{domain}.test-step-8.jsonl", [])
+    write_jsonl(folder / "notes.jsonl", [{"not": "ours"}])
+    write_jsonl(folder / "checkpoint/anatomy.test-step-16.jsonl", [{"not": "ours"}])
     table = (golden / "mmlu_table.txt").read_text()
     arguments = ("--predictions_path", folder, "--gold_path", golden / "mmlu_eval.jsonl")
     assert run(*arguments).out == table
     assert run(*arguments, "--split", "test", "--step", "16").out == table
-    assert "no prediction" in one_line(run(*arguments, "--step", "8"))
+    assert "no prediction" in error_line(run(*arguments, "--step", "8"))
 
 
 @pytest.mark.parametrize("name", ["val", "valid"])
 @pytest.mark.parametrize("split", [None, "val", "valid"])
-def test_val_and_valid_are_one_split(run, tmp_path, name, split):
-    """Whichever of the two names a file has, it is found: without --split and under either name."""
-    gold = question("?", split=name)
-    write(tmp_path / f"p/anatomy/anatomy.{name}-step-16.jsonl", [predict(gold, "A", "B")])
-    arguments = ("--predictions_path", tmp_path / "p", "--gold_path", write(tmp_path / "gold.jsonl", [gold]))
+def test_val_and_valid_name_the_same_split(run, tmp_path, name, split):
+    """A file with either name is found without --split and with either value of --split, but not with another split."""
+    gold = gold_row("?", split=name)
+    write_jsonl(tmp_path / f"p/anatomy/anatomy.{name}-step-16.jsonl", [prediction_row(gold, "A", "B")])
+    arguments = ("--predictions_path", tmp_path / "p", "--gold_path", write_jsonl(tmp_path / "gold.jsonl", [gold]))
     chosen = ("--split", split) if split else ()
     assert accuracies(run(*arguments, *chosen))["all"] == ("100.00", "0.00")
-    assert "{domain}.test-step-16.jsonl" in one_line(run(*arguments, "--split", "test"))
+    assert "{domain}.test-step-16.jsonl" in error_line(run(*arguments, "--split", "test"))
 
 
-def test_two_complete_splits_are_a_question(run, tmp_path):
-    """With predictions of both splits the scorer guesses nothing; with one of them incomplete there is one answer."""
-    golds = [question("?"), question("?", "virology")]
+def test_two_complete_splits_require_a_choice(run, tmp_path):
+    """Complete predictions of both splits are an error without --split; if one is incomplete, the other is scored."""
+    golds = [gold_row("?"), gold_row("?", "virology")]
     for gold, domain in zip(golds, ("anatomy", "virology"), strict=True):
         for split in ("test", "val"):
             right = "A" if split == "test" else "B"
-            write(tmp_path / f"p/{domain}/{domain}.{split}-step-16.jsonl", [predict(gold, right, right)])
-    arguments = ("--predictions_path", tmp_path / "p", "--gold_path", write(tmp_path / "gold.jsonl", golds))
-    assert "choose with --split" in one_line(run(*arguments))
+            write_jsonl(tmp_path / f"p/{domain}/{domain}.{split}-step-16.jsonl", [prediction_row(gold, right, right)])
+    arguments = ("--predictions_path", tmp_path / "p", "--gold_path", write_jsonl(tmp_path / "gold.jsonl", golds))
+    assert "choose with --split" in error_line(run(*arguments))
     assert accuracies(run(*arguments, "--split", "test"))["all"] == ("100.00", "100.00")
     assert accuracies(run(*arguments, "--split", "val"))["all"] == ("0.00", "0.00")
     (tmp_path / "p/virology/virology.val-step-16.jsonl").unlink()
@@ -149,32 +149,36 @@ def test_two_complete_splits_are_a_question(run, tmp_path):
 
 
 def test_every_missing_domain_is_named_at_once(run, tmp_path):
-    """One line names a domain without a folder, one without the file, and none that is there."""
-    golds = [question("?", domain) for domain in ("anatomy", "virology", "sociology")]
-    write(tmp_path / "p/anatomy/anatomy.test-step-16.jsonl", [predict(golds[0], "A", "A")])
+    """One line names the domain without a folder and the domain without the file, but not the complete domain."""
+    golds = [gold_row("?", domain) for domain in ("anatomy", "virology", "sociology")]
+    write_jsonl(tmp_path / "p/anatomy/anatomy.test-step-16.jsonl", [prediction_row(golds[0], "A", "A")])
     (tmp_path / "p/virology").mkdir()
-    gold_path = write(tmp_path / "gold.jsonl", golds)
-    line = one_line(run("--predictions_path", tmp_path / "p", "--gold_path", gold_path))
+    gold_path = write_jsonl(tmp_path / "gold.jsonl", golds)
+    line = error_line(run("--predictions_path", tmp_path / "p", "--gold_path", gold_path))
     assert "for 2 of 3 domains: sociology (no folder), virology;" in line
     assert "--step" in line
     assert "anatomy" not in line
 
 
 def test_identical_questions_are_matched_in_order(run, tmp_path):
-    """The second of two identical questions takes the second prediction, or the first again if it is the only one."""
-    golds = [question("?", answer="A"), question("?", answer="B")]
-    gold_path = write(tmp_path / "gold.jsonl", golds)
-    both = [predict(golds[0], "A", "A"), predict(golds[1], "B", "C")]
+    """The second of two identical questions takes the second prediction, or the first again if there is only one."""
+    golds = [gold_row("?", answer="A"), gold_row("?", answer="B")]
+    gold_path = write_jsonl(tmp_path / "gold.jsonl", golds)
+    both = [prediction_row(golds[0], "A", "A"), prediction_row(golds[1], "B", "C")]
     for rows, expected in ((both, ("100.00", "50.00")), (both[::-1], ("0.00", "0.00")), (both[:1], ("50.00", "50.00"))):
-        predictions = write(tmp_path / "p.jsonl", rows)
+        predictions = write_jsonl(tmp_path / "p.jsonl", rows)
         assert accuracies(run("--predictions_path", predictions, "--gold_path", gold_path))["all"] == expected
 
 
-def test_one_question_in_two_domains_is_two_questions(run, tmp_path):
-    """The domain is part of what a question is."""
-    golds = [question("?", "anatomy"), question("?", "sociology")]
-    predictions = write(tmp_path / "p.jsonl", [predict(golds[1], "B", "B"), predict(golds[0], "A", "A")])
-    scores = accuracies(run("--predictions_path", predictions, "--gold_path", write(tmp_path / "gold.jsonl", golds)))
+def test_a_question_in_two_domains_is_two_questions(run, tmp_path):
+    """A question that occurs in two domains is matched with the prediction of its own domain."""
+    golds = [gold_row("?", "anatomy"), gold_row("?", "sociology")]
+    predictions = write_jsonl(
+        tmp_path / "p.jsonl", [prediction_row(golds[1], "B", "B"), prediction_row(golds[0], "A", "A")]
+    )
+    scores = accuracies(
+        run("--predictions_path", predictions, "--gold_path", write_jsonl(tmp_path / "gold.jsonl", golds))
+    )
     assert scores["other"] == ("100.00", "100.00")
     row = json.loads(
         run("--predictions_path", predictions, "--gold_path", tmp_path / "gold.jsonl", "--json").out,
@@ -182,30 +186,35 @@ def test_one_question_in_two_domains_is_two_questions(run, tmp_path):
     assert row["domains"]["sociology"]["accuracy"] == 0
 
 
-def test_of_several_originals_the_first_counts(run, tmp_path):
-    """Equal option texts mark two permutations as original; and the older spelling of `permutations` is read."""
-    gold = question("?")
-    row = predict(gold, "A", "A")
-    row["permutations"].append(predict(gold, "B", "A")["permutations"][1])
+def test_the_first_permutation_marked_original_is_scored(run, tmp_path):
+    """Equal option texts mark two permutations as original; the first is scored. The old key `permuatations` works."""
+    gold = gold_row("?")
+    row = prediction_row(gold, "A", "A")
+    row["permutations"].append(prediction_row(gold, "B", "A")["permutations"][1])
     row["permuatations"] = row.pop("permutations")
-    arguments = ("--gold_path", write(tmp_path / "gold.jsonl", [gold]), "--predictions_path", tmp_path / "p.jsonl")
-    write(tmp_path / "p.jsonl", [row])
+    arguments = (
+        "--gold_path",
+        write_jsonl(tmp_path / "gold.jsonl", [gold]),
+        "--predictions_path",
+        tmp_path / "p.jsonl",
+    )
+    write_jsonl(tmp_path / "p.jsonl", [row])
     assert accuracies(run(*arguments))["all"] == ("100.00", "100.00")
     row["permuatations"].reverse()
-    write(tmp_path / "p.jsonl", [row])
+    write_jsonl(tmp_path / "p.jsonl", [row])
     assert accuracies(run(*arguments))["all"] == ("0.00", "100.00")
 
 
-def test_averages_count_questions_not_domains(run, tmp_path):
-    """Three right of one domain and one wrong of another are 75 %, where a mean of domains would say 50 %."""
-    golds = [question(f"{n}?", "anatomy") for n in range(3)] + [question("?", "virology")]
+def test_averages_weight_questions_not_domains(run, tmp_path):
+    """Three correct answers in one domain and one wrong in another give 75 %; the mean over domains would be 50 %."""
+    golds = [gold_row(f"{n}?", "anatomy") for n in range(3)] + [gold_row("?", "virology")]
     letters = ["A", "A", "A", "B"]
-    rows = [predict(gold, letter, letter) for gold, letter in zip(golds, letters, strict=True)]
-    arguments = ("--gold_path", write(tmp_path / "gold.jsonl", golds), "--predictions_path", tmp_path / "p.jsonl")
-    write(tmp_path / "p.jsonl", rows)
+    rows = [prediction_row(gold, letter, letter) for gold, letter in zip(golds, letters, strict=True)]
+    arguments = ("--gold_path", write_jsonl(tmp_path / "gold.jsonl", golds), "--predictions_path", tmp_path / "p.jsonl")
+    write_jsonl(tmp_path / "p.jsonl", rows)
     scores = accuracies(run(*arguments))
     assert scores["other"] == scores["all"] == ("75.00", "75.00")
-    assert scores["STEM"] == ("-", "-")  # no question, no figure
+    assert scores["STEM"] == ("-", "-")  # no questions
 
 
 @pytest.mark.parametrize(
@@ -218,23 +227,23 @@ def test_averages_count_questions_not_domains(run, tmp_path):
         (81, 263, 25.53, 36.62),
     ],
 )
-def test_wilson_s_interval_has_its_known_values(correct, questions, low, high):
-    """The textbook's figures, the last from Newcombe 1998 (0.2553 to 0.3662)."""
+def test_the_wilson_interval_equals_published_values(correct, questions, low, high):
+    """Textbook values, the last from Newcombe 1998 (0.2553 to 0.3662)."""
     assert scorer.wilson(correct, questions) == pytest.approx((low, high), abs=6e-3)
 
 
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_s_interval_holds_the_rate_and_mirrors(counts):
-    """The interval contains the rate, stays within 0 and 100, and that of the wrong answers is its mirror image."""
+def test_the_wilson_interval_contains_the_rate_and_is_symmetric(counts):
+    """The interval contains the rate, stays within 0 and 100, and is mirrored when correct and wrong are exchanged."""
     correct, questions = counts
     low, high = scorer.wilson(correct, questions)
     assert 0 <= low <= 100 * correct / questions <= high <= 100
     assert scorer.wilson(questions - correct, questions) == pytest.approx((100 - high, 100 - low), abs=1e-9)
 
 
-def test_details_stand_beside_the_published_columns(published, golden, run):
-    """`--details` adds three columns and leaves the first three as they were."""
-    lines = run(*published, "--details").out.splitlines()
+def test_details_are_added_after_the_published_columns(reference_args, golden, run):
+    """`--details` adds three columns and leaves the first three unchanged."""
+    lines = run(*reference_args, "--details").out.splitlines()
     assert ["\t".join(line.split("\t")[:3]) for line in lines[:1] + lines[2:]] == [
         line for line in (golden / "mmlu_table.txt").read_text().splitlines() if not line.startswith("-")
     ]
@@ -242,9 +251,9 @@ def test_details_stand_beside_the_published_columns(published, golden, run):
     assert lines[-1].split()[3:5] == ["114", f"{low:.2f}-{high:.2f}"]
 
 
-def test_json_has_everything(published, golden, run):
-    """One object: the table's figures unrounded, the intervals, and every domain, whose questions add up."""
-    result = json.loads(run(*published, "--json").out)
+def test_json_holds_unrounded_figures_and_every_domain(reference_args, golden, run):
+    """`--json` prints one object: unrounded accuracies, intervals, and every domain; the domains' questions add up."""
+    result = json.loads(run(*reference_args, "--json").out)
     everything = result["categories"]["all"]
     assert everything["questions"] == sum(row["questions"] for row in result["domains"].values()) == 114
     assert everything["accuracy"] == pytest.approx(100 * 23 / 114)
@@ -256,17 +265,17 @@ def test_json_has_everything(published, golden, run):
         assert (f"{row['accuracy']:.2f}", f"{row['debiased_accuracy']:.2f}") == (accuracy, debiased)
 
 
-def test_a_question_without_prediction_is_named(published, run, tmp_path):
-    """The gold file, its first line without a prediction and how many more; rows nobody asked for are fine."""
-    predictions = Path(published[1])
+def test_a_question_without_prediction_is_named(reference_args, run, tmp_path):
+    """The error names the gold file, its first line without a prediction and how many more; extra rows are ignored."""
+    predictions = Path(reference_args[1])
     rows = predictions.read_text().splitlines(keepends=True)
     predictions.write_text("".join(rows[:4] + rows[7:]))
-    line = one_line(run(*published))
+    line = error_line(run(*reference_args))
     assert "mmlu_eval.jsonl:5: no prediction" in line
     assert "(nor for 2 more)" in line
     gold = tmp_path / "gold.jsonl"
-    gold.write_text(Path(published[3]).read_text().splitlines(keepends=True)[0])
-    assert accuracies(run(*published[:3], gold))["STEM"] != ("-", "-")
+    gold.write_text(Path(reference_args[3]).read_text().splitlines(keepends=True)[0])
+    assert accuracies(run(*reference_args[:3], gold))["STEM"] != ("-", "-")
 
 
 @pytest.mark.parametrize(
@@ -283,13 +292,13 @@ def test_a_question_without_prediction_is_named(published, run, tmp_path):
     ],
 )
 def test_a_malformed_prediction_is_named(run, tmp_path, damage, complaint):
-    """File, line, what is wrong and what to do; the undamaged file is scored, blank lines and all."""
-    gold = question("?")
-    row = predict(gold, "A", "A")
+    """The error names file, line, problem and remedy; without the malformed row the file is scored with blank lines."""
+    gold = gold_row("?")
+    row = prediction_row(gold, "A", "A")
     predictions = tmp_path / "p.jsonl"
-    arguments = ("--predictions_path", predictions, "--gold_path", write(tmp_path / "gold.jsonl", [gold]))
+    arguments = ("--predictions_path", predictions, "--gold_path", write_jsonl(tmp_path / "gold.jsonl", [gold]))
     predictions.write_text(f"{json.dumps(row)}\n\n{damage(row)}\n", errors="surrogateescape")
-    line = one_line(run(*arguments))
+    line = error_line(run(*arguments))
     assert f"{predictions}:3: " in line
     assert complaint in line
     assert "evaluate again" in line
@@ -300,26 +309,26 @@ def test_a_malformed_prediction_is_named(run, tmp_path, damage, complaint):
 @pytest.mark.parametrize(
     ("gold", "complaint"),
     [
-        (question("?", "alchemy"), "none of MMLU's 57 domains"),
-        (question("?", answer="E"), "'E' is no letter of the options"),
+        (gold_row("?", "alchemy"), "none of MMLU's 57 domains"),
+        (gold_row("?", answer="E"), "'E' is no letter of the options"),
         ({"question": "?"}, "no field 'options'"),
-        ({**question("?"), "options": ["one"]}, "`options` is not an object"),
+        ({**gold_row("?"), "options": ["one"]}, "`options` is not an object"),
     ],
 )
 def test_a_malformed_gold_question_is_named(run, tmp_path, gold, complaint):
-    """File, line, what is wrong and what to do."""
-    gold_path = write(tmp_path / "gold.jsonl", [question("?"), gold])
-    line = one_line(run("--predictions_path", tmp_path / "p.jsonl", "--gold_path", gold_path))
+    """The error names file, line, problem and remedy."""
+    gold_path = write_jsonl(tmp_path / "gold.jsonl", [gold_row("?"), gold])
+    line = error_line(run("--predictions_path", tmp_path / "p.jsonl", "--gold_path", gold_path))
     assert f"{gold_path}:2: " in line
     assert complaint in line
     assert "--gold_path wants" in line
 
 
-def test_files_that_are_not_there_are_named(run, tmp_path):
-    """A missing gold file, an empty one, a missing prediction file: one line each."""
+def test_missing_and_empty_files_are_named(run, tmp_path):
+    """A missing gold file, an empty one and a missing prediction file give one line each."""
     gold_path = tmp_path / "gold.jsonl"
     arguments = ("--predictions_path", tmp_path / "p.jsonl", "--gold_path", gold_path)
-    assert f"{gold_path}: No such file" in one_line(run(*arguments))
-    assert f"{gold_path}: no question" in one_line(run(*arguments[:2], "--gold_path", write(gold_path, [])))
-    write(gold_path, [question("?")])
-    assert "p.jsonl: No such file" in one_line(run(*arguments))
+    assert f"{gold_path}: No such file" in error_line(run(*arguments))
+    assert f"{gold_path}: no question" in error_line(run(*arguments[:2], "--gold_path", write_jsonl(gold_path, [])))
+    write_jsonl(gold_path, [gold_row("?")])
+    assert "p.jsonl: No such file" in error_line(run(*arguments))

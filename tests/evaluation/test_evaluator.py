@@ -41,8 +41,8 @@ def model(golden):
     return weights, place_on_mesh(weights, config, mesh), mesh
 
 
-class Given:
-    """The passages that the reference's retriever found."""
+class ReferencePassages:
+    """A passage source with the passages that the reference retrieved."""
 
     programs = ()
 
@@ -64,7 +64,7 @@ def read_lines(text: str) -> list[dict]:
 
 
 def evaluate(config, model, source, rows):
-    """The scores, and the lines written."""
+    """Returns the result and the written lines."""
     weights, atlas, mesh = model
     lines: list[dict] = []
     evaluator = Evaluator(config, make_task(config), source, weights.tokenizer, mesh)
@@ -74,7 +74,7 @@ def evaluate(config, model, source, rows):
 @pytest.fixture(scope="module")
 def mmlu(golden, model, tmp_path_factory):
     """All 456 permutations of 114 real questions, with the passages that the reference read."""
-    source = Given(golden, tmp_path_factory.mktemp("store") / "passages")
+    source = ReferencePassages(golden, tmp_path_factory.mktemp("store") / "passages")
     return evaluate(
         config_of(golden, "multiple_choice", length=192), model, source, JsonlRows(golden / "mmlu_eval.jsonl")
     )
@@ -92,7 +92,7 @@ NUMBERS = {"choice_logits", "choice_probs", "all_probs", "permutations", "passag
 
 @pytest.fixture(scope="module")
 def found(mmlu, wanted) -> list[dict]:
-    """Our predictions, with the reference's letter where it saw no difference between the best options.
+    """Our predictions, with the reference's letter where its best options tie.
 
     Where a long question leaves no room for its options, all orders of them read alike and all options tie; there the
     reference's float32 rounding chooses, and ours the first letter.
@@ -131,12 +131,12 @@ def test_predictions_equal_the_references_field_by_field(found, wanted):
 
 @pytest.mark.parametrize("spec", ["data=2,fsdp=2,model=2", "passages=5"])
 def test_predictions_do_not_depend_on_the_mesh(golden, model, mmlu, tmp_path, spec):
-    """The first questions once more, where heads, parameters and passages are split: the same lines."""
+    """The same lines for the first questions with heads, parameters or passages sharded."""
     weights, mesh = model[0], make_mesh(spec)
     config = config_of(golden, "multiple_choice", length=192)
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b"".join((golden / "mmlu_eval.jsonl").read_bytes().splitlines(keepends=True)[:6]))
-    source = Given(golden, tmp_path / "passages")
+    source = ReferencePassages(golden, tmp_path / "passages")
     _, lines = evaluate(config, (weights, place_on_mesh(weights, config, mesh), mesh), source, JsonlRows(rows))
     assert len(lines) == 6
     for line, other in zip(lines, mmlu[1], strict=False):
@@ -151,14 +151,14 @@ def near(ours: dict, theirs: dict, tolerance: float = 2e-5) -> None:
 
 
 def test_scores_equal_the_references(golden, mmlu):
-    """Accuracy exactly, loss to 1e-6, debiased accuracy but for the ties: one of the nine falls out otherwise."""
+    """Accuracy exactly, loss to 1e-6; debiased accuracy differs only by the ties, one of nine."""
     theirs = json.loads((golden / "meta.json").read_text())["mmlu_metrics"]
     assert (mmlu[0].examples, mmlu[0].prompts) == (114, 456)
     debiased = mmlu[0].scores["debiased_accuracy"] - 100 / 114
     assert mmlu[0].scores | {"debiased_accuracy": debiased} == pytest.approx(theirs, rel=1e-6)
 
 
-def test_the_score_table_is_the_references(golden, found, tmp_path, capsys):
+def test_the_score_table_equals_the_references(golden, found, tmp_path, capsys):
     """Our predictions through our scorer: the reference's table, letter by letter."""
     path = tmp_path / "mmlu_eval-step-1.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in found))
@@ -178,7 +178,7 @@ def with_passages(golden, tmp_path) -> JsonlRows:
     return JsonlRows(path)
 
 
-def test_questions_with_their_own_passages(golden, model, tmp_path, monkeypatch):
+def test_rows_with_their_own_passages_equal_the_reference(golden, model, tmp_path, monkeypatch):
     """--use_file_passages with the reference's passages: its predictions file and its scores."""
     config, rows = config_of(golden, "qa", length=160), with_passages(golden, tmp_path)
     losses: list[float] = []
@@ -212,8 +212,8 @@ def test_results_depend_on_neither_batch_nor_bucket(golden, model, tmp_path, bat
     assert other.programs <= one.programs
 
 
-def test_fewer_passages_than_asked_for(golden, model, tmp_path):
-    """Rows with 2 passages where 5 are read: as if 2 were asked for; with none: still an answer."""
+def test_rows_with_fewer_passages_than_n_context(golden, model, tmp_path):
+    """Rows with 2 passages and --n_context 5 are read as with --n_context 2; rows with none are answered too."""
     rows = read_lines((golden / "qa.jsonl").read_text())[:3]
     found = read_lines((golden / "exp/qa/qa-step-1.jsonl").read_text())
     path = tmp_path / "few.jsonl"

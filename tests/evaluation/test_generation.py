@@ -43,7 +43,7 @@ def answer(reader, batch, cfg, prompt=None):
 
 
 def test_greedy_equals_the_reference(golden, reader, batch, answers):
-    """The same tokens, start token included; the T5 1.0 twin's too."""
+    """The same tokens, start token included, for T5 1.1 and 1.0."""
     np.testing.assert_array_equal(answer(reader, batch, GenerationSettings(16)), answers["greedy"])
     for_cpu = load(golden / "assets/reader", for_cpu=True)
     np.testing.assert_array_equal(answer(for_cpu, batch, GenerationSettings(16)), answers["greedy"])
@@ -51,8 +51,8 @@ def test_greedy_equals_the_reference(golden, reader, batch, answers):
     np.testing.assert_array_equal(answer(load(golden / "t5_1_0"), batch, GenerationSettings(16)), wanted)
 
 
-def test_a_prompt_is_continued_as_by_the_reference(golden, reader, batch, answers):
-    """`--decoder_prompt_format` of different lengths: given first, then only tokens that the tokenizer knows."""
+def test_prompted_generation_equals_the_reference(golden, reader, batch, answers):
+    """Prompts of different lengths; behind them only tokens that the tokenizer knows."""
     tokenizer = Tokenizer.load(golden / "assets/reader")
     queries = json.loads((golden / "batch.json").read_text())["query"]
     wanted = np.asarray(answers["prompt"])
@@ -63,8 +63,8 @@ def test_a_prompt_is_continued_as_by_the_reference(golden, reader, batch, answer
     np.testing.assert_array_equal(answer(reader, batch, cfg, prompt), wanted)
 
 
-def test_it_stops_at_the_end_but_not_before_the_minimum(reader, batch, answers):
-    """`</s>` ends an answer and padding follows it; a minimum length puts it off."""
+def test_generation_stops_at_eos_but_not_before_the_minimum_length(reader, batch, answers):
+    """Padding follows `</s>`; a minimum length delays it."""
     np.testing.assert_array_equal(answer(reader, batch, GenerationSettings(16, 8)), answers["min8"])
     eos = int(answers["greedy"][0][5])  # a token that comes up is made the end
     found = answer(reader, batch, GenerationSettings(16, eos_id=eos))[0]
@@ -86,8 +86,8 @@ def test_beams_equal_the_reference(golden, batch, answers, name, penalty, for_cp
 
 
 @pytest.mark.parametrize("case", ["1.0_3_0", "0.5_3_0", "2.0_4_0", "1.0_4_9"])
-def test_beams_that_end_equal_pytorchs(golden, reader, batch, case):
-    """With an end that comes up: length penalty, number of beams and minimum length decide as in PyTorch."""
+def test_beams_that_finish_equal_pytorchs(golden, reader, batch, case):
+    """With beams that reach `</s>`: length penalty, beams and minimum length have PyTorch's effect."""
     penalty, width, shortest = case.split("_")
     wanted = np.load(golden / "beams.npz")[case]
     cfg = GenerationSettings(24, int(shortest), int(width), float(penalty), eos_id=1166)

@@ -1,16 +1,16 @@
-"""What the reference's own training computes, on a CPU and with no dropout at all; run by hand, the tests only read it.
+"""Writes goldens of training by the reference's code, on a CPU without dropout. Run by hand: tests read the files.
 
     pip install torch==2.13.0 transformers==4.49.0 sentencepiece faiss-cpu numpy   # in an environment of its own
     git clone https://github.com/facebookresearch/atlas
     python tests/golden/make_training.py atlas
 
-loss_{mode}.npz: losses, judgements ("gold_score"), norms and some gradients of the first four questions.
-train_{run}.npz: six steps of four questions; rows of `trace` are reader loss, retriever loss, learning rate, norm of
-the gradient before clipping; and some parameters after.
+loss_{mode}.npz: losses, gold scores (`gold_score`), gradient norms and some gradients for the first four questions.
+train_{run}.npz: six steps of four questions. Rows of `trace` are reader loss, retriever loss, learning rate and
+gradient norm before clipping; `param/...` are some parameters after the last step.
 stats.npz: the correlations that --compute_crossattention_stats logs for the first four questions.
 
-The reference's --dropout 0 leaves a tenth of the reader's attention weights dropped out, drawn from PyTorch's own
-random numbers: its T5 keeps that rate as a plain number, which its `set_dropout` does not reach. Here it is set to 0.
+With --dropout 0 the reference still drops a tenth of the reader's attention weights, by PyTorch's random numbers: its
+T5 stores that rate as a plain number, which the reference's `set_dropout` does not change. This script sets it to 0.
 """
 
 import copy
@@ -71,7 +71,7 @@ OF_AN_ENCODER = (
 
 
 def on_a_cpu() -> None:
-    """Makes the reference importable and runnable without a GPU and with today's PyTorch."""
+    """Patches PyTorch and faiss so that the reference can be imported and run without a GPU on current PyTorch."""
     sys.path.insert(0, sys.argv[1])
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self
@@ -83,14 +83,14 @@ def on_a_cpu() -> None:
     sys.modules["faiss.contrib.torch_utils"] = types.ModuleType("faiss.contrib.torch_utils")
     adamw = importlib.import_module("torch.optim.adamw")
 
-    def counted(**how):  # today's AdamW wants its step counts as tensors, and counts this step itself
+    def counted(**how):  # current AdamW takes step counts as tensors and increments them itself
         return adamw.adamw(**{**how, "state_steps": [torch.tensor(n - 1.0) for n in how["state_steps"]]})
 
     adamw.F = SimpleNamespace(adamw=counted)
 
 
 def options(**changes) -> SimpleNamespace:
-    """The flags behind the goldens."""
+    """Returns the reference's flags for the goldens, with these changes."""
     flags = {"accumulation_steps": 1, "beta2": 0.999, "clip": 1.0, "compute_crossattention_stats": False}
     flags |= {"decoder_format": None, "decoder_prompt_format": None, "device": "cpu", "dropout": 0.0}
     flags |= {"encoder_format": "{query} title: {title} context: {text}", "retriever_format": "{title} {text}"}
@@ -106,7 +106,7 @@ def options(**changes) -> SimpleNamespace:
 
 
 def make(opt):
-    """The reference's model before training."""
+    """Returns the reference's model before training, in training mode with all dropout rates 0."""
     from src import fid, retrievers, util
     from src.atlas import Atlas
 
@@ -118,7 +118,7 @@ def make(opt):
         reader.create_crossattention_storage()
     plain = reader.get_crossattention_scores
 
-    def every_score(*args, **how):  # evalnormsum asks for "normsum", which is called "normssum"
+    def every_score(*args, **how):  # evalnormsum looks up "normsum", which is stored as "normssum"
         scores = plain(*args, **{**how, "mode": "all"})
         return scores | ({"normsum": scores["normssum"]} if how["mode"] != "all" else {})
 
@@ -137,7 +137,7 @@ def make(opt):
 
 
 class Index:
-    """Exact search over float16 vectors. The reference embeds and scores in float16 too, where near passages tie."""
+    """Exact float32 search over float16 vectors. The reference embeds and scores in float16, where passages can tie."""
 
     def __init__(self, model, opt):
         self.passages = [json.loads(line) for line in (HERE / "passages.jsonl").open()]
@@ -161,7 +161,7 @@ class Index:
 
 
 class Given:
-    """The passages of batch.json."""
+    """Stand-in for an index: returns the passages of batch.json, with scores 0."""
 
     def search_knn(self, queries, k):
         passages = json.loads((HERE / "batch.json").read_text())["passages"]
@@ -169,7 +169,7 @@ class Given:
 
 
 def batches(opt):
-    """Four questions at a time, in the order of the file."""
+    """Returns the rows of qa.jsonl in batches of four, in file order."""
     from src.tasks.qa import Task
 
     task = Task(opt)
@@ -203,7 +203,7 @@ def loss(mode):
     reader_loss, retriever_loss, _ = forward(model, Given(), batches(opt)[0])
     (reader_loss + retriever_loss).backward()
     gold = kept["gold"]
-    if mode == "emdr":  # logits; as log-probabilities of the first words
+    if mode == "emdr":  # logits, stored as log-probabilities of the first 50 vocabulary ids
         gold = gold.log_softmax(-1)[..., :50]
     named = dict(model.named_parameters())
     np.savez(

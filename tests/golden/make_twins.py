@@ -1,12 +1,12 @@
-"""Figures that PyTorch computes for shapes which the reference's goldens lack; run by hand, the tests only read them.
+"""Writes goldens computed by PyTorch for models that the reference's goldens lack. Run by hand: tests read the files.
 
     pip install torch==2.13.0 'transformers<5' sentencepiece safetensors   # in an environment of its own
     python tests/golden/make_twins.py MINILM_FOLDER
 
-t5_1_0/: a T5 1.0 (ReLU, tied, fewer encoder than decoder layers) with random weights, read as Fusion-in-Decoder: its
-encoder's states of every passage, and logits, loss and a greedy answer of its decoder over all of them.
-beams.npz: beam searches whose answers end.
-minilm.npz: vectors that a pretrained encoder gives (BERT with the standard layer norm, mean pooling, normalised).
+t5_1_0/: a T5 1.0 (ReLU, tied, fewer encoder than decoder layers) with random weights, run as Fusion-in-Decoder: encoder
+states of every passage, and logits, loss and a greedy answer of the decoder over all passages of a query.
+beams.npz: beam searches whose answers contain the end token.
+minilm.npz: vectors of a pretrained encoder (BERT with the standard layer norm, mean pooling, normalised).
 """
 
 import json
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, BertModel, T5Config, T5ForConditionalGen
 from transformers.modeling_outputs import BaseModelOutput
 
 HERE = Path(__file__).parent
-BEAM_END = 1166  # a token that the random reader likes
+BEAM_END = 1166  # a token that the reader, of random weights, often generates
 
 
 def t5_1_0() -> None:
@@ -28,7 +28,7 @@ def t5_1_0() -> None:
     shape = dict(vocab_size=2048, d_model=40, d_kv=12, d_ff=72, num_layers=2, num_decoder_layers=3, num_heads=5)
     config = T5Config(**shape, decoder_start_token_id=0, relative_attention_max_distance=100)  # ReLU, tied
     model = T5ForConditionalGeneration(config).eval()
-    for parameter in model.parameters():  # away from the initial values, norms too
+    for parameter in model.parameters():  # so that no parameter, norm scales included, has its initial value
         parameter.data += 0.05 * torch.randn_like(parameter)
     folder = HERE / "t5_1_0"
     model.save_pretrained(folder)
@@ -43,7 +43,7 @@ def t5_1_0() -> None:
         fused, fused_mask = BaseModelOutput(states.view(b, n * length, -1)), mask.view(b, -1)
         out = model(encoder_outputs=fused, attention_mask=fused_mask, labels=labels)
         greedy = torch.zeros((b, 1), dtype=torch.long)
-        while greedy.shape[1] < 16:  # no `</s>` comes up; generate() stumbles over unequal depths
+        while greedy.shape[1] < 16:  # no `</s>` occurs; generate() fails for encoder and decoder of unequal depth
             following = model(encoder_outputs=fused, attention_mask=fused_mask, decoder_input_ids=greedy).logits[:, -1]
             greedy = torch.cat([greedy, following.argmax(-1, keepdim=True)], dim=1)
         assert not (greedy == 1).any()
@@ -57,7 +57,7 @@ def t5_1_0() -> None:
 
 
 def beams() -> None:
-    """Beam search of the golden reader over the golden batch with a frequent token as its end, so that answers end."""
+    """Beam search of the golden reader over the golden batch; the end token is a frequent token, so answers end."""
     model = T5ForConditionalGeneration.from_pretrained(HERE / "assets/reader").eval()
     batch = np.load(HERE / "batch.npz")
     ids, mask = torch.tensor(batch["reader_ids"]), torch.tensor(batch["reader_mask"])

@@ -48,7 +48,7 @@ from atlas_jax.training.setup import training_mesh
     ],
 )
 def test_a_mesh_has_the_sizes_asked_for(spec, shape):
-    """All eight devices, each once, on four axes in a fixed order; how arrays are split is left to XLA."""
+    """All eight devices, each once, on four axes in a fixed order; how arrays are sharded is left to XLA."""
     mesh = make_mesh(spec)
     assert mesh.axis_names == AXES
     assert mesh.devices.shape == shape
@@ -70,7 +70,7 @@ def test_a_mesh_has_the_sizes_asked_for(spec, shape):
         ("data=2,data=8", "data is there twice"),
     ],
 )
-def test_a_mesh_that_cannot_be(spec, message):
+def test_an_impossible_mesh_is_refused(spec, message):
     """One line that quotes the flag."""
     with pytest.raises(UserError, match=message) as error:
         make_mesh(spec)
@@ -95,8 +95,8 @@ GB = 10**9
         (8, 0, (), 23 * GB, {"data": 8, "model": 1}),  # a CPU does not say what it has
     ],
 )
-def test_auto_is_a_good_split(count, memory, widths, nbytes, sizes):
-    """Training stores shares; inference keeps the model whole, or splits it as little as its size demands."""
+def test_auto_sizes(count, memory, widths, nbytes, sizes):
+    """Training shards over fsdp; inference replicates the model, or shards it as little as its size demands."""
     assert auto_sizes(count, memory, widths=widths, nbytes=nbytes) == sizes
 
 
@@ -116,8 +116,8 @@ def test_auto_is_a_good_split(count, memory, widths, nbytes, sizes):
         *((spec, "", "") for spec in ("auto", "fsdp=8", "data=8", "model=4", "passages=3,model=2", "passages=5")),
     ],
 )
-def test_a_mesh_that_leaves_something_whole_says_so(caplog, spec, said, would):
-    """T5-XXL is 4096 wide and Contriever 768. What is said to stay whole does; the last meshes divide everything."""
+def test_sizes_that_do_not_divide_are_warned_of(caplog, spec, said, would):
+    """T5-XXL has width 4096, Contriever 768. Axes that the warning names are replicated; the last meshes divide all."""
     reader = dataclasses.replace(T5_CONFIGS["google/t5-xxl-lm-adapt"], vocab_size=32100)
     widths = sharded_sizes(param_shapes(AtlasConfig(reader, ContrieverConfig(), untied=True)))
     assert widths == {"fsdp": {768, 4096}, "model": {64, 10240, 32100}}
@@ -135,8 +135,8 @@ def test_a_mesh_that_leaves_something_whole_says_so(caplog, spec, said, would):
             assert (f"'{axis}'" in str(array.sharding.spec)) == (f"{axis}={mesh.shape[axis]} " not in said)
 
 
-def test_a_run_tells_its_mesh_what_to_divide(tiny_config, tiny_weights, caplog):
-    """Parameters, passages to learn from and passages to be evaluated with; the last without a reader not.
+def test_a_run_checks_its_mesh_against_parameters_and_passages(tiny_config, tiny_weights, caplog):
+    """Widths of parameters, passages in training and in evaluation; without a reader no passages.
 
     The golden model has widths of 48 and 64, and four heads.
     """
@@ -160,15 +160,15 @@ def test_a_run_tells_its_mesh_what_to_divide(tiny_config, tiny_weights, caplog):
     assert evaluation_mesh(tiny_config, tiny_weights).shape["data"] == 8  # not fsdp: nothing learns
 
 
-def test_a_smaller_mesh_leaves_devices_idle_and_says_so(caplog):
-    """The first ones work; of several processes none may be left out, see tests/test_hosts.py."""
+def test_a_smaller_mesh_warns_of_idle_devices(caplog):
+    """The first devices are used. With several processes this is refused, see tests/runtime/test_cluster.py."""
     mesh = make_mesh("data=3")
     assert [device.id for device in mesh.devices.flat] == [0, 1, 2]
     assert caplog.messages == ["--mesh data=3: 3 of 8 devices are used"]
 
 
-def test_a_batch_is_split_over_the_batch_axes_alone():
-    """`per_device` rows for each place on data and fsdp; devices along `model` share theirs."""
+def test_a_batch_is_sharded_over_the_batch_axes_only():
+    """`per_device` rows for each index of data and fsdp; devices along `model` hold the same rows."""
     for spec, rows in (("auto", 24), ("data=2,fsdp=2,model=2", 12), ("model=8", 3)):
         mesh = make_mesh(spec)
         assert global_batch_size(mesh, 3) == rows
@@ -181,7 +181,7 @@ def test_a_batch_is_split_over_the_batch_axes_alone():
         assert len({shard.index[0].start for shard in split.addressable_shards}) == rows // 3
 
 
-def test_what_an_axis_does_not_divide_stays_whole():
+def test_an_axis_that_does_not_divide_is_left_out():
     """Five passages on two devices; six rows on eight, of which the first axis divides them; the others divide."""
     mesh = make_mesh("data=2,passages=2,model=2")
     for put, shape, share in (
@@ -198,8 +198,8 @@ def test_what_an_axis_does_not_divide_stays_whole():
 
 
 @pytest.mark.parametrize("reader", T5_CONFIGS)
-def test_every_parameter_fits_one_row_of_the_table(reader):
-    """All published readers, encoders tied and not; no row is there in vain, and what is whole everywhere is small."""
+def test_every_parameter_matches_one_row_of_param_specs(reader):
+    """All published readers, encoders tied and untied; every row is used, and replicated parameters are small."""
     used, kept, total = set(), 0, 0
     for untied in (False, True):
         for path, x in param_shapes(AtlasConfig(T5_CONFIGS[reader], ContrieverConfig(), untied)).items():
@@ -215,13 +215,13 @@ def test_every_parameter_fits_one_row_of_the_table(reader):
 
 
 def test_a_parameter_without_a_row_is_an_error():
-    """Nothing is whole on every device by oversight."""
+    """No parameter is replicated by oversight."""
     with pytest.raises(KeyError, match="reader/new/kernel: 0 rows"):
         param_spec("reader/new/kernel", 2)
 
 
-def test_parameters_are_split_as_the_table_says():
-    """Both axes at once, layers in front or not, the same slice of the array wherever it is."""
+def test_parameters_are_sharded_as_param_specs_says():
+    """Both axes at once, with or without stacked layers; each device holds its slice of the array."""
     mesh = make_mesh("fsdp=2,passages=2,model=2")
     for path, shape, share in (
         ("reader/encoder/layers/attn/q/kernel", (3, 8, 4, 5), (3, 2, 2, 5)),
@@ -253,8 +253,8 @@ jax.config.update("jax_num_cpu_devices", 4)
     assert "before backends are initialized" in ended.stderr
 
 
-def test_what_is_made_in_host_memory_is_the_cpus():
-    """Whatever device is the default; the counter-case is the same array outside."""
+def test_arrays_made_in_host_memory_are_on_the_cpu():
+    """Whichever device is the default; the counter-case is the same array made outside of the block."""
     with jax.default_device(jax.devices()[3]):
         with in_host_memory():
             inside = jnp.zeros(2)

@@ -1,4 +1,4 @@
-"""A file server on this machine that goes wrong as a test tells it to."""
+"""A local HTTP file server that injects the faults of a test."""
 
 import collections
 import contextlib
@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 
 @dataclasses.dataclass
 class Fault:
-    """How one answer differs from the right one."""
+    """How one response differs from the correct one."""
 
-    status: int = 0  # without a body, instead of the file
-    headers: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # None: left out
-    content: bytes | None = None  # another file
-    start: int | None = None  # from another byte than asked for; 0: the whole file
-    stop_after: int | None = None  # bytes of the body, then `action` and the connection ends
+    status: int = 0  # respond with this status and without a body
+    headers: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # replaced; None removes one
+    content: bytes | None = None  # send the bytes of another file
+    start: int | None = None  # send from this byte, whatever the request says; 0: the whole file
+    stop_after: int | None = None  # send so many bytes of the body, call `action` and close the connection
     action: Callable[[], object] = lambda: None
-    before: Callable[[], object] = lambda: None  # called while the client waits for an answer
+    before: Callable[[], object] = lambda: None  # called while the client waits for the response
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; what is in `faults` for a method and path happens to its next requests, one each."""
+    """Serves `files`; the next responses to a (method, path) have its `faults`, one each."""
 
     daemon_threads = True
 
@@ -31,11 +31,11 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.faults: dict[tuple[str, str], list[Fault]] = collections.defaultdict(list)
-        self.asked: list[tuple[str, str, str | None]] = []  # method, path, range
-        self.sent: dict[str, int] = collections.Counter()  # bytes of each file
+        self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
+        self.bytes_sent: dict[str, int] = collections.Counter()  # bytes of the body, by path
         self.lock = threading.Lock()
-        self.waiting = self.most_waiting = 0  # GETs without an answer
-        self.over = threading.Event()
+        self.pending = self.max_pending = 0  # GET requests without a response, now and at most
+        self.finished = threading.Event()
 
     @property
     def url(self) -> str:
@@ -43,15 +43,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     def gets(self) -> list[tuple[str, str | None]]:
         """Path and range of each GET."""
-        return [(path, wanted) for method, path, wanted in self.asked if method == "GET"]
+        return [(path, byte_range) for method, path, byte_range in self.requests if method == "GET"]
 
-    def vanish(self):
-        """From now on nobody listens; for an `action`."""
+    def stop_listening(self):
+        """Closes the listening socket; to be a fault's `action`."""
         self.shutdown()
         self.socket.close()
 
     def handle_error(self, request, client_address):
-        """A client that has gone is none."""
+        """Ignores errors: a client may close its connection at any time."""
 
 
 def etag(content: bytes) -> str:
@@ -59,44 +59,44 @@ def etag(content: bytes) -> str:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Server]:
-    """A server without files yet."""
+def run_server() -> Iterator[Server]:
+    """Runs a server without files in a thread."""
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
-        server.over.set()
+        server.finished.set()
         server.shutdown()
         thread.join()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Files with ranges and ETags."""
+    """Responds with files, with ranges and ETags."""
 
     protocol_version = "HTTP/1.1"
     server: Server
 
     def do_HEAD(self):
-        self.answer()
+        self.respond()
 
     def do_GET(self):
         with self.server.lock:
-            self.server.waiting += 1
-            self.server.most_waiting = max(self.server.most_waiting, self.server.waiting)
-        self.answer()
+            self.server.pending += 1
+            self.server.max_pending = max(self.server.max_pending, self.server.pending)
+        self.respond()
 
-    def answer(self):
-        path, wanted = self.path.lstrip("/"), self.headers["Range"]
+    def respond(self):
+        path, byte_range = self.path.lstrip("/"), self.headers["Range"]
         with self.server.lock:
-            self.server.asked.append((self.command, path, wanted))
+            self.server.requests.append((self.command, path, byte_range))
             faults = self.server.faults[self.command, path]
             fault = faults.pop(0) if faults else Fault()
         fault.before()
         if self.command == "GET":
             with self.server.lock:
-                self.server.waiting -= 1
+                self.server.pending -= 1
         content = self.server.files.get(path) if fault.content is None else fault.content
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        start = int(byte_range.removeprefix("bytes=").removesuffix("-")) if byte_range else 0
         start = start if fault.start is None else fault.start
         if fault.status or content is None or start > len(content):
             self.reply(fault.status or (404 if content is None else 416), {"Content-Length": "0", **fault.headers})
@@ -110,7 +110,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = body[: fault.stop_after]
             self.wfile.write(body)
             with self.server.lock:
-                self.server.sent[path] += len(body)
+                self.server.bytes_sent[path] += len(body)
             fault.action()
         self.close_connection = True
 
@@ -122,4 +122,4 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format, *args):
-        """Nothing."""
+        """Logs nothing."""

@@ -1,4 +1,4 @@
-"""The download commands: the published names, what the manifest says and forbids, and how they end."""
+"""The download commands: published names, flags, manifest, exit status and interruption."""
 
 import dataclasses
 import fcntl
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from atlas_jax.commands.flags import GROUPS
-from tests.preprocessing.download_server import Fault, running
+from tests.preprocessing.download_server import Fault, run_server
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "preprocessing"))
 import download_corpus
@@ -33,16 +33,16 @@ CONTENT = bytes(range(256)) * 1000
 
 @pytest.fixture
 def server(monkeypatch):
-    """Has CONTENT as the base model."""
+    """A server with CONTENT as the base model."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with running() as server:
+    with run_server() as server:
         server.files[FILE] = CONTENT
         yield server
 
 
 @pytest.fixture
 def run(server, tmp_path, capsys):
-    """The command that downloads the base model to `tmp_path`: its status, output and lines on stderr."""
+    """Downloads the base model to `tmp_path`; returns status, stdout, and the stderr lines with the command's name."""
 
     def call(*flags: str, catalogue=download_model.CATALOGUE) -> tuple[int, str, list[str]]:
         name = next(name for name in reversed(catalogue.names) if "_nq" not in name)
@@ -54,26 +54,26 @@ def run(server, tmp_path, capsys):
     return call
 
 
-def launch(*argv: str | Path, **environment: str) -> subprocess.Popen:
-    """A script as a process of its own."""
+def start_script(*argv: str | Path, **environment: str) -> subprocess.Popen:
+    """Starts a script in a subprocess."""
     env = os.environ | {"PYTHONPATH": str(SCRIPTS.parent)} | environment
     argv = (sys.executable, "-W", "error", SCRIPTS / argv[0], *argv[1:])
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would pass on SIG_IGN
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits SIG_IGN
     try:
         return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, handler)
 
 
-def test_published_models():
-    """Eight, of one file."""
+def test_eight_models_of_one_file_are_published():
+    """Two families of four sizes; a model is one file."""
     catalogue = download_model.CATALOGUE
     assert list(catalogue.names) == [f"models/{family}/{size}" for family in ("atlas", "atlas_nq") for size in SIZES]
     assert catalogue.files == ["model.pth.tar"]
 
 
-def test_published_indexes():
-    """Eight, of 128 shards of two files; the last shard comes first, so that a part of an index never looks whole."""
+def test_eight_indexes_of_128_shards_are_published():
+    """Two families of four sizes; an index is 128 shards of two files, the last shard first in the download order."""
     catalogue = download_index.CATALOGUE
     assert list(catalogue.names) == [f"indices/{f}/wiki/{size}" for f in ("atlas", "atlas_nq") for size in SIZES]
     assert sorted(catalogue.files) == sorted(
@@ -82,8 +82,8 @@ def test_published_indexes():
     assert {file.split(".")[1] for file in catalogue.files[:2]} == {"127"}
 
 
-def test_published_corpora():
-    """Five, of two files."""
+def test_five_corpora_of_two_files_are_published():
+    """Five dumps of Wikipedia; a corpus is two files."""
     catalogue = download_corpus.CATALOGUE
     months = ("dec2017", "dec2018", "aug2019", "dec2020", "dec2021")
     assert list(catalogue.names) == [f"corpora/wiki/enwiki-{month}" for month in months]
@@ -91,13 +91,13 @@ def test_published_corpora():
 
 
 @pytest.mark.parametrize("script", [download_model, download_index, download_corpus])
-def test_everything_lands_where_it_is_looked_for(run, server, tmp_path, script):
-    """The tree is that of the names; what is said of the next step has flags of atlas, and paths that are there."""
+def test_the_printed_next_step_has_existing_paths_and_flags(run, server, tmp_path, script):
+    """Files are stored below the published name; the printed next step has flags of `atlas` and paths that exist."""
     catalogue = script.CATALOGUE
     name = next(name for name in reversed(catalogue.names) if "_nq" not in name)
     server.files |= {f"{name}/{file}": f"{name}/{file}".encode() for file in catalogue.files}
-    status, out, lines = run(catalogue=catalogue)
-    assert (status, lines) == (0, [])
+    status, out, errors = run(catalogue=catalogue)
+    assert (status, errors) == (0, [])
     for file in catalogue.files:
         assert (tmp_path / name / file).read_bytes() == server.files[f"{name}/{file}"]
     assert {path.name for path in (tmp_path / name).iterdir()} == {*catalogue.files, "manifest.json"}
@@ -109,11 +109,11 @@ def test_everything_lands_where_it_is_looked_for(run, server, tmp_path, script):
     assert all(Path(path).exists() for path in paths)
 
 
-def test_the_scripts_run_by_themselves(tmp_path):
-    """Each from any folder; its --help has all the names."""
+def test_scripts_run_from_any_folder_and_list_all_names(tmp_path):
+    """Each script's --help works in a subprocess and prints all published names."""
     scripts = {module.__name__: module.CATALOGUE for module in (download_model, download_index, download_corpus)}
-    running = {script: launch(f"{script}.py", "--help") for script in scripts}
-    for script, process in running.items():
+    processes = {script: start_script(f"{script}.py", "--help") for script in scripts}
+    for script, process in processes.items():
         out, err = process.communicate()
         assert (process.returncode, err) == (0, "")
         assert all(name in out for name in scripts[script].names)
@@ -134,19 +134,19 @@ def test_the_scripts_run_by_themselves(tmp_path):
         (["--modell", BASE], "unrecognized arguments: --modell"),
     ],
 )
-def test_wrong_flags(capsys, flags, what):
-    """One line with the remedy, status 2."""
+def test_wrong_flags_give_one_line_and_status_2(capsys, flags, what):
+    """Wrong flags print one line with the remedy; the status is 2."""
     assert published.main(download_model.CATALOGUE, "", flags) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert what in err
 
 
-def test_the_list(run, server, capsys):
-    """Sizes as far as the server tells them; of shards from the first ones; without a server the names alone."""
+def test_list_prints_names_and_sizes(run, server, capsys):
+    """--list prints the sizes that the server knows, of an index by its first shard, and `?` without a server."""
     status, out, _ = run("--list")
     rows = out.splitlines()
-    assert (status, len(rows), len(server.asked)) == (0, 8, 8)
+    assert (status, len(rows), len(server.requests)) == (0, 8, 8)
     assert re.fullmatch(r"models/atlas/base +1 file\(s\) +256kB +Atlas base, pretrained", rows[3])
     assert re.fullmatch(r"models/atlas/xxl +1 file\(s\) +\? +Atlas XXL, pretrained", rows[0])
     server.files |= {f"indices/atlas/wiki/xl/{kind}.0.pt": CONTENT for kind in ("embeddings", "passages")}
@@ -157,13 +157,13 @@ def test_the_list(run, server, capsys):
     assert [row.split()[3] for row in out.splitlines()] == ["?"] * 8
 
 
-def test_verify(run, server, tmp_path):
-    """Intact files are listed as `sha256sum -c` reads them; a flipped bit is found, here and by nothing else."""
+def test_verify_prints_intact_files_and_finds_damage(run, server, tmp_path):
+    """Intact files are printed as `sha256sum -c` reads them; only --verify finds a flipped bit; no request is sent."""
     assert run("--verify")[2][0].endswith(
         "has no manifest.json to verify by; the same command without --verify downloads"
     )
     assert run()[0] == 0
-    asked = len(server.asked)
+    num_requests = len(server.requests)
     status, out, _ = run("--verify")
     assert (status, out) == (0, f"{hashlib.sha256(CONTENT).hexdigest()}  {FILE}\n")
     if shutil.which("sha256sum"):
@@ -175,7 +175,7 @@ def test_verify(run, server, tmp_path):
     status, out, (line,) = run("--verify")
     assert (status, out) == (2, "")
     assert f"{tmp_path / FILE}: damaged; delete it, and the same command without --verify fetches it" in line
-    assert len(server.asked) == asked
+    assert len(server.requests) == num_requests
     (tmp_path / FILE).unlink()
     assert "not there" in run("--verify")[2][0]
     assert run()[0] == run("--verify")[0] == 0
@@ -184,8 +184,8 @@ def test_verify(run, server, tmp_path):
     assert run()[0] == run("--verify")[0] == 0
 
 
-def test_the_manifest_is_held_to(run, server, tmp_path):
-    """A file that became another one on the server is refused, by its size before, by its hash after it came."""
+def test_a_file_that_contradicts_the_manifest_is_refused(run, server, tmp_path):
+    """A file that changed on the server is refused: before the download if its size differs, after it by its hash."""
     assert run()[0] == 0
     (tmp_path / FILE).unlink()
     server.files[FILE] = CONTENT[::-1]
@@ -203,8 +203,8 @@ def test_the_manifest_is_held_to(run, server, tmp_path):
     assert run()[0] == 0
 
 
-def test_a_manifest_of_somebody_else(run, server, tmp_path):
-    """It counts from the first download on; one that is no manifest is named."""
+def test_an_existing_manifest_is_enforced(run, server, tmp_path):
+    """A manifest that exists before the first download is enforced; a malformed manifest is named."""
     (tmp_path / BASE).mkdir(parents=True)
     path = tmp_path / BASE / "manifest.json"
     path.write_text(json.dumps({"model.pth.tar": {"size": len(CONTENT), "sha256": "0" * 64}}))
@@ -220,8 +220,8 @@ def test_a_manifest_of_somebody_else(run, server, tmp_path):
         assert f"{path}: damaged; delete it" in line
 
 
-def test_a_file_that_somebody_else_fetched(run, server, tmp_path):
-    """Of the published size it is taken up without a download; of another it is left as it is, and named."""
+def test_an_existing_file_of_the_published_size_is_kept(run, server, tmp_path):
+    """A file of the published size is added to the manifest without a download; one of another size is an error."""
     (tmp_path / BASE).mkdir(parents=True)
     (tmp_path / FILE).write_bytes(CONTENT[:-1])
     status, _, (line,) = run()
@@ -233,8 +233,8 @@ def test_a_file_that_somebody_else_fetched(run, server, tmp_path):
     assert server.gets() == []
 
 
-def test_two_processes(run, tmp_path):
-    """The second is refused while the first is at it."""
+def test_a_second_process_is_refused(run, tmp_path):
+    """While a process holds the folder's lock, another is refused."""
     (tmp_path / BASE).mkdir(parents=True)
     with (tmp_path / BASE / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -244,8 +244,8 @@ def test_two_processes(run, tmp_path):
     assert run()[0] == 0
 
 
-def test_a_folder_that_cannot_be_made(run, tmp_path):
-    """One line that names it."""
+def test_a_folder_that_cannot_be_created_is_named(run, tmp_path):
+    """The error is one line with the folder."""
     (tmp_path / "models").write_text("")
     status, _, (line,) = run()
     assert status == 2
@@ -253,11 +253,11 @@ def test_a_folder_that_cannot_be_made(run, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_process(run, server, tmp_path, number):
-    """Its part is kept, and no byte of it comes again; Ctrl-C says so, though the server is silent just then."""
-    server.faults["GET", FILE] = [Fault(stop_after=100, action=server.over.wait)]
+def test_an_interrupted_download_resumes_at_its_last_byte(run, server, tmp_path, number):
+    """The part is kept and resumed without sending a byte again; Ctrl-C works while the server is silent."""
+    server.faults["GET", FILE] = [Fault(stop_after=100, action=server.finished.wait)]
     flags = ("--model", BASE, "--output_directory", tmp_path)
-    with launch("download_model.py", *flags, ATLAS_BASE_URL=server.url) as process:
+    with start_script("download_model.py", *flags, ATLAS_BASE_URL=server.url) as process:
         deadline = time.monotonic() + 10
         while not any(path.stat().st_size == 100 for path in (tmp_path / BASE).glob(".*.part")):
             assert time.monotonic() < deadline
@@ -273,4 +273,4 @@ def test_an_interrupted_process(run, server, tmp_path, number):
     assert run()[0] == 0
     assert (tmp_path / FILE).read_bytes() == CONTENT
     assert server.gets()[-1] == (FILE, "bytes=100-")
-    assert server.sent[FILE] == len(CONTENT)
+    assert server.bytes_sent[FILE] == len(CONTENT)

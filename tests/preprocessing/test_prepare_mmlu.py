@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from atlas_jax.tasks.multiple_choice import MultipleChoice
-from tests.preprocessing.test_prepare_originals import HOSTILE, ROOT, load, put_tar, run, tree
+from tests.preprocessing.test_prepare_originals import HOSTILE, ROOT, load_script, read_tree, run_script, write_tar
 
 COUNTS = {"dev": 5, "val": 3, "test": 4}
 DOMAINS = ("virology", "anatomy", "us_foreign_policy")  # not sorted
@@ -37,92 +37,97 @@ def as_csv(rows: Sequence[Sequence[str]]) -> bytes:
     return text.getvalue().encode()
 
 
-def small(**changes: bytes) -> dict[str, bytes]:
-    """An archive's members, one question in each split; `changes` by split."""
+def small_archive(**changes: bytes) -> dict[str, bytes]:
+    """Members of an archive with one question in each split; `changes` replaces the content of a split."""
     contents = {split: changes.get(split, GOOD.encode()) for split in ("dev", "val", "test")}
     members = {f"data/{split}/anatomy_{split}.csv": content for split, content in contents.items()}
     return members | {"data/auxiliary_train/race.csv": changes.get("auxiliary_train", GOOD.encode())}
 
 
-def make(folder: Path, members: Mapping[str, bytes]) -> dict[str, bytes]:
-    """What becomes of an archive, without `data/mmlu_data/`."""
-    done = run("prepare_mmlu", "--output_directory", folder, "--data_tar", put_tar(folder / "data.tar", members))
-    assert done.status == 0, done.err
-    return tree(folder / "data/mmlu_data")
+def prepare(folder: Path, members: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Runs the script on an archive of `members`; returns {path below data/mmlu_data/: content}."""
+    result = run_script(
+        "prepare_mmlu", "--output_directory", folder, "--data_tar", write_tar(folder / "data.tar", members)
+    )
+    assert result.status == 0, result.err
+    return read_tree(folder / "data/mmlu_data")
 
 
 @pytest.fixture(scope="module")
-def official(tmp_path_factory) -> dict[str, bytes]:
-    """The tree from an archive with three domains and 5,500 auxiliary questions, beside other files."""
-    others = {
+def prepared(tmp_path_factory) -> dict[str, bytes]:
+    """Outputs for an archive with three domains, 5,500 auxiliary questions, and files to be ignored."""
+    other_files = {
         "data/README.txt": b"x",
         "data/possibly_contaminated_urls.txt": b"x",
         "data/dev/._anatomy_dev.csv": b"\xff",
     }
-    return make(tmp_path_factory.mktemp("mmlu"), {path: as_csv(rows) for path, rows in ROWS.items()} | others)
+    return prepare(tmp_path_factory.mktemp("mmlu"), {path: as_csv(rows) for path, rows in ROWS.items()} | other_files)
 
 
-def test_the_three_settings_hold_what_the_archive_does(official):
-    """Names, rows, fields and their order; domains sorted; the last 5,000 after a shuffle with seed 10 held out."""
+def test_the_three_settings_hold_the_questions_of_the_archive(prepared):
+    """File names, rows and field order are exact; domains are sorted; the last 5,000 after a shuffle are held out."""
 
-    def of(split: str, *names: str) -> list[dict]:
+    def expected_rows(split: str, *names: str) -> list[dict]:
         return [
             {"question": q, "options": {"A": a, "B": b, "C": c, "D": d}, "answer": answer, "dataset": name}
             for name in names
             for q, a, b, c, d, answer in ROWS[f"data/{split}/{name}.csv"]
         ]
 
-    def joined(split: str) -> list[dict]:
-        return of(split, *(f"{domain}_{split}" for domain in ("anatomy", "us_foreign_policy", "virology")))
+    def all_domains(split: str) -> list[dict]:
+        return expected_rows(split, *(f"{domain}_{split}" for domain in ("anatomy", "us_foreign_policy", "virology")))
 
-    auxiliary = of("auxiliary_train", "arc_easy", "race")
-    map_in_order = list(auxiliary)
+    auxiliary = expected_rows("auxiliary_train", "arc_easy", "race")
+    unshuffled = list(auxiliary)
     random.seed(10)
     random.shuffle(auxiliary)
     expected = {
-        "5-shot-multitask/train.jsonl": joined("dev"),
-        "full/train.jsonl": auxiliary[:500] + joined("dev"),
+        "5-shot-multitask/train.jsonl": all_domains("dev"),
+        "full/train.jsonl": auxiliary[:500] + all_domains("dev"),
         "full/auxillary_valid.jsonl": auxiliary[500:],
     }
     for domain in DOMAINS:
-        expected[f"5-shot/individual_train/{domain}.5-shot-train.jsonl"] = of("dev", f"{domain}_dev")
+        expected[f"5-shot/individual_train/{domain}.5-shot-train.jsonl"] = expected_rows("dev", f"{domain}_dev")
     for setting in ("5-shot", "5-shot-multitask", "full"):
-        expected |= {f"{setting}/combined_valid.jsonl": joined("val"), f"{setting}/combined_test.jsonl": joined("test")}
+        expected |= {
+            f"{setting}/combined_valid.jsonl": all_domains("val"),
+            f"{setting}/combined_test.jsonl": all_domains("test"),
+        }
         for domain in DOMAINS:
-            expected[f"{setting}/individual_valid/{domain}.val.jsonl"] = of("val", f"{domain}_val")
-            expected[f"{setting}/individual_test/{domain}.test.jsonl"] = of("test", f"{domain}_test")
+            expected[f"{setting}/individual_valid/{domain}.val.jsonl"] = expected_rows("val", f"{domain}_val")
+            expected[f"{setting}/individual_test/{domain}.test.jsonl"] = expected_rows("test", f"{domain}_test")
 
-    assert official.keys() == expected.keys()
+    assert prepared.keys() == expected.keys()
     for name, rows in expected.items():
-        assert official[name] == "".join(json.dumps(row) + "\n" for row in rows).encode(), name
-    assert auxiliary[500:] != map_in_order[500:]  # the shuffle matters
+        assert prepared[name] == "".join(json.dumps(row) + "\n" for row in rows).encode(), name
+    assert auxiliary[500:] != unshuffled[500:]  # the shuffle matters
 
 
-def test_what_the_launch_scripts_read_is_there(official):
-    """The paths in launch/mmlu/*.sh, below DATA_DIR; multiple_choice takes every row."""
+def test_files_of_the_launch_scripts_exist(prepared):
+    """Every path in launch/mmlu/*.sh is an output below DATA_DIR; the multiple_choice task accepts every row."""
     for name in ("5-shot", "5-shot-multitask", "full", "zeroshot"):
         text = (ROOT / f"launch/mmlu/{name}.sh").read_text()
         setting = re.findall(r"^FILES=\$MMLU/(\S+)", text, re.MULTILINE)
         paths = [f"{setting[0]}/{path}" for path in re.findall(r"\$FILES/([^\s\"]+\.jsonl)", text)]
         paths += re.findall(r"\$MMLU/(\S+\.jsonl)", text)
         assert paths
-        assert {path.replace("$domain", "anatomy") for path in paths} <= official.keys(), name
+        assert {path.replace("$domain", "anatomy") for path in paths} <= prepared.keys(), name
     assert "MMLU=$DATA_DIR/data/mmlu_data\n" in (ROOT / "launch/mmlu/common.sh").read_text()
     task = MultipleChoice()
-    for content in official.values():
+    for content in prepared.values():
         for line in content.splitlines():
             task.check(json.loads(line))
 
 
-def test_the_same_bytes_whatever_the_order_and_however_often(official, tmp_path):
-    """Another order in the archive changes nothing, nor does a second run; it replaces each folder as a whole."""
+def test_archive_order_and_repetition_do_not_change_the_bytes(prepared, tmp_path):
+    """Member order changes nothing, nor does a second run, which replaces each folder as a whole."""
     reverse = {path: as_csv(rows) for path, rows in reversed(ROWS.items())}
     stale = tmp_path / "data/mmlu_data/5-shot/individual_train/gone.5-shot-train.jsonl"
     for _ in range(2):
-        assert make(tmp_path, reverse) == official
+        assert prepare(tmp_path, reverse) == prepared
         stale.write_bytes(b"x")
-    made = tree(tmp_path / "data/mmlu_data")
-    assert made.keys() - official.keys() == {str(stale.relative_to(tmp_path / "data/mmlu_data"))}
+    outputs = read_tree(tmp_path / "data/mmlu_data")
+    assert outputs.keys() - prepared.keys() == {str(stale.relative_to(tmp_path / "data/mmlu_data"))}
     assert sorted(path.name for path in (tmp_path / "data/mmlu_data").iterdir()) == [
         "5-shot",
         "5-shot-multitask",
@@ -130,25 +135,25 @@ def test_the_same_bytes_whatever_the_order_and_however_often(official, tmp_path)
     ]
 
 
-def test_an_archive_that_is_there_needs_no_network(tmp_path):
-    """A data.tar where the download would put it is taken."""
-    place = tmp_path / "data/mmlu_data/data.tar"
-    place.parent.mkdir(parents=True)
-    put_tar(place, small())
-    done = run("prepare_mmlu", "--output_directory", tmp_path)
-    assert (done.status, done.err) == (0, "")
-    assert "5-shot-multitask/: 5 files; train.jsonl 1, combined_valid.jsonl 1, combined_test.jsonl 1\n" in done.out
-    assert f"DATA_DIR={tmp_path} " in done.out
+def test_an_existing_archive_is_not_downloaded(tmp_path):
+    """A data.tar at the path of the download is used."""
+    archive = tmp_path / "data/mmlu_data/data.tar"
+    archive.parent.mkdir(parents=True)
+    write_tar(archive, small_archive())
+    result = run_script("prepare_mmlu", "--output_directory", tmp_path)
+    assert (result.status, result.err) == (0, "")
+    assert "5-shot-multitask/: 5 files; train.jsonl 1, combined_valid.jsonl 1, combined_test.jsonl 1\n" in result.out
+    assert f"DATA_DIR={tmp_path} " in result.out
 
 
 def test_fewer_auxiliary_questions_are_all_held_out(tmp_path):
-    """The last 5,000 of three are three, as the reference slices; none of them is trained on."""
-    made = make(tmp_path, small(auxiliary_train=GOOD.encode() * 3))
-    assert len(made["full/auxillary_valid.jsonl"].splitlines()) == 3
-    assert made["full/train.jsonl"] == made["5-shot-multitask/train.jsonl"]
+    """Three auxiliary questions are all held out (Reference: the slice [-5000:]), and none is in the training file."""
+    outputs = prepare(tmp_path, small_archive(auxiliary_train=GOOD.encode() * 3))
+    assert len(outputs["full/auxillary_valid.jsonl"].splitlines()) == 3
+    assert outputs["full/train.jsonl"] == outputs["5-shot-multitask/train.jsonl"]
 
 
-QUIRKS = {  # csv -> question, A, B, C, D, answer
+QUIRKS = {  # csv, [question, A, B, C, D, answer]
     "plain": (b"q,a,b,c,d,A\n", ["q", "a", "b", "c", "d", "A"]),
     "quotes": (b'"say ""x""?","""a""",b,c,d,A\n', ['say "x"?', '"a"', "b", "c", "d", "A"]),
     "quote inside": (b'q 5" long,a,b,c,d,A\n', ['q 5" long', "a", "b", "c", "d", "A"]),
@@ -164,16 +169,16 @@ QUIRKS = {  # csv -> question, A, B, C, D, answer
 
 
 @pytest.mark.parametrize("case", QUIRKS)
-def test_fields_are_taken_as_they_are(tmp_path, case):
-    """Quotes, commas, line ends and texts that look like numbers or like nothing."""
+def test_csv_fields_are_kept_as_text(tmp_path, case):
+    """Quotes, commas, and texts that look like numbers or missing values are kept; line ends become \\n."""
     content, fields = QUIRKS[case]
-    made = make(tmp_path, small(test=content))
-    (line,) = made["full/combined_test.jsonl"].decode("ascii").splitlines()
+    outputs = prepare(tmp_path, small_archive(test=content))
+    (line,) = outputs["full/combined_test.jsonl"].decode("ascii").splitlines()
     row = json.loads(line)
     assert [row["question"], *row["options"].values(), row["answer"]] == fields
 
 
-BAD = {  # csv -> the line it is wrong in, and what is said
+BAD = {  # csv, line of the error, error
     "five columns": (GOOD.encode() + b"q,a,b,c,A\n", 2, "5 columns"),
     "seven columns": (GOOD.encode() * 2 + b"q,a,b,c,d,e,A\n", 3, "7 columns"),
     "answer": (b"q,a,b,c,d,E\n", 1, "the answer is 'E'"),
@@ -189,44 +194,52 @@ BAD = {  # csv -> the line it is wrong in, and what is said
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("split", ["auxiliary_train", "test"])
 def test_a_bad_row_is_named_by_member_and_line(tmp_path, case, split):
-    """One line on stderr; nothing is made."""
+    """One line on stderr names both; nothing is written."""
     content, line, problem = BAD[case]
     name = "race" if split == "auxiliary_train" else f"anatomy_{split}"
-    archive = put_tar(tmp_path / "data.tar", small(**{split: content}))
-    done = run("prepare_mmlu", "--output_directory", tmp_path / "out", "--data_tar", archive)
-    assert done.said(f"{archive}: data/{split}/{name}.csv:{line}: {problem}")
-    assert not tree(tmp_path / "out")
+    archive = write_tar(tmp_path / "data.tar", small_archive(**{split: content}))
+    result = run_script("prepare_mmlu", "--output_directory", tmp_path / "out", "--data_tar", archive)
+    assert result.failed_with(f"{archive}: data/{split}/{name}.csv:{line}: {problem}")
+    assert not read_tree(tmp_path / "out")
 
 
-def test_what_is_no_mmlu_archive_is_refused(tmp_path):
-    """A split without files, a file of no domain, another archive, none: each is named."""
-    members = small()
+def test_archives_that_are_not_mmlu_are_refused(tmp_path):
+    """The error names a missing split, a file without a domain, another archive, and a missing archive."""
+    members = small_archive()
     without = {path: content for path, content in members.items() if "/val/" not in path}
     archive, arguments = tmp_path / "data.tar", ("--output_directory", tmp_path / "out", "--data_tar")
-    assert run("prepare_mmlu", *arguments, put_tar(archive, without)).said(archive, "has no data/val/*.csv")
+    assert run_script("prepare_mmlu", *arguments, write_tar(archive, without)).failed_with(
+        archive, "has no data/val/*.csv"
+    )
     for name in ("anatomy.csv", "_test.csv", "anatomy_val.csv"):
-        odd = put_tar(archive, members | {f"data/test/{name}": GOOD.encode()})
-        assert run("prepare_mmlu", *arguments, odd).said(archive, f"data/test/{name}", "{domain}_test.csv")
-    assert run("prepare_mmlu", *arguments, put_tar(archive, {"x": b""})).said(archive, "has no data/auxiliary_train")
-    assert run("prepare_mmlu", *arguments, tmp_path / "gone.tar").said("gone.tar: no such file", "--data_tar")
-    assert not tree(tmp_path / "out")
+        odd = write_tar(archive, members | {f"data/test/{name}": GOOD.encode()})
+        assert run_script("prepare_mmlu", *arguments, odd).failed_with(
+            archive, f"data/test/{name}", "{domain}_test.csv"
+        )
+    assert run_script("prepare_mmlu", *arguments, write_tar(archive, {"x": b""})).failed_with(
+        archive, "has no data/auxiliary_train"
+    )
+    assert run_script("prepare_mmlu", *arguments, tmp_path / "gone.tar").failed_with(
+        "gone.tar: no such file", "--data_tar"
+    )
+    assert not read_tree(tmp_path / "out")
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_member_ends_it_before_anything_is_made(tmp_path, case):
-    """Though it is the last of the archive; what an earlier run made stays as it was."""
-    before = make(tmp_path, small())
-    archive = put_tar(tmp_path / "hostile.tar", small(test=b"new,a,b,c,d,A\n"), HOSTILE[case])
-    done = run("prepare_mmlu", "--output_directory", tmp_path, "--data_tar", archive)
-    assert done.said(archive, "refused", repr(HOSTILE[case].name))
-    assert tree(tmp_path / "data/mmlu_data") == before
+def test_a_hostile_member_leaves_the_outputs_unchanged(tmp_path, case):
+    """Even as the last member it ends the script; the outputs of an earlier run stay unchanged."""
+    before = prepare(tmp_path, small_archive())
+    archive = write_tar(tmp_path / "hostile.tar", small_archive(test=b"new,a,b,c,d,A\n"), HOSTILE[case])
+    result = run_script("prepare_mmlu", "--output_directory", tmp_path, "--data_tar", archive)
+    assert result.failed_with(archive, "refused", repr(HOSTILE[case].name))
+    assert read_tree(tmp_path / "data/mmlu_data") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.tar", "hostile.tar"]
 
 
 def test_all_three_settings_are_replaced_or_none(tmp_path, monkeypatch):
-    """An error while the last is written leaves the earlier tree, and no drafts."""
-    before = make(tmp_path, small())
-    module = load("prepare_mmlu")
+    """An error while the last setting is written leaves the earlier outputs, and no draft folders."""
+    before = prepare(tmp_path, small_archive())
+    module = load_script("prepare_mmlu")
     write_lines = module.write_lines
 
     def fail(path: Path, lines: Sequence[str]) -> None:
@@ -235,10 +248,10 @@ def test_all_three_settings_are_replaced_or_none(tmp_path, monkeypatch):
         write_lines(path, lines)
 
     monkeypatch.setattr(module, "write_lines", fail)
-    archive = put_tar(tmp_path / "new.tar", small(test=b"new,a,b,c,d,A\n"))
-    done = run("prepare_mmlu", "--output_directory", tmp_path, "--data_tar", archive)
-    assert done.said("full: cannot be written (No space left on device)")
-    assert tree(tmp_path / "data/mmlu_data") == before
+    archive = write_tar(tmp_path / "new.tar", small_archive(test=b"new,a,b,c,d,A\n"))
+    result = run_script("prepare_mmlu", "--output_directory", tmp_path, "--data_tar", archive)
+    assert result.failed_with("full: cannot be written (No space left on device)")
+    assert read_tree(tmp_path / "data/mmlu_data") == before
     monkeypatch.undo()
-    assert run("prepare_mmlu", "--output_directory", tmp_path, "--data_tar", archive).status == 0
-    assert tree(tmp_path / "data/mmlu_data") != before
+    assert run_script("prepare_mmlu", "--output_directory", tmp_path, "--data_tar", archive).status == 0
+    assert read_tree(tmp_path / "data/mmlu_data") != before

@@ -1,4 +1,4 @@
-"""Faiss indexes: how well each kind finds, how little it stores, and that a loaded one is the one saved."""
+"""Faiss indexes: recall and size of each kind, saving and loading, and what is refused."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 @pytest.fixture(scope="module")
 def vectors() -> np.ndarray:
-    """Passages around 60 topics."""
+    """Passage vectors in 60 clusters."""
     rng = np.random.default_rng(0)
     topics = rng.standard_normal((60, DIM))
     return (topics[rng.integers(0, 60, COUNT)] + 0.4 * rng.standard_normal((COUNT, DIM))).astype(np.float16)
@@ -29,31 +29,33 @@ def vectors() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def queries(vectors) -> np.ndarray:
-    """Near a passage each."""
+    """Query vectors, each near a passage."""
     rng = np.random.default_rng(1)
     return vectors[rng.choice(COUNT, 50)].astype(np.float32) + 0.2 * rng.standard_normal((50, DIM)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def exact_search(vectors, queries) -> np.ndarray:
+def exact_numbers(vectors, queries) -> np.ndarray:
+    """Numbers of the K best passages of each query, by exact search in float64."""
     scores = queries.astype(np.float64) @ vectors.astype(np.float64).T
     return np.argsort(-scores, axis=1, kind="stable")[:, :K]
 
 
 @pytest.fixture(scope="module")
 def build(vectors) -> Build:
-    """An index of `vectors`, built once for all tests; a test that changes it builds its own."""
+    """Function (kind, code_size) -> index of `vectors`, cached; a test that changes an index builds its own."""
     return functools.cache(functools.partial(FaissIndex.build, vectors))
 
 
-def recall(index: FaissIndex, queries: np.ndarray, exact_search: np.ndarray) -> float:
-    found = index.search(queries, exact_search.shape[1]).numbers
-    return float(np.mean([np.isin(row, best).mean() for row, best in zip(found, exact_search, strict=True)]))
+def recall(index: FaissIndex, queries: np.ndarray, exact_numbers: np.ndarray) -> float:
+    """Mean share of the exact best passages among as many results of the index."""
+    found = index.search(queries, exact_numbers.shape[1]).numbers
+    return float(np.mean([np.isin(row, best).mean() for row, best in zip(found, exact_numbers, strict=True)]))
 
 
 @pytest.mark.parametrize(("kind", "code_size"), KINDS)
-def test_equals_plain_faiss(vectors, queries, build, kind, code_size):
-    """Training and filling as faiss does them, in float32 and at once, gives the same index."""
+def test_build_equals_plain_faiss(vectors, queries, build, kind, code_size):
+    """`build` gives the index that faiss itself trains and fills from all vectors in float32."""
     recipes = {"flat": "SQfp16", "ivfflat": "IVF54,Flat", "ivfsq": "IVF54,SQ4", "ivfpq": "IVF54,PQ8np", "pq": "PQ8np"}
     plain = faiss.index_factory(DIM, recipes[kind], faiss.METRIC_INNER_PRODUCT)
     for part in (plain, getattr(plain, "pq", None)):
@@ -69,8 +71,8 @@ def test_equals_plain_faiss(vectors, queries, build, kind, code_size):
     assert (found.numbers == numbers).mean() > 0.98  # the rest are ties
 
 
-def test_a_gpu_finds_the_nearest_centroids(vectors, queries, build, monkeypatch):
-    """In training and in filling; a stand-in for the GPU, as faiss-cpu has none: the index is the same."""
+def test_a_gpu_searches_the_centroids(vectors, queries, build, monkeypatch):
+    """Centroids are copied to the GPU (here a fake: faiss-cpu has none) for training and for filling; same index."""
     copied = []
 
     def index_cpu_to_gpu(resources: object, device: int, index: faiss.Index) -> faiss.Index:
@@ -85,23 +87,23 @@ def test_a_gpu_finds_the_nearest_centroids(vectors, queries, build, monkeypatch)
     np.testing.assert_array_equal(found.numbers, build("ivfpq", 8).search(queries, K).numbers)
 
 
-def test_kinds_that_keep_the_vectors_are_exact(vectors, queries, exact_search, build):
-    """ "flat", and "ivfflat" while it reads every list as the reference does; reading one list, it is not."""
+def test_kinds_that_keep_the_vectors_are_exact(vectors, queries, exact_numbers, build):
+    """ "flat", and "ivfflat" while it scans every list, as the reference does; with one list it is not exact."""
     for kind in ("flat", "ivfflat"):
         found = build(kind, None).search(queries, K)
-        np.testing.assert_array_equal(found.numbers, exact_search)
-        scores = np.einsum("qd,qkd->qk", queries, vectors[exact_search].astype(np.float32))
+        np.testing.assert_array_equal(found.numbers, exact_numbers)
+        scores = np.einsum("qd,qkd->qk", queries, vectors[exact_numbers].astype(np.float32))
         np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
     index = FaissIndex.build(vectors, "ivfflat")
     assert index.n_probe == index.n_list == 54  # floor(sqrt(3000))
     index.n_probe = 1
-    assert 0.3 < recall(index, queries, exact_search) < 0.95
+    assert 0.3 < recall(index, queries, exact_numbers) < 0.95
 
 
-def test_fewer_bytes_find_less(queries, exact_search, build):
-    """Recall at 10, from 16 bytes a passage to 1; clusters make the same bytes worth more."""
+def test_recall_falls_with_code_size(queries, exact_numbers, build):
+    """Recall@10, from 16 bytes per passage to 1; at equal code size inverted lists have the higher recall."""
     ivfsq, ivfpq, pq, tiny = (
-        recall(build(*kind), queries, exact_search) for kind in [("ivfsq", None), ("ivfpq", 8), ("pq", 8), ("pq", 1)]
+        recall(build(*kind), queries, exact_numbers) for kind in [("ivfsq", None), ("ivfpq", 8), ("pq", 8), ("pq", 1)]
     )
     assert 1 > ivfsq > ivfpq > pq > tiny + 0.1
     assert ivfsq > 0.8
@@ -109,8 +111,8 @@ def test_fewer_bytes_find_less(queries, exact_search, build):
 
 
 @pytest.mark.parametrize(("kind", "code_size"), KINDS)
-def test_loaded_equals_saved(vectors, queries, kind, code_size, tmp_path):
-    """Every bit of every result, also with one list a query; from arrays alone, without the vectors."""
+def test_a_loaded_index_equals_the_saved_one(vectors, queries, kind, code_size, tmp_path):
+    """Bit-identical results, also with one list per query; loading needs the saved arrays only, not the vectors."""
     index = FaissIndex.build(vectors, kind, code_size)
     meta = index.save(tmp_path)
     assert meta == {"index_mode": "faiss", "kind": kind, "count": COUNT, "dim": DIM, "code_size": code_size}
@@ -118,13 +120,13 @@ def test_loaded_equals_saved(vectors, queries, kind, code_size, tmp_path):
     assert (loaded.kind, loaded.count, loaded.dim, loaded.n_probe) == (kind, COUNT, DIM, index.n_probe)
     for n_probe in {index.n_list, 1}:
         index.n_probe = loaded.n_probe = n_probe
-        for ours, theirs in zip(loaded.search(queries, K), index.search(queries, K), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+        for loaded_array, saved_array in zip(loaded.search(queries, K), index.search(queries, K), strict=True):
+            np.testing.assert_array_equal(loaded_array, saved_array)
 
 
 @pytest.mark.parametrize(("kind", "code_size"), KINDS)
-def test_size_on_disk(vectors, build, kind, code_size, tmp_path):
-    """Codes, in lists 4 bytes more to say whose they are, and what training learned; headers aside."""
+def test_size_on_disk_is_codes_lists_and_tables(vectors, build, kind, code_size, tmp_path):
+    """Bytes without .npy headers: codes, for "ivf" 4 more per passage for its number, and the trained tables."""
     build(kind, code_size).save(tmp_path)
     row = {"flat": 2 * DIM, "ivfflat": 2 * DIM + 4, "ivfsq": DIM // 2 + 4, "ivfpq": 8 + 4, "pq": 8}[kind]
     table = {"ivfsq": 2 * DIM, "ivfpq": 256 * DIM, "pq": 256 * DIM}.get(kind, 0)
@@ -136,11 +138,11 @@ def test_size_on_disk(vectors, build, kind, code_size, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "code_size"), KINDS)
-def test_the_seed_decides(vectors, kind, code_size, tmp_path, monkeypatch):
-    """Equal seeds write equal files, whatever the chunks and threads; another seed does not, if anything is learned."""
+def test_equal_seeds_write_equal_files(vectors, kind, code_size, tmp_path, monkeypatch):
+    """Chunk size and number of threads do not change the files; another seed does, if anything is trained."""
     np.save(tmp_path / "vectors.npy", vectors)
     mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
-    monkeypatch.setattr(faiss_index, "TRAINING_ROWS_PER_CENTROID", 2)  # so that there is a sample to draw
+    monkeypatch.setattr(faiss_index, "TRAINING_ROWS_PER_CENTROID", 2)  # so that training draws a sample
     written = []
     for chunk, rows, threads, seed in [(16_384, vectors, 1, 0), (1000, mapped, 2, 0), (16_384, vectors, 1, 1)]:
         monkeypatch.setattr(faiss_index, "CHUNK_ROWS", chunk)
@@ -155,16 +157,16 @@ def test_the_seed_decides(vectors, kind, code_size, tmp_path, monkeypatch):
     assert (written[0] == written[2]) == (kind == "flat")
 
 
-def test_training_takes_a_bounded_sample(vectors, monkeypatch):
-    """So many bytes in float32 and no more, however many vectors there are; of a few, all of them."""
+def test_the_training_sample_is_bounded(vectors, monkeypatch):
+    """At most TRAINING_BYTES of float32, however many vectors there are; all vectors if they are few."""
     sizes = []
 
-    def rows(embeddings, wanted):
-        sizes.append(len(wanted))
-        return float32_rows(embeddings, wanted)
+    def record_size(embeddings, rows):
+        sizes.append(len(rows))
+        return float32_rows(embeddings, rows)
 
     float32_rows = faiss_index._float32_rows
-    monkeypatch.setattr(faiss_index, "_float32_rows", rows)
+    monkeypatch.setattr(faiss_index, "_float32_rows", record_size)
     FaissIndex.build(vectors, "ivfsq")
     monkeypatch.setattr(faiss_index, "TRAINING_BYTES", 4 * DIM * 500)
     FaissIndex.build(vectors, "ivfsq")
@@ -173,7 +175,7 @@ def test_training_takes_a_bounded_sample(vectors, monkeypatch):
 
 
 def test_equal_scores_are_ordered_by_number(vectors):
-    """Whatever list they come from."""
+    """Ties are ordered by the smaller passage number, whichever inverted list holds them."""
     index = FaissIndex.build(np.concatenate([vectors[:100]] * 7), "ivfflat")
     found = index.search(vectors[:20].astype(np.float32), 70)
     drop = np.diff(found.scores) < 0
@@ -181,8 +183,8 @@ def test_equal_scores_are_ordered_by_number(vectors):
     assert (~drop).mean() > 0.8
 
 
-def test_a_query_whose_lists_are_short_reads_them_all(vectors, queries, exact_search):
-    """No -1 is a passage number; the others keep to their own lists."""
+def test_a_query_with_too_few_results_scans_all_lists(vectors, queries, exact_numbers):
+    """-1 is never returned as a passage number; queries with enough results scan their nearest lists only."""
     index = FaissIndex.build(vectors, "ivfflat")
     everything = index.search(queries, 60)
     index.n_probe = 1
@@ -195,7 +197,7 @@ def test_a_query_whose_lists_are_short_reads_them_all(vectors, queries, exact_se
 
 
 def test_empty_lists_are_kept(tmp_path, capfd):
-    """Equal vectors leave most lists empty; that they are few is no reason for faiss to complain."""
+    """Equal vectors leave most inverted lists empty; the index can be saved and loaded, and faiss logs no warning."""
     index = FaissIndex.build(np.ones((50, 4), np.float16), "ivfflat")
     loaded = FaissIndex.load(tmp_path, index.save(tmp_path))
     assert 0 in np.load(tmp_path / "list_sizes.npy")
@@ -205,8 +207,8 @@ def test_empty_lists_are_kept(tmp_path, capfd):
     assert one.search(np.ones((1, 4), np.float32), 1).numbers == 0
 
 
-def test_what_cannot_be_built_or_answered_is_said(vectors):
-    """Each refusal names its figures and a way out."""
+def test_impossible_builds_and_searches_are_refused(vectors):
+    """UserError for each; the message names the values and a remedy."""
     for kind in ("pq", "ivfpq"):
         with pytest.raises(UserError, match="256 centroids and there are only 255 passages: use --index_mode flat"):
             FaissIndex.build(vectors[:255], kind, 8)
@@ -229,7 +231,7 @@ def test_what_cannot_be_built_or_answered_is_said(vectors):
 
 
 def test_damaged_files_are_refused(build, tmp_path):
-    """No pointer goes to faiss before the arrays fit each other; each refusal names the file."""
+    """Arrays are checked against each other before faiss gets a pointer to them; the message names the file."""
     meta = build("ivfpq", 8).save(tmp_path)
     whole = {file: file.read_bytes() for file in tmp_path.iterdir()}
     assert len(whole) == 5

@@ -1,4 +1,4 @@
-"""The passage store: what goes in comes out, whole or not at all; token ids are made once and kept beside it."""
+"""The passage store: reading back, atomic replacement, what is refused, and token ids that are computed once."""
 
 import copy
 import json
@@ -22,18 +22,19 @@ PASSAGE = {"id": "1", "text": "Some text", "title": "A title", "section": ""}
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """The 240 golden passages."""
+    """Store of the 240 golden passages."""
     return build_passages([GOLDEN / "passages.jsonl"], tmp_path_factory.mktemp("golden") / "passages")
 
 
-def jsonl(folder, *rows, name="corpus.jsonl"):
+def write_jsonl(folder, *rows, name="corpus.jsonl"):
+    """Writes rows as JSON lines; returns the path."""
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def test_passages_come_back_as_the_reference_loads_them(store):
-    """All fields, the section joined to the title once and kept, in any order of numbers."""
+    """All fields, in any order of numbers; the section is joined to the title once, and stays a field."""
     rows = [row for _, row in read_rows(GOLDEN / "passages.jsonl")]
     for row in rows:
         row["title"] = f"{row['title']}: {row['section']}" if row["section"] else row["title"]
@@ -46,17 +47,19 @@ def test_passages_come_back_as_the_reference_loads_them(store):
             store.take([number])
 
 
-def test_passages_already_loaded_are_not_joined_again(tmp_path, store):
-    """The published index holds passages with joined titles: any iterable of dicts, kept as it is."""
+def test_build_does_not_join_sections_again(tmp_path, store):
+    """Passages of published shards have joined titles: `build` writes any iterable of dicts unchanged."""
     passages = store.take(range(240))
     again = PassageStore.build(iter(passages), tmp_path / "again")
     assert again.take(range(240)) == passages
     assert again.take([0])[0]["title"].count("Summary") == 1
 
 
-def test_fields_that_may_be_missing(tmp_path):
-    """Title and section default to nothing; other fields are kept; blank lines are no passages."""
-    path = jsonl(tmp_path, {"id": 7, "text": "é"}, {"id": "8", "text": "", "title": None, "section": "S", "topic": "x"})
+def test_title_and_section_are_optional(tmp_path):
+    """Title and section default to ""; other fields are kept; blank lines are skipped."""
+    path = write_jsonl(
+        tmp_path, {"id": 7, "text": "é"}, {"id": "8", "text": "", "title": None, "section": "S", "topic": "x"}
+    )
     path.write_text("\n" + path.read_text().replace("}\n", "}\n\n"))
     store = build_passages([path], tmp_path / "store")
     assert store.take([0, 1]) == [
@@ -65,7 +68,7 @@ def test_fields_that_may_be_missing(tmp_path):
     ]
 
 
-ROWS = {  # as they may be written: what is unusual about them
+ROWS = {  # name of the unusual thing: a line of JSON
     "plain": '{"id": "1", "title": "T", "section": "", "text": "x"}',
     "section": '{"id": "1", "title": "T", "section": "S", "text": "x"}',
     "other_order": '{"text": "x", "section": "S", "id": 1, "title": "T"}',
@@ -76,8 +79,8 @@ ROWS = {  # as they may be written: what is unusual about them
     "slash": r'{"id": "1", "title": "a\/b", "section": "S", "text": "x"}',
     "quotes": r'{"id": "1", "title": "\"T\" \\", "section": "\"S\"", "text": "\"title\": \"T\""}',
     "nested": '{"meta": {"title": "T"}, "id": "1", "title": "T", "section": "S", "text": "x"}',
-    "key_that_ends_so": r'{"a \"title": "T", "id": "1", "title": "T", "section": "S", "text": "x"}',
-    "twice": '{"id": "1", "title": "A", "section": "S", "text": "x", "title": "T"}',
+    "key_ending_in_title": r'{"a \"title": "T", "id": "1", "title": "T", "section": "S", "text": "x"}',
+    "duplicate_key": '{"id": "1", "title": "A", "section": "S", "text": "x", "title": "T"}',
     "title_is_title": '{"id": "1", "title": "title", "section": "title", "text": "title"}',
     "no_section": '{"id": "1", "title": "T", "text": "x"}',
     "null_title": '{"id": "1", "title": null, "section": "S", "text": "x"}',
@@ -85,8 +88,8 @@ ROWS = {  # as they may be written: what is unusual about them
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_a_row_is_kept_whatever_way_it_is_written(tmp_path, case):
-    """The text of the file where that will do, a new one where not: what is read back is the same either way."""
+def test_rows_are_kept_however_their_json_is_written(tmp_path, case):
+    """Whether the line is copied or serialized anew, the store gives back the parsed row with its section joined."""
     path = tmp_path / "corpus.jsonl"
     path.write_text(ROWS[case] + "\n")
     row = json.loads(ROWS[case])
@@ -99,11 +102,11 @@ def test_a_row_is_kept_whatever_way_it_is_written(tmp_path, case):
     assert list(built.texts()) == [(tmp_path / "store" / "text.bin").read_bytes()]
 
 
-def test_a_plain_row_is_not_written_anew(tmp_path, monkeypatch):
-    """Its own text is as fast as it gets; a section needs only the title written."""
+def test_plain_rows_are_copied_without_serializing(tmp_path, monkeypatch):
+    """Copying the line is fastest; to join a section, only the title in it is replaced."""
     path = tmp_path / "corpus.jsonl"
     path.write_text(ROWS["plain"] + "\n" + ROWS["section"] + "\n")
-    monkeypatch.setattr("atlas_jax.retrieval.passage_store._checked", pytest.fail)
+    monkeypatch.setattr("atlas_jax.retrieval.passage_store._validated", pytest.fail)
     build_passages([path], tmp_path / "store")
     text = (tmp_path / "store" / "text.bin").read_text()
     assert text == ROWS["plain"] + ROWS["section"].replace('"T"', '"T: S"')
@@ -118,18 +121,18 @@ def test_a_plain_row_is_not_written_anew(tmp_path, monkeypatch):
         ({"id": "1", "text": "x", "title": 3}, '"title" must be a string, not 3'),
     ],
 )
-def test_bad_passages_are_named_and_nothing_is_kept(tmp_path, row, message):
-    """File and line of the passage; neither the store nor a draft of it stays behind."""
-    path = jsonl(tmp_path, PASSAGE, row)
+def test_bad_passages_are_named_and_nothing_is_written(tmp_path, row, message):
+    """The message has file and line; neither a store nor a temporary folder is left."""
+    path = write_jsonl(tmp_path, PASSAGE, row)
     with pytest.raises(UserError, match=rf"corpus\.jsonl:2: {message}"):
         build_passages([path], tmp_path / "store")
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_max_passages_counts_over_all_files(tmp_path):
-    """The first so many; lines after them are not even read. No files and no passages are errors."""
-    first = jsonl(tmp_path, PASSAGE, PASSAGE, name="1.jsonl")
-    second = jsonl(tmp_path, PASSAGE, {"bad": 1}, name="2.jsonl")
+    """Lines after the last passage that is taken are not parsed. No files or no passages are a UserError."""
+    first = write_jsonl(tmp_path, PASSAGE, PASSAGE, name="1.jsonl")
+    second = write_jsonl(tmp_path, PASSAGE, {"bad": 1}, name="2.jsonl")
     for count, length in ((3, 3), (1, 1)):
         assert len(build_passages([first, second], tmp_path / f"store{count}", count)) == length
     with pytest.raises(UserError, match=r"2\.jsonl:2"):
@@ -141,14 +144,14 @@ def test_max_passages_counts_over_all_files(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_build_leaves_what_was_there(tmp_path, error):
-    """A store that is being replaced stays whole until the new one is; then the new one is there, alone."""
+def test_an_interrupted_build_keeps_the_old_store(tmp_path, error):
+    """The old store stays whole until the new one is complete, which then replaces it; no other file is left."""
 
     def rows():
         yield from [PASSAGE] * 3000
         raise error
 
-    old = build_passages([jsonl(tmp_path, PASSAGE)], tmp_path / "store")
+    old = build_passages([write_jsonl(tmp_path, PASSAGE)], tmp_path / "store")
     with pytest.raises(error):
         PassageStore.build(rows(), old.folder)
     assert {path.name for path in tmp_path.iterdir()} == {"corpus.jsonl", "store"}
@@ -160,7 +163,7 @@ def test_an_interrupted_build_leaves_what_was_there(tmp_path, error):
 
 
 def test_other_files_are_never_replaced(tmp_path):
-    """A folder that holds anything else than a store, and a file, stay as they are."""
+    """A folder that holds anything but a store, or a file in its place, is refused and unchanged."""
     (tmp_path / "thesis.tex").write_text("years of work")
     for folder in (tmp_path, tmp_path / "thesis.tex"):
         with pytest.raises(UserError, match="choose a new folder"):
@@ -168,22 +171,22 @@ def test_other_files_are_never_replaced(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_text_that_is_no_text(tmp_path):
-    """Half a surrogate pair, which a pickle may hold, names its passage."""
+def test_text_that_utf8_cannot_encode_is_refused(tmp_path):
+    """Half a surrogate pair, which a pickle may hold: the message names the passage."""
     with pytest.raises(UserError, match=r"passage 1 \(x\): not text .*surrogates"):
         PassageStore.build([PASSAGE, {"id": "x", "text": "\ud800"}], tmp_path / "store")
 
 
 @pytest.mark.parametrize("file", ["text.bin", "text.offsets.npy", "passages.json"])
-@pytest.mark.parametrize("kept", [0, -1, None])
-def test_a_damaged_store_is_refused(tmp_path, file, kept):
-    """Each file cut short, emptied or gone: one line that names it and the remedy."""
+@pytest.mark.parametrize("end", [0, -1, None])
+def test_a_damaged_store_is_refused(tmp_path, file, end):
+    """Each file truncated, empty or missing: a message of one line names it and the remedy."""
     PassageStore.build([PASSAGE, PASSAGE], tmp_path / "store")
     path = tmp_path / "store" / file
-    if kept is None:
+    if end is None:
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes().rstrip(b"\n")[:kept])
+        path.write_bytes(path.read_bytes().rstrip(b"\n")[:end])
     with pytest.raises(UserError, match=r"build the passages again") as error:
         PassageStore.open(tmp_path / "store")
     assert str(tmp_path / "store" / file.split(".")[0]) in str(error.value)
@@ -191,7 +194,7 @@ def test_a_damaged_store_is_refused(tmp_path, file, kept):
 
 
 def test_another_version_or_count_is_refused(tmp_path):
-    """passages.json must say what the files are; a folder that is not there is named."""
+    """passages.json must fit the other files; a missing folder is named."""
     PassageStore.build([PASSAGE], tmp_path)
     for text, message in (
         ('{"version": 9, "count": 1}', "version 9"),
@@ -204,8 +207,8 @@ def test_another_version_or_count_is_refused(tmp_path):
         PassageStore.open(tmp_path / "nowhere")
 
 
-def test_tokens_are_those_of_the_text(store):
-    """Every passage, uncut, without special tokens; two bytes a token while the vocabulary allows it."""
+def test_tokens_equal_the_ids_of_the_tokenizer(store):
+    """Ids of every passage are uncut, without special tokens, and uint16 if the vocabulary fits."""
     tokens = store.tokens(RETRIEVER, RETRIEVER_FORMAT, "retriever")
     expected = RETRIEVER.ids([RETRIEVER_FORMAT.format(**passage) for passage in store.take(range(240))])
     taken = tokens.take(range(240))
@@ -215,54 +218,56 @@ def test_tokens_are_those_of_the_text(store):
     assert len(tokens) == 240
 
 
-def test_a_large_vocabulary_takes_four_bytes(tmp_path):
-    """An id above 65,535 does not wrap around."""
+def test_a_large_vocabulary_takes_int32(tmp_path):
+    """An id above 65,535 does not overflow."""
     large = copy.copy(RETRIEVER)
     large.vocab_size, large.ids = 70_000, lambda texts: [[69_999, 1]] * len(texts)
     [row] = PassageStore.build([PASSAGE], tmp_path / "store").tokens(large, "{text}", "large").take([0])
     assert row.tolist() == [69_999, 1]
 
 
-def test_tokens_are_made_once(tmp_path, monkeypatch):
-    """A second run finds them; another format or tokenizer makes its own; damaged ones are refused by name."""
+def test_tokens_are_computed_once(tmp_path, monkeypatch):
+    """A second run loads them; each format and tokenizer has its own; damaged ones are refused, naming the folder."""
     folder = PassageStore.build([PASSAGE] * 3, tmp_path / "store").folder
     done = []
-    made = PassageStore.open(folder).tokens(RETRIEVER, "{text}", "retriever", done.append).take([2])
+    computed = PassageStore.open(folder).tokens(RETRIEVER, "{text}", "retriever", done.append).take([2])
     PassageStore.open(folder).tokens(READER, "{text}", "retriever")
     PassageStore.open(folder).tokens(RETRIEVER, "{title}", "retriever")
     assert done == [3]
     assert len(list(folder.glob("tokens-retriever-*"))) == 3
     monkeypatch.setattr(Tokenizer, "ids", None)  # from here on, tokenizing fails
-    np.testing.assert_array_equal(PassageStore.open(folder).tokens(RETRIEVER, "{text}", "retriever").take([2]), made)
+    np.testing.assert_array_equal(
+        PassageStore.open(folder).tokens(RETRIEVER, "{text}", "retriever").take([2]), computed
+    )
     for path in folder.glob("tokens-*/tokens.bin"):
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"tokens-retriever-.*delete this folder"):
         PassageStore.open(folder).tokens(RETRIEVER, "{text}", "retriever")
 
 
-def test_interrupted_tokens_are_not_kept(tmp_path):
-    """An exception half way leaves the store as it was."""
+def test_interrupted_tokenization_leaves_no_files(tmp_path):
+    """A KeyboardInterrupt half way leaves the store unchanged."""
     store = PassageStore.build([PASSAGE] * 2000, tmp_path / "store")
     before = sorted(store.folder.iterdir())
 
-    def stop(_):
+    def interrupt(_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.tokens(RETRIEVER, "{text}", "retriever", stop)
+        store.tokens(RETRIEVER, "{text}", "retriever", interrupt)
     assert sorted(store.folder.iterdir()) == before
 
 
-def test_two_that_build_the_same_tokens_both_get_them(tmp_path):
-    """The first to finish wins, the other uses its files: two hosts on one disk."""
+def test_two_writers_of_the_same_tokens_both_succeed(tmp_path):
+    """As two hosts on shared storage: the files of the first to finish are kept, and the other reads them."""
     folder = PassageStore.build([PASSAGE] * 3, tmp_path / "store").folder
     barrier, taken = threading.Barrier(2, timeout=10), []
 
-    def build():
+    def tokenize():
         store = PassageStore.open(folder)
         taken.append(store.tokens(RETRIEVER, "{text}", "retriever", lambda _: barrier.wait()).take([1])[0].tolist())
 
-    threads = [threading.Thread(target=build) for _ in range(2)]
+    threads = [threading.Thread(target=tokenize) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -271,8 +276,8 @@ def test_two_that_build_the_same_tokens_both_get_them(tmp_path):
     assert len(list(folder.iterdir())) == 4
 
 
-def test_a_store_that_cannot_be_written_beside(tmp_path, monkeypatch):
-    """No silent place elsewhere: the flag that chooses the folder is named."""
+def test_a_read_only_store_is_refused(tmp_path, monkeypatch):
+    """Tokens are not written to another folder silently: the message names the flag that sets it."""
     store = PassageStore.build([PASSAGE], tmp_path / "store")
 
     def refuse(*_, **__):
@@ -287,14 +292,14 @@ def test_a_store_that_cannot_be_written_beside(tmp_path, monkeypatch):
     ("format", "message"),
     [("{title} {author}", "passage 1: no field 'author'"), ("{}", "not a format"), ("{title", "not a format")],
 )
-def test_a_format_that_asks_too_much(tmp_path, format, message):
-    """The passage and the field it lacks, or the format that is none."""
+def test_bad_formats_are_refused(tmp_path, format, message):
+    """The message names the passage and its missing field, or the malformed format."""
     with pytest.raises(UserError, match=message):
         PassageStore.build([PASSAGE], tmp_path / "store").tokens(RETRIEVER, format, "retriever")
 
 
 def test_ragged_rows_may_be_empty(tmp_path):
-    """Nothing at all in any row: no bytes to map."""
+    """If all rows are empty, there are no bytes to map."""
     np.save(tmp_path / "x.offsets.npy", np.zeros(3, np.uint64))
     (tmp_path / "x.bin").touch()
     rows = RaggedArray.open(tmp_path, "x", np.dtype(np.uint16), 2, "")

@@ -1,4 +1,4 @@
-"""Several processes of one run on this machine, for tests."""
+"""Starts the processes of a run on this machine, for tests of several processes."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ PROGRAM = Path(__file__).parent / "worker.py"
 
 
 class Processes:
-    """Starts processes by the program that forks them."""
+    """Starts processes by requests to `worker.py`, which forks them."""
 
     def __init__(self) -> None:
         environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[2]), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
@@ -36,22 +36,25 @@ class Processes:
             self._parent.kill()
         self.folder.cleanup()
 
-    def ask(self, question: object, timeout: float = 40) -> int:
-        """The number that the program answers."""
+    def request(self, message: object, timeout: float = 40) -> int:
+        """Sends a request to `worker.py` and returns its answer: a pid or an exit status."""
         assert self._parent.stdin
         assert self._parent.stdout
-        print(json.dumps(question), file=self._parent.stdin, flush=True)
+        print(json.dumps(message), file=self._parent.stdin, flush=True)
         if not select.select([self._parent.stdout], [], [], timeout)[0]:
-            raise TimeoutError(question)
+            raise TimeoutError(message)
         return int(self._parent.stdout.readline())
 
     def start(
-        self, mode: str, indices: Iterable[int], count: int, *, port: int = 0, timeout: int = 2, **more: float
+        self, mode: str, indices: Iterable[int], count: int, *, port: int = 0, timeout: int = 2, **options: float
     ) -> "dict[int, Process]":
-        """Processes of one run, if it matters on this port; `more` is the mode's."""
+        """Starts the processes `indices` of a run of `count`; `options` are those of the mode, see `worker.main`.
+
+        The coordinator listens on `port`, or on a free one.
+        """
         run = {"coordinator": f"127.0.0.1:{port or free_port()}", "num_processes": count, "host_timeout": timeout}
-        asked = {"mode": mode, "seconds": 0.5, "who": 1} | more
-        return {index: Process(self, asked | {"run": run | {"process_id": index}}) for index in indices}
+        request = {"mode": mode, "seconds": 0.5, "target": 1} | options
+        return {index: Process(self, request | {"run": run | {"process_id": index}}) for index in indices}
 
 
 def free_port() -> int:
@@ -61,16 +64,16 @@ def free_port() -> int:
 
 
 class Process:
-    """One of them."""
+    """A started process of a run."""
 
-    def __init__(self, processes: Processes, asked: dict):
-        run = asked["run"]
+    def __init__(self, processes: Processes, request: dict):
+        run = request["run"]
         self._processes = processes
         self._output = Path(processes.folder.name, f"{next(processes.numbers)} {run['process_id']}")
-        self.pid = processes.ask(asked | {"output": str(self._output)})
+        self.pid = processes.request(request | {"output": str(self._output)})
 
     def until(self, line: str) -> None:
-        """Waits until it has printed this line."""
+        """Waits until the process has printed this line."""
         end = time.monotonic() + 40
         while not self._output.exists() or line not in self._output.read_text().splitlines():
             assert time.monotonic() < end
@@ -80,9 +83,9 @@ class Process:
         os.kill(self.pid, signum)
 
     def end(self) -> tuple[int, list[str]]:
-        """Its exit status, negative for a signal, and the lines that it has printed."""
+        """Waits for the process; returns its exit status, negative for a signal, and the lines that it has printed."""
         try:
-            status = self._processes.ask(self.pid)
+            status = self._processes.request(self.pid)
         except TimeoutError:
             self.signal(signal.SIGKILL)
             raise
@@ -90,6 +93,6 @@ class Process:
 
 
 def ends(processes: dict[int, Process]) -> dict[int, tuple[int, str]]:
-    """The status and the last line of each."""
+    """Waits for all processes; returns the exit status and the last line of each, by index."""
     ended = {index: process.end() for index, process in processes.items()}
     return {index: (status, lines[-1]) for index, (status, lines) in ended.items()}

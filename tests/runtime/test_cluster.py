@@ -1,4 +1,4 @@
-"""Processes find each other, and a run whose process is missing, different or gone ends with a line that names it."""
+"""Detecting the cluster, and one-line errors that name a process which is missing, different, lost or stuck."""
 
 import contextlib
 import http.server
@@ -38,21 +38,21 @@ STEP = {
 
 @pytest.fixture(autouse=True)
 def gpus(tmp_path, monkeypatch):
-    """The folder where a host's GPUs are files: it has none, wherever this runs."""
+    """The folder of the host's GPU device files, replaced by an empty one."""
     monkeypatch.setattr(cluster, "DEVICE_FILES", tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("missing", [0, 2])
 def test_a_missing_process_is_named(processes, missing):
-    """Those that came end in time, with the same line, and without JAX's abort."""
+    """The processes that are present end in time, with the same line, and without JAX's abort."""
     ended = ends(processes.start("sleep", {0, 1, 2} - {missing}, 3))
     assert {status for status, _ in ended.values()} == {2}
     assert all(line.startswith(f"atlas: process {missing} ") and "did not come" in line for _, line in ended.values())
 
 
-def test_two_processes_of_one_number_are_named(processes):
-    """By all of them."""
+def test_a_process_id_used_twice_is_named(processes):
+    """All processes of the run name it."""
     port = free_port()
     started = [*processes.start("sleep", [0, 1], 3, port=port).values()]
     ended = [process.end() for process in [*started, *processes.start("sleep", [1], 3, port=port).values()]]
@@ -62,8 +62,8 @@ def test_two_processes_of_one_number_are_named(processes):
         assert lines[-1].endswith(": there are 3 processes, each with its own")
 
 
-def test_a_stranger_is_sent_away(processes):
-    """A program that knocks at process 0's port is none of the run's."""
+def test_a_connection_of_another_program_is_closed(processes):
+    """Another program that connects to process 0's port does not count as a process of the run."""
     port = free_port()
     (first,) = processes.start("nothing", [0], 2, port=port, timeout=10).values()
     for message in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b""):
@@ -80,16 +80,17 @@ def test_a_stranger_is_sent_away(processes):
 
 
 @pytest.mark.parametrize("mode", ["version", "devices"])
-def test_a_different_process_is_named(processes, mode):
+def test_a_process_of_another_version_or_device_count_is_named(processes, mode):
+    """Every process names the one that differs, and the value of process 0."""
     ended = ends(processes.start(mode, range(2), 2))
-    what = {"version": "has jax 9.9, process 0", "devices": "has devices 2 x cpu, process 0"}[mode]
-    assert all(status == 2 and "process 1" in line and what in line for status, line in ended.values()), ended
+    expected = {"version": "has jax 9.9, process 0", "devices": "has devices 2 x cpu, process 0"}[mode]
+    assert all(status == 2 and "process 1" in line and expected in line for status, line in ended.values()), ended
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_process_that_is_lost_is_named(processes, signum, victim):
-    """Killed: at once; stopped: when it has been silent too long."""
+def test_a_lost_process_is_named(processes, signum, victim):
+    """A killed one at once; a stopped one (SIGSTOP) when it has sent no heartbeat for too long."""
     started = processes.start("sleep", range(3), 3)
     for process in started.values():
         process.until("up")
@@ -98,37 +99,41 @@ def test_a_process_that_is_lost_is_named(processes, signum, victim):
     ended = ends(started)
     lost.signal(signal.SIGKILL)
     lost.end()
-    what = "is gone" if signum == signal.SIGKILL else "has been silent for 2 s"
-    assert all(status == 75 and f"process {victim} " in line and what in line for status, line in ended.values()), ended
+    reason = "is gone" if signum == signal.SIGKILL else "has been silent for 2 s"
+    assert all(status == 75 and f"process {victim} " in line and reason in line for status, line in ended.values()), (
+        ended
+    )
 
 
-@pytest.mark.parametrize("who", [0, 2])
-def test_a_process_that_is_stuck_is_named(processes, who):
-    """It beats, but is in a call that does not return; those that wait for it are not stuck themselves."""
-    ended = ends(processes.start("stuck", range(3), 3, who=who))
-    told = f"atlas: process {who} "
-    assert all(status == 75 and line.startswith(told) and "is stuck" in line for status, line in ended.values()), ended
+@pytest.mark.parametrize("stuck", [0, 2])
+def test_a_stuck_process_is_named(processes, stuck):
+    """A process that sends heartbeats, but whose call does not return; those that wait for it do not count as stuck."""
+    ended = ends(processes.start("stuck", range(3), 3, target=stuck))
+    start = f"atlas: process {stuck} "
+    assert all(status == 75 and line.startswith(start) and "is stuck" in line for status, line in ended.values()), ended
     assert all("worker.py, line " in line for _, line in ended.values())
 
 
-def test_a_process_that_is_slow_is_not_stuck(processes):
-    """The counter-case: it sleeps as long in all, but wakes up now and then."""
+def test_a_slow_process_is_not_stuck(processes):
+    """The counter-case: a process that sleeps as long in total, but wakes up now and then."""
     ended = ends(processes.start("slow", range(2), 2, seconds=4))
     assert [status for status, _ in ended.values()] == [0, 0], ended
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_an_error_of_one_ends_all(processes, who):
-    """It says what is wrong, with its own status; the others repeat it."""
-    ended = ends(processes.start("error", range(2), 2, who=who))
-    assert ended.pop(who) == (2, "atlas: bad.jsonl, line 3: no question")
-    assert all(status == 75 and f"process {who} " in line and "no question" in line for status, line in ended.values())
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_process_ends_all(processes, failing):
+    """The failing process prints its error and has its own exit status; the others repeat the error."""
+    ended = ends(processes.start("error", range(2), 2, target=failing))
+    assert ended.pop(failing) == (2, "atlas: bad.jsonl, line 3: no question")
+    assert all(
+        status == 75 and f"process {failing} " in line and "no question" in line for status, line in ended.values()
+    )
 
 
 @pytest.mark.parametrize("slow", [0, 1])
-def test_all_may_save_when_they_are_interrupted(processes, slow):
-    """Also those that take longer than process 0, whose end would have JAX abort them."""
-    started = processes.start("sleep", range(2), 2, who=slow)
+def test_all_interrupted_processes_have_time_to_save(processes, slow):
+    """Also one that is slower than process 0, whose end would make JAX abort it."""
+    started = processes.start("sleep", range(2), 2, target=slow)
     for process in started.values():
         process.until("up")
     for process in started.values():
@@ -137,8 +142,8 @@ def test_all_may_save_when_they_are_interrupted(processes, slow):
         assert (status, lines[-2:]) == (138, ["saved", "atlas: interrupted by SIGUSR1"])
 
 
-def test_who_leaves_the_others_alone_is_named(processes):
-    """When the others have had time to stop, too; until then process 0 lives, and JAX leaves them in peace."""
+def test_a_process_that_leaves_early_is_named(processes):
+    """After the others had time to stop, too; until then process 0 stays alive, so that JAX does not abort them."""
     started = processes.start("sleep", range(2), 2, seconds=0)
     for process in started.values():
         process.until("up")
@@ -151,8 +156,8 @@ def test_who_leaves_the_others_alone_is_named(processes):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_who_waits_for_others_may_be_interrupted(processes, index):
-    """At once, with the usual status."""
+def test_waiting_for_other_processes_can_be_interrupted(processes, index):
+    """At once, with the exit status of the signal."""
     (process,) = processes.start("sleep", [index], 2, timeout=30).values()
     time.sleep(0.3)
     begin = time.monotonic()
@@ -172,24 +177,26 @@ def test_who_waits_for_others_may_be_interrupted(processes, index):
         ("n[99-101]", ["n99", "n100", "n101"]),
     ],
 )
-def test_node_lists(text, names):
-    """As `scontrol show hostnames` writes them."""
+def test_node_lists_are_expanded(text, names):
+    """As `scontrol show hostnames` does."""
     assert expand_node_list(text) == names
 
 
 @pytest.mark.parametrize("text", ["", "n[1-2", "n1-2]", "n[]", "n[3-1]", "n[1-]", "a,,b", "n[[1]]"])
-def test_wrong_node_lists(text):
+def test_a_malformed_node_list_is_an_error(text):
     with pytest.raises(UserError, match="node list"):
         expand_node_list(text)
 
 
-def test_slurm():
-    """The first node of the step, a port of the job, and an equal share of the GPUs."""
+def test_slurm_step():
+    """The coordinator is the first node of the step at a port computed from the job id; GPUs are shared evenly."""
     four = STEP | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
     assert detect_cluster(RunConfig(), four) == ClusterSpec("n7:21234", 4, 3, (2, 3), "SLURM")
     assert detect_cluster(RunConfig(main_port=15000), STEP).coordinator == "n7:15000"
     assert detect_cluster(RunConfig(), STEP | {"SLURM_JOB_ID": "1235"}).coordinator == "n7:21235"
-    assert detect_cluster(RunConfig(), STEP | {"SLURM_STEP_ID": "2"}).coordinator == "n7:23252"  # beside the step 0
+    assert (
+        detect_cluster(RunConfig(), STEP | {"SLURM_STEP_ID": "2"}).coordinator == "n7:23252"
+    )  # another port than step 0
     assert detect_cluster(RunConfig(), STEP | {"SLURM_NTASKS": "1"}) == ClusterSpec()
     assert detect_cluster(RunConfig(), STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == ClusterSpec()
     one_each = STEP | {"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1"}
@@ -199,8 +206,8 @@ def test_slurm():
 
 
 @pytest.mark.parametrize("step", [{"SLURM_STEP_ID": "4294967291"}, {"SLURM_STEP_ID": "4294967290"}, {}])
-def test_without_srun_is_one_process(step, caplog):
-    """The batch script's and the shell's step, and none at all: a warning that names srun."""
+def test_slurm_without_srun_is_a_single_process(step, caplog):
+    """In the step of a batch script, that of an interactive shell, or none: a single process, and a warning."""
     plain = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2"}
     with caplog.at_level(logging.WARNING):
         assert detect_cluster(RunConfig(), plain | step) == ClusterSpec()
@@ -211,8 +218,8 @@ def test_without_srun_is_one_process(step, caplog):
     assert not caplog.records
 
 
-def test_open_mpi():
-    """The address of mpirun's host, or MASTER_ADDR; without either an error."""
+def test_open_mpi_coordinator():
+    """The coordinator is at MASTER_ADDR or else mpirun's host; without either it is an error."""
     ompi = {f"OMPI_COMM_WORLD_{name}": value for name, value in {"SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}.items()}
     uri = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
     assert detect_cluster(RunConfig(main_port=7000), ompi | uri) == ClusterSpec(
@@ -223,8 +230,8 @@ def test_open_mpi():
         detect_cluster(RunConfig(), ompi)
 
 
-def test_gke():
-    """The pods of a TPU slice; with two slices process 0 is where MEGASCALE says."""
+def test_gke_tpu_pods():
+    """The pods of a TPU slice are the processes; with several slices MEGASCALE_* names process 0."""
     pod = {"TPU_WORKER_HOSTNAMES": "t-0-0.t,t-0-1.t", "TPU_WORKER_ID": "1", "JOB_COMPLETION_INDEX": "1"}
     assert detect_cluster(RunConfig(), pod) == ClusterSpec("t-0-0.t:20000", 2, 1, None, "GKE", ("t-0-0.t", "t-0-1.t"))
     slices = {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2", "MEGASCALE_COORDINATOR_ADDRESS": "first.t:8080"}
@@ -234,8 +241,8 @@ def test_gke():
         detect_cluster(RunConfig(), {"TPU_WORKER_HOSTNAMES": "localhost"})
 
 
-def test_a_kubernetes_job_without_flags_is_alone(caplog):
-    """It may be meant, so a warning."""
+def test_a_kubernetes_job_without_flags_is_a_single_process(caplog):
+    """With a warning, not an error, since this may be intended."""
     with caplog.at_level(logging.WARNING):
         assert (
             detect_cluster(RunConfig(), {"JOB_COMPLETION_INDEX": "3", "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
@@ -248,7 +255,7 @@ METADATA = {"agent-worker-number": "1", "worker-network-endpoints": "a:0:10.0.0.
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """Google's server of metadata, as the second machine of a slice sees it."""
+    """Google's metadata server, as seen by the second machine of a slice."""
 
     def do_GET(self):
         name = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
@@ -260,25 +267,28 @@ class Metadata(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_tpu_vms(monkeypatch):
-    """They ask the metadata server; a machine alone is a single process; no answer is an error with a remedy."""
+def test_tpu_vms_ask_the_metadata_server(monkeypatch):
+    """Without attributes of a slice, a single process; without an answer, an error with a remedy."""
     monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", True)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        google = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
-        two = ("10.0.0.5", "10.0.0.6")
-        assert detect_cluster(RunConfig(), google) == ClusterSpec("10.0.0.5:20000", 2, 1, None, "Cloud TPU", two)
+        environment = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
+        host_names = ("10.0.0.5", "10.0.0.6")
+        assert detect_cluster(RunConfig(), environment) == ClusterSpec(
+            "10.0.0.5:20000", 2, 1, None, "Cloud TPU", host_names
+        )
         slices = "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.1:8080'\n"
         monkeypatch.setitem(METADATA, "tpu-env", slices)
-        assert detect_cluster(RunConfig(main_port=7), google) == ClusterSpec("10.0.0.1:7", 4, 3, None, "Cloud TPU")
+        assert detect_cluster(RunConfig(main_port=7), environment) == ClusterSpec("10.0.0.1:7", 4, 3, None, "Cloud TPU")
         monkeypatch.delitem(METADATA, "tpu-env")
-        assert detect_cluster(RunConfig(), google) == ClusterSpec()
+        assert detect_cluster(RunConfig(), environment) == ClusterSpec()
         server.shutdown()
     with pytest.raises(UserError, match=r"^the other machines of this TPU: .*--coordinator"):
-        detect_cluster(RunConfig(), google)
+        detect_cluster(RunConfig(), environment)
 
 
-def test_flags_come_first_and_together():
+def test_flags_precede_slurm_and_go_together():
+    """Only some of the three flags, a coordinator without a port and an index out of range are errors."""
     run = RunConfig(coordinator="h:1", num_processes=2, process_id=1)
     assert detect_cluster(run, STEP) == ClusterSpec("h:1", 2, 1, None, "--coordinator")
     assert detect_cluster(RunConfig(), {}) == ClusterSpec()
@@ -290,8 +300,8 @@ def test_flags_come_first_and_together():
         detect_cluster(RunConfig(coordinator="h:1", num_processes=2, process_id=2), {})
 
 
-def test_own_devices():
-    """One task: all; as many tasks as GPUs: one each; a share; one visible: that; an uneven number: refused."""
+def test_tasks_of_a_node_share_its_gpus():
+    """All to one task, one each to eight, four each to two; one visible GPU is not split; an uneven split fails."""
     eight = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
     assert task_devices(eight, 0, 1) is None
     assert task_devices(eight, 5, 8) == (5,)
@@ -302,8 +312,8 @@ def test_own_devices():
     assert tasks_per_node("8(x2),4") == [8, 8, 4]
 
 
-def test_own_devices_where_nobody_chose(gpus):
-    """As with `mpirun`: of the GPUs that the host has; of those that the variable leaves, none too, if it is set."""
+def test_without_cuda_visible_devices_tasks_share_all_gpus_of_the_host(gpus):
+    """As under `mpirun`; if the variable is set but empty, there are none to share."""
     for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
         (gpus / name).touch()
     assert task_devices({}, 1, 2) == (2, 3)
@@ -311,17 +321,17 @@ def test_own_devices_where_nobody_chose(gpus):
     assert task_devices({"CUDA_VISIBLE_DEVICES": ""}, 1, 2) is None
 
 
-def test_differences_are_named():
-    """Five at most; the hosts' names are none."""
-    cards = [{"host": f"h{index}", "jax": "1", "flags": "a" if index < 3 else "b"} for index in range(9)]
-    text = differences(cards)
+def test_differences_name_at_most_five_processes():
+    """Host names do not count as differences."""
+    infos = [{"host": f"h{index}", "jax": "1", "flags": "a" if index < 3 else "b"} for index in range(9)]
+    text = differences(infos)
     assert text.startswith("process 3 (h3) has flags b, process 0 (h0) a; process 4 ")
     assert text.endswith("process 7 (h7) has flags b, process 0 (h0) a; and 1 more")
-    assert not differences(cards[:3])
+    assert not differences(infos[:3])
 
 
-def test_what_may_differ_between_processes():
-    """Their numbers, and where they keep compiled programs."""
+def test_per_process_flags_do_not_change_the_command_hash():
+    """--process_id and --compile_cache may differ between processes, no other flag may."""
     base = command_hash(["train", "--lr", "1"])
     assert (
         command_hash(["train", "--process_id", "3", "--lr", "1"])

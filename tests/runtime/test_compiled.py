@@ -1,4 +1,4 @@
-"""Programs: one for each shape, with the results of the function."""
+"""`CompiledFunction` compiles once per argument shape and gives the results of its function; the compilation cache."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from atlas_jax.runtime.compiled import CompiledFunction, enable_compilation_cach
 
 @pytest.fixture
 def traced():
-    """A program of `state * x (+ y)`, and how often Python ran its function."""
+    """A compiled `state["w"] * x (+ y)`, and a list with one element for each time JAX traced it."""
     calls = []
 
     def function(state, x, y=None):
@@ -27,8 +27,8 @@ def traced():
     return CompiledFunction("line", function), calls
 
 
-def test_results_are_the_function_s(traced):
-    """With the state and the arguments of each call, not those that it was compiled with."""
+def test_results_equal_the_function(traced):
+    """For the state and the arguments of each call, not those it was compiled with."""
     program, calls = traced
     for w in (2.0, 3.0):
         for x in (np.arange(4.0, dtype=np.float32), np.full(4, 7, np.float32)):
@@ -37,25 +37,25 @@ def test_results_are_the_function_s(traced):
 
 
 def test_compiles_once_for_each_shape(traced):
-    """Another length, another type or another argument makes another program; coming back to one does not."""
+    """Another length, dtype or number of arguments compiles another program; shapes seen before do not."""
     program, calls = traced
     state, seconds = {"w": jnp.ones(1)}, [program.compile_seconds]
     assert (program.count, seconds) == (0, [0.0])
     four, five = np.ones(4, np.float32), np.ones(5, np.float32)
-    whole = np.ones(4, np.int32)
-    for arguments in ((four,), (five,), (whole,), (four, None), (four, four), (four, five[:1])):
+    integers = np.ones(4, np.int32)
+    for arguments in ((four,), (five,), (integers,), (four, None), (four, four), (four, five[:1])):
         for _ in range(2):
             program(state, *arguments)
         seconds.append(program.compile_seconds)
-    for arguments in ((four,), (four, four), (whole,)):
+    for arguments in ((four,), (four, four), (integers,)):
         program(state, *arguments)
     assert program.count == len(calls) == 6
-    assert seconds == sorted(set(seconds))  # each took time, and only the first call of each
+    assert seconds == sorted(set(seconds))  # only the first call of each adds to the time
     assert program.compile_seconds == seconds[-1]
 
 
 def test_a_state_of_another_shape_is_an_error(traced):
-    """It is never looked at to choose a program, so it must not be computed with either."""
+    """The shape of the state does not choose the program, so the call has to fail instead of computing."""
     program, _ = traced
     program({"w": jnp.ones(1)}, np.ones(4, np.float32))
     with pytest.raises(TypeError, match="compiled"):
@@ -63,19 +63,19 @@ def test_a_state_of_another_shape_is_an_error(traced):
     assert program.count == 1
 
 
-def test_each_compilation_is_said(traced, caplog):
-    """Its name, the largest shape, the time and how many there are; a call of a compiled program says nothing."""
+def test_each_compilation_is_logged(traced, caplog):
+    """Name, shape with the most axes, time and number of programs; calls of a compiled program log nothing."""
     program, _ = traced
     with caplog.at_level(logging.INFO, logger="atlas_jax"):
         for size in (4, 4, 5):
             program({"w": jnp.ones((1, 1))}, np.ones((2, size), np.float32), np.ones((1, 1), np.float32))
-    said = [record.getMessage() for record in caplog.records]
-    assert [line.split(" in ")[0] for line in said] == ["compiled line for 2 x 4", "compiled line for 2 x 5"]
-    assert said[1].endswith(" s (program 2)")
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" in ")[0] for line in lines] == ["compiled line for 2 x 4", "compiled line for 2 x 5"]
+    assert lines[1].endswith(" s (program 2)")
 
 
-def test_arrays_stay_where_they_are(mesh):
-    """Split over eight devices in, split out: the program is compiled for where its arguments lie."""
+def test_results_keep_the_sharding_of_the_arguments(mesh):
+    """An argument sharded over eight devices gives a result that is sharded alike."""
     from atlas_jax.mesh import put_batch, replicate
 
     state = replicate(mesh, np.full(1, 2.0, np.float32))
@@ -87,28 +87,28 @@ def test_arrays_stay_where_they_are(mesh):
 
 
 @pytest.mark.parametrize("donate", [True, False])
-def test_a_donated_state_is_used_up(donate):
-    """Its memory holds the next state; the other arguments stay, and so does a state that is not donated."""
+def test_a_donated_state_is_deleted(donate):
+    """The next state reuses the buffer; without `donate` the state stays. Other arguments always stay."""
     program = CompiledFunction("add", lambda state, x: ({"w": state["w"] + x}, x.sum()), donate=donate)
     first, x = {"w": jnp.zeros(4)}, jnp.ones(4)
-    place = first["w"].unsafe_buffer_pointer()
+    pointer = first["w"].unsafe_buffer_pointer()
     second, _ = program(first, x)
     assert first["w"].is_deleted() == donate
-    assert (second["w"].unsafe_buffer_pointer() == place) == donate
+    assert (second["w"].unsafe_buffer_pointer() == pointer) == donate
     third, _ = program(second, x)
     np.testing.assert_array_equal(third["w"], np.full(4, 2.0))
     assert not x.is_deleted()
     assert program.count == 1
 
 
-def test_prepared_programs_do_not_compile_again(traced):
-    """Nothing runs and nothing is used up; a call of other shapes still compiles."""
+def test_compile_for_compiles_without_running(traced):
+    """Donates nothing; a later call with the same shapes does not compile again, one with other shapes does."""
     _, calls = traced
-    ran = []
+    runs = []
 
     def function(state, x):
         calls.append(1)
-        jax.debug.callback(lambda: ran.append(1))
+        jax.debug.callback(lambda: runs.append(1))
         return state * x
 
     program = CompiledFunction("scale", function, donate=True)
@@ -116,23 +116,23 @@ def test_prepared_programs_do_not_compile_again(traced):
     for _ in range(2):
         program.compile_for(state, np.ones(4, np.float32))
     jax.effects_barrier()
-    assert (program.count, len(calls), ran, state.is_deleted()) == (1, 1, [], False)
+    assert (program.count, len(calls), runs, state.is_deleted()) == (1, 1, [], False)
     program(state, np.ones(4, np.float32))
     jax.effects_barrier()
-    assert (program.count, len(calls), ran, state.is_deleted()) == (1, 1, [1], True)
+    assert (program.count, len(calls), runs, state.is_deleted()) == (1, 1, [1], True)
     program(jnp.ones(4), np.ones((), np.float32))
     assert (program.count, len(calls)) == (2, 2)
 
 
 class State(NamedTuple):
-    """A state as training has one."""
+    """A state shaped like that of training."""
 
     weights: dict[str, jax.Array]
     moments: jax.Array | None
 
 
-def test_keys_and_trees_as_arguments():
-    """A PRNG key is an argument like another: its bits make no other program, and a number in its place does."""
+def test_prng_keys_and_trees_are_arguments():
+    """Another PRNG key does not compile another program; None in its place does."""
 
     def function(state, batch, key):
         noise = 0.0 if key is None else jax.random.normal(key, (4,))
@@ -151,43 +151,43 @@ def test_keys_and_trees_as_arguments():
     assert program.count == 2
 
 
-def test_an_error_of_xla_s_is_the_caller_s():
-    """It is raised by the call, the thread that compiled is gone, and what failed does not count as compiled."""
+def test_a_compilation_error_is_raised_by_the_call():
+    """The compiling thread ends, and the failed program does not count as compiled."""
     target = jax.ShapeDtypeStruct((4,), np.float32)
     program = CompiledFunction("broken", lambda state, x: state * jax.ffi.ffi_call("no_such_target", target)(x))
     for _ in range(2):
         with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_target"):
             program(jnp.ones(1), jnp.ones(4))
     assert (program.count, program.compile_seconds) == (0, 0.0)
-    for thread in compiling("broken"):  # which told of it just before its end
+    for thread in compiling("broken"):  # a thread reports the error just before it ends
         thread.join(10)
     assert not compiling("broken")
 
 
 def compiling(name):
-    """The threads that compile this program."""
+    """Returns the threads that compile the program of this name."""
     return [thread for thread in threading.enumerate() if thread.name == f"compile {name}"]
 
 
 class Stop(BaseException):
-    """What a signal handler raises."""
+    """The exception that the signal handler raises."""
 
 
-def test_what_a_signal_handler_raises_gets_through(monkeypatch):
-    """While XLA compiles the caller waits and nothing else: it can be stopped, and compile the program later."""
-    begun, end = threading.Event(), threading.Event()
+def test_an_exception_of_a_signal_handler_ends_the_wait_for_xla(monkeypatch):
+    """The exception propagates from the call while XLA still compiles; a later call compiles the program."""
+    started, finish = threading.Event(), threading.Event()
     compile_ = jax.stages.Lowered.compile
 
     def slow(lowered):
-        begun.set()
-        end.wait(20)
+        started.set()
+        finish.wait(20)
         return compile_(lowered)
 
     def handler(*_):
         raise Stop
 
     def send():
-        begun.wait()
+        started.wait()
         os.kill(os.getpid(), signal.SIGUSR1)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", slow)
@@ -200,15 +200,15 @@ def test_what_a_signal_handler_raises_gets_through(monkeypatch):
         assert (len(compiling("slow")), program.count) == (1, 0)
     finally:
         signal.signal(signal.SIGUSR1, before)
-        end.set()
+        finish.set()
     for thread in compiling("slow"):
         thread.join()
     assert program.count == 0
     np.testing.assert_array_equal(program(jnp.ones(1), jnp.ones(4)), np.ones(4))
 
 
-def test_where_programs_are_kept(monkeypatch, tmp_path, caplog):
-    """In the folder named, else where the environment says, else in the user's cache; or nowhere; and it is said."""
+def test_folder_of_the_compilation_cache(monkeypatch, tmp_path, caplog):
+    """The named one; for `auto` JAX_COMPILATION_CACHE_DIR or else the user's cache; none for `none`. It is logged."""
     before = jax.config.jax_compilation_cache_dir
     try:
         with caplog.at_level(logging.INFO, logger="atlas_jax"):

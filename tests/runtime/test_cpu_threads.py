@@ -1,4 +1,4 @@
-"""Several CPU devices have threads enough, and one device has XLA's own number."""
+"""`set_cpu_threads`: eight threads for each of several CPU devices, XLA's default for one."""
 
 import os
 
@@ -12,12 +12,13 @@ from atlas_jax.runtime.cpu_threads import set_cpu_threads
     [
         ("--xla_force_host_platform_device_count=8", None, "64"),
         ("--xla_dump_to=x --xla_force_host_platform_device_count=2 --xla_a=1", None, "16"),
-        ("--xla_force_host_platform_device_count=8", "5", "5"),  # who has said so knows why
+        ("--xla_force_host_platform_device_count=8", "5", "5"),  # a value set by the user stays
         ("--xla_force_host_platform_device_count=1", None, None),
         ("", None, None),
     ],
 )
-def test_threads(monkeypatch, flags, given, expected):
+def test_nproc_is_eight_per_device_unless_set(monkeypatch, flags, given, expected):
+    """NPROC after the call; None where it stays unset."""
     monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("NPROC", given or "")
     if given is None:

@@ -1,4 +1,4 @@
-"""Signals stop a run at once, wherever it is, and SLURM is asked to queue it again when it shall come back."""
+"""Signals stop a run at once, wherever it is; the SLURM job is requeued unless it was cancelled."""
 
 import logging
 import os
@@ -24,12 +24,12 @@ def send(signum):
 def say(*words):
     print(*words, flush=True)
 
-signal.signal(SIGINT, signal.default_int_handler)  # else the test, as a shell's background job, might ignore it
+signal.signal(SIGINT, signal.default_int_handler)  # in a background job of a shell SIGINT is ignored
 """
 
 
 def run(code: str) -> tuple[int, list[str], str]:
-    """The status, the lines on stdout and stderr of a program of its own."""
+    """Runs `PRELUDE` and the code in a new process; returns its exit status, lines of stdout and stderr."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", PRELUDE + textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
@@ -39,8 +39,8 @@ def run(code: str) -> tuple[int, list[str], str]:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 @pytest.mark.parametrize("waiting", ["time.sleep(60)", "threading.Event().wait()"])
 def test_a_signal_ends_a_wait(name, waiting):
-    """The run gets the signal while it waits, and ends with the status that a shell would report."""
-    status, said, _ = run(f"""
+    """`Interrupted` is raised during the wait, is not an `Exception`, and has the exit status of a shell."""
+    status, output, _ = run(f"""
         with Interrupts():
             try:
                 threading.Timer(0.1, send, ({name},)).start()
@@ -51,12 +51,12 @@ def test_a_signal_ends_a_wait(name, waiting):
                 say(stop, stop.signum == {name})
                 sys.exit(stop.status)
     """)
-    assert (status, said) == (128 + getattr(signal, name), [f"interrupted by {name} True"])
+    assert (status, output) == (128 + getattr(signal, name), [f"interrupted by {name} True"])
 
 
-def test_handlers_are_those_of_before_afterwards():
-    """SIGTERM kills again, an own handler is back, and a SIGINT that was ignored never was anything else."""
-    status, said, _ = run("""
+def test_handlers_are_restored_after_the_block():
+    """SIGTERM kills again, an earlier handler is back; SIGINT, ignored before, is ignored within the block too."""
+    status, output, _ = run("""
         signal.signal(SIGUSR1, lambda *_: say("own handler"))
         signal.signal(SIGINT, signal.SIG_IGN)
         before = sys.unraisablehook
@@ -69,12 +69,12 @@ def test_handlers_are_those_of_before_afterwards():
         send(SIGTERM)
         time.sleep(60)
     """)
-    assert (status, said) == (-signal.SIGTERM, ["goes on", "own handler"])
+    assert (status, output) == (-signal.SIGTERM, ["goes on", "own handler"])
 
 
-def test_a_held_signal_waits_for_the_end_of_the_block():
-    """Of the outermost one; `check` within does not raise it; outside of a block nothing waits."""
-    _, said, _ = run("""
+def test_held_defers_interrupted_to_the_end_of_the_outermost_block():
+    """`check` inside the block does not raise either; outside such a block the signal raises at once."""
+    _, output, _ = run("""
         with Interrupts() as interrupts:
             try:
                 with interrupts.held():
@@ -95,12 +95,12 @@ def test_a_held_signal_waits_for_the_end_of_the_block():
             except Interrupted:
                 say("interrupted")
     """)
-    assert said == ["inner", "outer", "interrupted", "held", "interrupted"]
+    assert output == ["inner", "outer", "interrupted", "held", "interrupted"]
 
 
-def test_an_error_in_a_held_block_goes_first():
-    """It is not hidden by the signal, which `check` raises if the error was no reason to end."""
-    _, said, _ = run("""
+def test_an_error_in_a_held_block_precedes_interrupted():
+    """The error propagates; if it is handled, `check` raises the `Interrupted`."""
+    _, output, _ = run("""
         with Interrupts() as interrupts:
             try:
                 with interrupts.held():
@@ -113,12 +113,12 @@ def test_an_error_in_a_held_block_goes_first():
             except Interrupted:
                 say("interrupted")
     """)
-    assert said == ["bad", "interrupted"]
+    assert output == ["bad", "interrupted"]
 
 
-def test_while_it_stops_a_run_is_left_in_peace():
-    """Other signals and blocks that hold them raise nothing more; they are logged, with the first one's name."""
-    status, said, err = run("""
+def test_further_signals_raise_nothing_while_stopping():
+    """Within and outside `held`; they are logged, with the name of the first signal."""
+    status, output, errors = run("""
         with Interrupts() as interrupts:
             try:
                 send(SIGINT)
@@ -130,36 +130,36 @@ def test_while_it_stops_a_run_is_left_in_peace():
                 say("saved")
                 sys.exit(stop.status)
     """)
-    assert (status, said) == (130, ["saved"])
-    assert err.splitlines() == [
+    assert (status, output) == (130, ["saved"])
+    assert errors.splitlines() == [
         "SIGINT: stopping",
         "SIGTERM: already stopping for SIGINT",
         *["SIGUSR1: already stopping for SIGINT"] * 2,
     ]
 
 
-@pytest.mark.parametrize("place", ["contextlib.nullcontext()", "interrupts.held()"])
-def test_a_second_ctrl_c_ends_the_stopping_too(place):
-    """Also where signals are held: whoever asks twice does not want to wait."""
-    _, said, _ = run(f"""
+@pytest.mark.parametrize("context", ["contextlib.nullcontext()", "interrupts.held()"])
+def test_a_second_ctrl_c_raises_keyboard_interrupt(context):
+    """Also within `held`: it aborts the saving."""
+    _, output, _ = run(f"""
         import contextlib
         with Interrupts() as interrupts:
             try:
                 send(SIGINT)
             except Interrupted:
                 try:
-                    with {place}:
+                    with {context}:
                         send(SIGINT)
                         say("saved")
                 except KeyboardInterrupt:
                     say("gave up")
     """)
-    assert said == ["gave up"]
+    assert output == ["gave up"]
 
 
-def test_a_signal_that_python_drops_comes_again():
-    """What is raised in a `__del__` gets lost, and is sent once more; others' errors are reported as ever."""
-    status, said, err = run("""
+def test_a_signal_that_python_drops_is_sent_again():
+    """Python drops what is raised in `__del__`: an `Interrupted` comes again, other errors are reported as usual."""
+    status, output, errors = run("""
         class Dying:
             def __del__(self):
                 send(SIGTERM)
@@ -178,13 +178,13 @@ def test_a_signal_that_python_drops_comes_again():
             except Interrupted as stop:
                 say(stop)
     """)
-    assert (status, said) == (0, ["goes on", "interrupted by SIGTERM"])
-    assert err.count("Exception ignored in") == err.count("ValueError: bad") == 1
+    assert (status, output) == (0, ["goes on", "interrupted by SIGTERM"])
+    assert errors.count("Exception ignored in") == errors.count("ValueError: bad") == 1
 
 
-def test_a_run_may_end_before_a_dropped_signal_comes_again():
-    """It is not sent to a process whose handlers are gone, which it would kill."""
-    status, said, _ = run("""
+def test_a_dropped_signal_is_not_sent_after_the_block():
+    """The handlers are restored by then, and the signal would kill the process."""
+    status, output, _ = run("""
         class Dying:
             def __del__(self):
                 send(SIGTERM)
@@ -194,17 +194,17 @@ def test_a_run_may_end_before_a_dropped_signal_comes_again():
         time.sleep(0.2)
         say("done")
     """)
-    assert (status, said) == (0, ["done"])
+    assert (status, output) == (0, ["done"])
 
 
-def test_check_raises_what_somebody_swallowed():
-    """As often as that happens; it raises nothing where no signal came."""
-    _, said, _ = run("""
+def test_check_raises_a_swallowed_interrupted_again():
+    """Each time it is called; without a signal it raises nothing."""
+    _, output, _ = run("""
         with Interrupts() as interrupts:
             interrupts.check()
-            for doing in (lambda: send(SIGTERM), interrupts.check):
+            for action in (lambda: send(SIGTERM), interrupts.check):
                 try:
-                    doing()
+                    action()
                 except:
                     say("swallowed")
             try:
@@ -212,7 +212,7 @@ def test_check_raises_what_somebody_swallowed():
             except Interrupted as stop:
                 say(stop)
     """)
-    assert said == ["swallowed", "swallowed", "interrupted by SIGTERM"]
+    assert output == ["swallowed", "swallowed", "interrupted by SIGTERM"]
 
 
 COMPILE = """
@@ -248,27 +248,27 @@ COMPILE = """
 
 
 def test_a_signal_does_not_wait_for_xla():
-    """The run stops while XLA still compiles, and the process ends without the interpreter's orderly end."""
-    status, said, err = run(COMPILE.replace("END", "exit_while_compiling"))
-    assert (status, said) == (143, ["compiling", "interrupted 0 1"])
-    assert err == "SIGTERM: stopping\n"
+    """The run stops while XLA still compiles; `exit_while_compiling` ends the process without its atexit handlers."""
+    status, output, errors = run(COMPILE.replace("END", "exit_while_compiling"))
+    assert (status, output) == (143, ["compiling", "interrupted 0 1"])
+    assert errors == "SIGTERM: stopping\n"
 
 
-def test_the_interpreter_outlives_xla():
-    """A process that ends in the usual way has its own status too: it is no crash, but takes longer."""
-    status, said, err = run(COMPILE.replace("END", ""))
-    assert (status, said) == (143, ["compiling", "interrupted 0 1", "the end 0"])
-    assert err == "SIGTERM: stopping\n"
+def test_a_normal_exit_waits_for_xla():
+    """Without `exit_while_compiling` the process takes longer, and ends with the same status, not with a crash."""
+    status, output, errors = run(COMPILE.replace("END", ""))
+    assert (status, output) == (143, ["compiling", "interrupted 0 1", "the end 0"])
+    assert errors == "SIGTERM: stopping\n"
 
 
-def test_leaving_in_the_usual_way():
-    """Where nothing compiles the status is handed on, for others to end as they like."""
+def test_exit_while_compiling_returns_the_status_when_nothing_compiles():
+    """The caller then exits by `sys.exit`."""
     assert exit_while_compiling(Interrupted(signal.SIGTERM).status) == 143
 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch, caplog):
-    """Makes us a job, and returns the calls of `scontrol`, which says that the job is in this state."""
+    """Returns a function that makes this process SLURM job 7, with a fake `scontrol`; it returns the fake's calls."""
     caplog.set_level(logging.INFO, logger="atlas_jax")
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
@@ -287,16 +287,16 @@ def slurm(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("state", ["RUNNING", "CANCELLED", "COMPLETING"])
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
-def test_which_signals_bring_a_job_back(slurm, caplog, name, state):
+def test_which_signals_requeue_a_job(slurm, caplog, name, state):
     """SIGUSR1 does, SIGTERM unless the job is being cancelled, Ctrl-C never."""
     calls = slurm(state)
     requeue(getattr(signal, name))
-    runs = state == "RUNNING"
+    is_running = state == "RUNNING"
     show = ["show job 7"] if name == "SIGTERM" else []
-    again = ["requeue 7"] if name == "SIGUSR1" or (name == "SIGTERM" and runs) else []
-    assert calls() == show + again
-    assert ("job 7 is queued again" in caplog.messages) == bool(again)
-    assert ("scontrol requeue 7" in caplog.text) == (name == "SIGTERM" and not runs)
+    requeued = ["requeue 7"] if name == "SIGUSR1" or (name == "SIGTERM" and is_running) else []
+    assert calls() == show + requeued
+    assert ("job 7 is queued again" in caplog.messages) == bool(requeued)
+    assert ("scontrol requeue 7" in caplog.text) == (name == "SIGTERM" and not is_running)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +310,8 @@ def test_which_signals_bring_a_job_back(slurm, caplog, name, state):
         ({"JOB_ID": ""}, []),
     ],
 )
-def test_which_job_comes_back(slurm, variables, expected):
-    """The job, or the task of an array; the first process asks for it, and none outside of SLURM."""
+def test_which_job_is_requeued(slurm, variables, expected):
+    """This job, or in a job array its task; only the first process requeues, and none outside SLURM."""
     calls = slurm(**variables)
     requeue(signal.SIGUSR1)
     assert calls() == expected
@@ -319,13 +319,13 @@ def test_which_job_comes_back(slurm, variables, expected):
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
 @pytest.mark.parametrize("missing", [False, True])
-def test_a_job_that_cannot_be_queued_again(slurm, caplog, monkeypatch, name, missing):
-    """A failing or missing `scontrol` is said, with the command to type by hand; the run ends as it would."""
+def test_a_failing_scontrol_is_logged(slurm, caplog, monkeypatch, name, missing):
+    """A failing or missing `scontrol` raises nothing; the warning gives the command to type by hand."""
     calls = slurm("Access/permission denied", status=1)
     if missing:
         monkeypatch.setenv("PATH", "")
     requeue(getattr(signal, name))
-    assert len(calls()) == (not missing)  # nor is a job requeued whose state is not known
+    assert len(calls()) == (not missing)  # after SIGTERM, a job of unknown state is not requeued
     (message,) = caplog.messages
     assert ("No such file" if missing else "permission denied") in message
     assert message.endswith("; try: scontrol requeue 7")

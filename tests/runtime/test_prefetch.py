@@ -1,4 +1,4 @@
-"""Working ahead: in order, not too far, and never alone."""
+"""`prefetch` and `map_in_order`: items in order, a bounded number ahead, and no thread left behind."""
 
 import threading
 
@@ -10,17 +10,18 @@ from atlas_jax.runtime.prefetch import map_in_order, prefetch
 
 
 def workers():
+    """Returns the threads of `prefetch` and `map_in_order` that are alive."""
     return [thread for thread in threading.enumerate() if thread.name.startswith(("prefetch", "in-order"))]
 
 
 @given(st.lists(st.none() | st.integers()), st.integers(1, 5))
 def test_items_come_in_order(items, depth):
-    """All of them, None too, and the thread ends with them."""
+    """All items, None included; the thread ends with the last."""
     assert list(prefetch(iter(items), depth)) == items
     assert not workers()
 
 
-def test_nothing_starts_before_it_is_asked_for():
+def test_nothing_starts_before_the_first_next():
     """The first `next` starts the thread."""
     started = []
     items = prefetch(started.append(i) for i in range(3))
@@ -31,8 +32,8 @@ def test_nothing_starts_before_it_is_asked_for():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_at_most_depth_ahead(depth):
-    """While the consumer holds item i, the thread makes those up to i + depth, and no more; it does get there."""
+def test_the_thread_works_depth_items_ahead(depth):
+    """While the consumer holds item i, the thread computes the items up to i + depth, and no more."""
     made, condition = [], threading.Condition()
 
     def items():
@@ -52,23 +53,23 @@ def test_at_most_depth_ahead(depth):
     assert made[0] is not threading.current_thread()
 
 
-def test_the_consumer_does_not_wait_for_the_next():
-    """It has an item while the next is being made; the counter-case, a plain iterator, would never return."""
-    first_is_taken = threading.Event()
+def test_the_consumer_does_not_wait_for_the_next_item():
+    """The consumer gets an item while the next is being computed; if it had to wait for that one, this would fail."""
+    first_is_received = threading.Event()
 
     def items():
         yield 0
-        assert first_is_taken.wait(timeout=10)
+        assert first_is_received.wait(timeout=10)
         yield 1
 
     ahead = prefetch(items())
     assert next(ahead) == 0
-    first_is_taken.set()
+    first_is_received.set()
     assert list(ahead) == [1]
 
 
-def test_an_error_is_raised_where_its_item_would_be():
-    """Itself, after the items before it; then it is over and the thread has ended."""
+def test_an_error_is_raised_in_place_of_its_item():
+    """The original error object, after the items before it; then the iterator is exhausted and the thread has ended."""
     error = OSError("disk")
 
     def items():
@@ -78,7 +79,7 @@ def test_an_error_is_raised_where_its_item_would_be():
 
     ahead, seen = prefetch(items(), 3), []
     with pytest.raises(OSError, match="disk") as raised:
-        seen.extend(item for item in ahead)  # as far as it goes
+        seen.extend(item for item in ahead)  # keeps the items before the error
     assert raised.value is error
     assert next(ahead, "over") == "over"
     assert not workers()
@@ -88,9 +89,9 @@ def test_an_error_is_raised_where_its_item_would_be():
         next(ahead)
 
 
-@pytest.mark.parametrize("how", ["close", "forget"])
+@pytest.mark.parametrize("how", ["close", "delete"])
 def test_an_abandoned_iterator_stops_the_thread(how):
-    """Left and closed, or left and forgotten: the item under way is finished, those that wait are not begun."""
+    """Closed or garbage-collected: the item being computed is finished, later ones are not begun."""
     made, second, gate = [], threading.Event(), threading.Event()
 
     def items():
@@ -114,28 +115,28 @@ def test_an_abandoned_iterator_stops_the_thread(how):
 
 
 @given(st.lists(st.integers()), st.integers(1, 5))
-def test_work_of_several_comes_in_order(items, several):
-    """As `map` has it, and the threads end with it."""
-    assert list(map_in_order(lambda item: item + 1, items, several)) == [item + 1 for item in items]
+def test_map_in_order_equals_map(items, count):
+    """For any number of threads, which have ended by the last result."""
+    assert list(map_in_order(lambda item: item + 1, items, count)) == [item + 1 for item in items]
     assert not workers()
 
 
-def test_several_work_at_a_time_and_not_far_ahead():
-    """Two items meet, which one thread alone could not do; only the next two have been asked for when one comes."""
-    meeting, asked = threading.Barrier(2), []
+def test_map_in_order_runs_in_parallel_and_not_far_ahead():
+    """Two items wait at a barrier for each other, as one thread could not; at most two later items have been drawn."""
+    barrier, drawn = threading.Barrier(2), []
 
     def items():
         for i in range(8):
-            asked.append(i)
+            drawn.append(i)
             yield i
 
-    for i in map_in_order(lambda item: (meeting.wait(timeout=10), item)[1], items(), 2):
-        assert len(asked) <= i + 3
-    assert asked == list(range(8))
+    for i in map_in_order(lambda item: (barrier.wait(timeout=10), item)[1], items(), 2):
+        assert len(drawn) <= i + 3
+    assert drawn == list(range(8))
 
 
-def test_an_error_ends_all_work():
-    """It is raised here; what was not begun never is, what was has ended."""
+def test_an_error_ends_map_in_order():
+    """The consumer gets the error; items not yet begun are never begun, those begun have ended."""
     done = []
 
     def work(item):

@@ -1,4 +1,4 @@
-"""What processes tell each other, without their devices."""
+"""Collectives of a process group: gather, maximum, barrier and errors, between real processes."""
 
 import signal
 import socket
@@ -10,19 +10,20 @@ from tests.runtime.processes import ends
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_what_processes_tell_each_other(processes, count):
-    """Every value comes to all, in order, on two channels from two threads, also megabytes; one key a channel is left.
+def test_collectives_give_every_process_the_values_of_all(processes, count):
+    """Values arrive in order, on two channels from two threads, also megabytes; one key per channel remains.
 
-    What one leads all know; who fails is named to the others; one that shall stop stops all; process 0 goes first.
+    The result of process 0 reaches all; an error names its process to the others; a stop signal of one process stops
+    all; `process_0_first` lets process 0 go first.
     """
-    started = processes.start("talk", range(count), count)
+    started = processes.start("collectives", range(count), count)
     for index, (status, lines) in enumerate(process.end() for process in started.values()):
         assert status == 0, lines
         error = "integer division or modulo by zero"
         assert lines[lines.index("up") + 1 : -1] == [
             f"max {[count - 1, 0, 7]}",
-            f"large {[6_000_000 + one for one in range(count)]}",
-            "led by 0",
+            f"large {[6_000_000 + index for index in range(count)]}",
+            "first is 0",
             f"error {error}" if index == 1 else f"error process 1 ({socket.gethostname()}): {error}",
             f"stop {signal.SIGUSR1.value}",
             "marked True",
@@ -30,18 +31,19 @@ def test_what_processes_tell_each_other(processes, count):
         ]
 
 
-def test_who_does_not_answer_is_named(processes):
-    """On each process that waits."""
+def test_a_process_that_does_not_answer_is_named(processes):
+    """Every process that waits for it names it."""
     started = processes.start("late", range(3), 3)
     late = started.pop(1)
     ended = ends(started)
     late.end()
-    what = "did not answer within 0.5 s (main)"
-    assert all("process 1 (" in line and what in line for _, line in ended.values()), ended
+    message = "did not answer within 0.5 s (main)"
+    assert all("process 1 (" in line and message in line for _, line in ended.values()), ended
 
 
-def test_one_process_needs_nobody():
-    alone = ProcessGroup()
-    assert alone.all_gather(b"x") == [b"x"]
-    assert alone.all_max(3, -1) == [3, -1]
-    alone.barrier()
+def test_a_group_of_one_returns_its_own_values():
+    """Without a key-value store."""
+    group = ProcessGroup()
+    assert group.all_gather(b"x") == [b"x"]
+    assert group.all_max(3, -1) == [3, -1]
+    group.barrier()

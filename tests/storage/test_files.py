@@ -1,4 +1,4 @@
-"""Files and folders appear complete or not at all."""
+"""Files and folders appear complete or not at all, also when the writer fails or is killed."""
 
 import ctypes
 import errno
@@ -22,13 +22,13 @@ def make(folder: Path, text: str, *, replace: bool = False) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.EIO, "x", "/elsewhere")])
-def test_a_block_that_fails_leaves_what_was_there(tmp_path, error):
-    """The error goes through, the old file and folder stay, and no draft does."""
+def test_an_error_in_the_block_leaves_the_old_content(tmp_path, error):
+    """The error propagates, the old file and folder stay, and no draft is left."""
     folder, file = tmp_path / "folder", tmp_path / "file"
     make(folder, "old")
     file.write_text("old")
-    for new in (atomic_folder(folder, "choose another", replace=True), atomic_file(file)):
-        with pytest.raises(type(error)), new:
+    for draft in (atomic_folder(folder, "choose another", replace=True), atomic_file(file)):
+        with pytest.raises(type(error)), draft:
             raise error
     assert sorted(tmp_path.iterdir()) == [file, folder]
     assert (file.read_text(), (folder / "a").read_text()) == ("old", "old")
@@ -38,16 +38,16 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path, error):
     assert (file.read_text(), (folder / "a").read_text()) == ("{}\n", "new")
 
 
-def test_the_first_writer_wins_unless_replaced(tmp_path):
-    """A folder that has appeared meanwhile is kept."""
+def test_without_replace_an_existing_folder_is_kept(tmp_path):
+    """The second writer of a folder drops its own content, without an error."""
     make(tmp_path / "folder", "first")
     make(tmp_path / "folder", "second")
     assert (tmp_path / "folder" / "a").read_text() == "first"
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
-def test_an_interrupted_exchange_brings_the_old_folder_back(tmp_path, monkeypatch):
-    """Between the two renames of a replacement there is no folder: an interruption there puts the old one back."""
+def test_an_interrupt_between_the_two_renames_restores_the_old_folder(tmp_path, monkeypatch):
+    """A replacement moves the old folder away, then the new one in; an interrupt in between moves the old one back."""
     make(tmp_path / "folder", "old")
     rename = os.rename
 
@@ -68,10 +68,10 @@ import os, pathlib, signal, sys
 from atlas_jax.storage.files import atomic_file, atomic_folder
 folder, file = map(pathlib.Path, sys.argv[1:])
 rename = os.rename
-def last(source, target):
+def rename_and_die(source, target):
     rename(source, target)
     os.kill(os.getpid(), signal.SIGKILL)
-os.rename = last  # of two: the first makes room for the second
+os.rename = rename_and_die  # a replacement renames twice: this dies after moving the old folder away
 with atomic_folder(folder, "", replace=True) as draft, atomic_file(file) as other:
     (draft / "a").write_text("half")
     other.write_text("half")
@@ -81,26 +81,26 @@ with atomic_folder(folder, "", replace=True) as draft, atomic_file(file) as othe
 
 
 def kill(folder, file):
-    """A process that dies while it writes both, or, where there is a folder, while it replaces that."""
+    """Runs a process that is killed while it writes both or, if the folder exists, while it replaces the folder."""
     command = [sys.executable, "-c", KILLED, str(folder), str(file)]
     root = Path(__file__).parents[2]
     assert subprocess.run(command, cwd=root, check=False).returncode == -signal.SIGKILL
 
 
-def test_the_next_writer_removes_what_a_killed_one_left(tmp_path, monkeypatch):
-    """And nothing of a process that lives, of other targets, or of another machine, whose processes nobody knows."""
-    folder, file = tmp_path / "folder[1]", tmp_path / "file"  # a name with a pattern in it
+def test_the_next_writer_removes_the_drafts_of_killed_processes(tmp_path, monkeypatch):
+    """Kept are drafts of live processes, of other targets, and of other machines, whose pids mean nothing here."""
+    folder, file = tmp_path / "folder[1]", tmp_path / "file"  # "[1]" would be a pattern for glob
     for _ in range(2):
         kill(folder, file)
         assert len(list(tmp_path.iterdir())) == 2  # not four
-    with atomic_file(tmp_path / "file.b") as longer, atomic_file(file) as mine, atomic_file(file) as other:
-        for one in (longer, mine, other):
-            one.write_text("whole")
-        assert sorted(tmp_path.glob(".file.*")) == sorted([longer, mine, other])
+    with atomic_file(tmp_path / "file.b") as longer, atomic_file(file) as first, atomic_file(file) as second:
+        for draft in (longer, first, second):
+            draft.write_text("whole")
+        assert sorted(tmp_path.glob(".file.*")) == sorted([longer, first, second])
     (tmp_path / "file.b").unlink()
     kill(folder, file)
     with monkeypatch.context() as patch:
-        patch.setattr("atlas_jax.storage.files._machine", lambda: "01234567")
+        patch.setattr("atlas_jax.storage.files._machine_id", lambda: "01234567")
         make(folder, "new")
         assert len(list(tmp_path.iterdir())) == 4
     make(folder, "newer", replace=True)
@@ -108,8 +108,8 @@ def test_the_next_writer_removes_what_a_killed_one_left(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == sorted([file, folder])
 
 
-def test_the_next_writer_brings_back_what_a_killed_one_was_replacing(tmp_path):
-    """Between the two renames of a replacement there is no folder; even if the next writer fails there is one again."""
+def test_the_next_writer_restores_a_folder_whose_replacer_was_killed(tmp_path):
+    """A process killed between the two renames leaves no folder; the next writer restores it, even if it fails."""
     folder = tmp_path / "folder"
     make(folder, "old")
     kill(folder, tmp_path / "file")
@@ -121,13 +121,13 @@ def test_the_next_writer_brings_back_what_a_killed_one_was_replacing(tmp_path):
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file", folder]
 
 
-def test_what_cannot_be_written_is_said(tmp_path):
-    """No space, or a path below a file: one line with the path and the remedy."""
-    full = OSError(errno.ENOSPC, "No space left on device")  # a failing write knows no name
-    said = r"new: cannot be written \(No space left on device\); "
-    with pytest.raises(UserError, match=said + "free some space"), atomic_file(tmp_path / "new"):
+def test_a_write_error_names_the_path_and_the_remedy(tmp_path):
+    """No space left, or a path below a file: a UserError of one line."""
+    full = OSError(errno.ENOSPC, "No space left on device")  # the error of a failing write has no filename
+    message = r"new: cannot be written \(No space left on device\); "
+    with pytest.raises(UserError, match=message + "free some space"), atomic_file(tmp_path / "new"):
         raise full
-    with pytest.raises(UserError, match=said + "buy a disk"), atomic_folder(tmp_path / "new", "buy a disk"):
+    with pytest.raises(UserError, match=message + "buy a disk"), atomic_folder(tmp_path / "new", "buy a disk"):
         raise full
     (tmp_path / "below").write_text("")
     with pytest.raises(UserError, match=r"below/a: cannot be written \(Not a directory\); choose another"):
@@ -137,8 +137,8 @@ def test_what_cannot_be_written_is_said(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "below"]
 
 
-def cached(path):
-    """How many of the file's pages are in the kernel's memory."""
+def cached_pages(path):
+    """Returns how many pages of the file are in the page cache."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         pages = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
         start = np.frombuffer(mapped, np.uint8).ctypes.data
@@ -146,25 +146,25 @@ def cached(path):
     return int((pages & 1).sum())
 
 
-def test_a_long_file_does_not_stay_in_memory(tmp_path):
-    """Of 8 MB what `room` allows stays there, and with much room all of it; both files are whole.
+def test_writeback_limiter_bounds_the_page_cache(tmp_path):
+    """At most about `limit` bytes of an 8 MB file stay cached, all of it under a large limit; both files are complete.
 
-    A file system that is memory itself keeps all of either.
+    A file system in memory (tmpfs) keeps every page of both.
     """
     block, pages = os.urandom(1 << 18), (8 << 20) // mmap.PAGESIZE
-    for name, room in (("drained", 1 << 20), ("plain", 1 << 40)):
+    for name, limit in (("drained", 1 << 20), ("plain", 1 << 40)):
         with open(tmp_path / name, "wb") as file:
-            drain = WritebackLimiter(file, room)
+            writeback = WritebackLimiter(file, limit)
             for _ in range(32):
                 file.write(block)
-                drain.wrote(len(block))
+                writeback.wrote(len(block))
     assert (tmp_path / "plain").stat().st_size == (tmp_path / "drained").stat().st_size == 8 << 20
-    kept = [cached(tmp_path / name) for name in ("plain", "drained")]
+    cached = [cached_pages(tmp_path / name) for name in ("plain", "drained")]
     fsync(tmp_path / "plain")
     drop_page_cache(tmp_path / "plain")
-    always = cached(tmp_path / "plain")
-    assert always in (0, pages)
-    assert kept[0] == pages
-    assert kept[1] < pages // 4 or always == pages
+    after_drop = cached_pages(tmp_path / "plain")
+    assert after_drop in (0, pages)
+    assert cached[0] == pages
+    assert cached[1] < pages // 4 or after_drop == pages
     for name in ("drained", "plain"):
         assert (tmp_path / name).read_bytes() == block * 32

@@ -1,4 +1,4 @@
-"""The plain task: text to text."""
+"""The task `base`: text to text."""
 
 import pytest
 
@@ -10,12 +10,12 @@ ROW = {"query": "translate: {x}", "target": "y"}
 
 @pytest.fixture(scope="module")
 def tokenizer(golden):
-    """The reader's."""
+    """The reader's tokenizer."""
     return Tokenizer.load(golden / "assets" / "reader")
 
 
-def test_a_row_is_taken_as_it_is(tokenizer):
-    """No prompt and no sentinel around it; what it does not have is left out."""
+def test_an_example_has_the_fields_of_its_row(tokenizer):
+    """Query and target without prompt or sentinel; defaults for fields that the row lacks."""
     [example] = Base().examples(ROW, 0, tokenizer)
     assert (example.query, example.target, example.answers) == ("translate: {x}", "y", ["y"])
     assert (example.metadata, example.id) == (None, None)
@@ -26,13 +26,13 @@ def test_a_row_is_taken_as_it_is(tokenizer):
     assert example.passages == [{"text": "p"}]
 
 
-def test_accuracy_is_of_the_text_itself():
-    """Any of the answers, without a normal form."""
+def test_accuracy_is_an_exact_match_with_any_answer():
+    """Without normalization: another case or an article does not match."""
     assert [Base().score(text, ["y", "the Y"])["accuracy"] for text in ("y", "the Y", "Y", "")] == [1, 1, 0, 0]
 
 
-def test_a_row_has_one_record():
-    """Its line is its record; nothing needs more than one example."""
+def test_finish_returns_the_only_record():
+    """Unchanged, and with no scores over several examples."""
     record = {"query": "q"}
     assert Base().finish([record]) == (record, {})
     assert Base().metrics == ("accuracy", "eval_loss")
@@ -48,8 +48,8 @@ def test_a_row_has_one_record():
         ({"passages": [None]}, "`passages` is not a list of passages"),
     ],
 )
-def test_rows_that_cannot_be_used(changes, message):
-    """What is wrong; a field that is not there is missing."""
+def test_invalid_rows_are_errors(changes, message):
+    """The ValueError says what is wrong with the field, or that it is missing."""
     Base().check(ROW)
     with pytest.raises(ValueError, match=message):
         Base().check(ROW | changes)

@@ -1,4 +1,4 @@
-"""Questions and answers: the reference's prompts, targets and scores."""
+"""Question answering: examples and scores equal the reference's and SQuAD's; tasks by name."""
 
 import collections
 import json
@@ -25,20 +25,20 @@ TEXTS = WORDS.map(" ".join) | st.text(max_size=12)
 
 @pytest.fixture(scope="module")
 def tokenizer(golden):
-    """The reader's."""
+    """The reader's tokenizer."""
     return Tokenizer.load(golden / "assets" / "reader")
 
 
-def lines(path):
+def read_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_examples_are_the_reference_s(golden, tokenizer):
-    """Query, answers and metadata of its predictions; query and target of the batch that it trains on."""
-    rows, written = lines(golden / "qa.jsonl"), lines(golden / "exp" / "qa" / "qa-step-1.jsonl")
+def test_examples_equal_the_reference(golden, tokenizer):
+    """Query, answers and metadata as in its predictions file; query and target as in its first training batch."""
+    rows, predictions = read_lines(golden / "qa.jsonl"), read_lines(golden / "exp" / "qa" / "qa-step-1.jsonl")
     batch = json.loads((golden / "batch.json").read_text())
     examples = []
-    for number, (row, line) in enumerate(zip(rows, written, strict=True)):
+    for number, (row, line) in enumerate(zip(rows, predictions, strict=True)):
         QA().check(row)
         [example] = QA().examples(row, number, tokenizer)
         examples.append(example)
@@ -49,18 +49,18 @@ def test_examples_are_the_reference_s(golden, tokenizer):
     assert [example.target for example in examples[:4]] == batch["target"]
 
 
-def test_scores_are_the_reference_s(golden):
-    """On its own generations; they are nonsense, so the counter-case is the right answer."""
-    written = lines(golden / "exp" / "qa" / "qa-step-1.jsonl")
+def test_scores_equal_the_reference(golden):
+    """On the reference's generations, which are nonsense; counter-case: a right answer scores 1."""
+    predictions = read_lines(golden / "exp" / "qa" / "qa-step-1.jsonl")
     metrics = json.loads((golden / "meta.json").read_text())["qa_metrics"]
-    scores = [QA().score(line["generation"], line["answers"]) for line in written]
+    scores = [QA().score(line["generation"], line["answers"]) for line in predictions]
     for metric in ("exact_match", "f1"):
         assert sum(score[metric] for score in scores) / len(scores) == metrics[metric]
-    assert all(QA().score(line["answers"][1], line["answers"]) == {"exact_match": 1, "f1": 1} for line in written)
+    assert all(QA().score(line["answers"][1], line["answers"]) == {"exact_match": 1, "f1": 1} for line in predictions)
 
 
-def test_an_answer_is_drawn_by_the_number_of_the_row(tokenizer):
-    """Without `target`: the same for a row wherever and whenever it is read, all of them over many rows."""
+def test_the_target_is_an_answer_drawn_with_the_row_number_as_seed(tokenizer):
+    """Equal numbers draw equal answers, and each answer is drawn for some numbers; a row's own `target` is kept."""
 
     def draw(number):
         return QA().examples(ROW, number, tokenizer)[0].target
@@ -72,8 +72,8 @@ def test_an_answer_is_drawn_by_the_number_of_the_row(tokenizer):
     assert {QA().examples(ROW | {"target": "T"}, n, tokenizer)[0].target for n in range(9)} == {"<extra_id_0> T"}
 
 
-def test_what_an_example_takes_from_its_row(tokenizer):
-    """Its own passages, metadata and id; without answers the target counts as right, as the reference has it."""
+def test_an_example_takes_passages_metadata_and_id_from_its_row(tokenizer):
+    """Reference: without `answers`, the target with its sentinel is the accepted answer."""
     row = {"question": "{who}?", "target": "Ada", "metadata": {"x": 1}, "id": 0, "passages": [{"text": "t"}]}
     [example] = QA("Q: {question} A: <extra_id_0>").examples(row, 5, tokenizer)
     assert example.query == "Q: {who}? A: <extra_id_0>"  # braces of a question are text
@@ -95,14 +95,14 @@ def test_what_an_example_takes_from_its_row(tokenizer):
         ({"question": "q", "answers": []}, "`answers` is empty"),
         ({"question": "q", "answers": ["x", 1]}, "`answers` is not a list of texts"),
         ({"question": "q", "target": None}, "`target` is not a text"),
-        ({"question": "q", "target": "x", "answers": []}, "`answers` is empty"),  # nothing could be right
+        ({"question": "q", "target": "x", "answers": []}, "`answers` is empty"),  # no prediction could score
         ({"question": "q", "target": "x", "answers": "x"}, "`answers` is not a list of texts"),
         ({"question": "q", "target": "x", "passages": "p"}, "`passages` is not a list of passages"),
         ({"question": "q", "target": "x", "passages": ["p"]}, "`passages` is not a list of passages"),
     ],
 )
-def test_rows_that_cannot_be_used(row, message):
-    """What is wrong, in one line."""
+def test_invalid_rows_are_errors(row, message):
+    """The ValueError says in one line what is wrong."""
     QA().check(ROW)
     QA().check({"question": "q", "target": "x", "passages": None})
     with pytest.raises(ValueError, match=message) as error:
@@ -111,63 +111,63 @@ def test_rows_that_cannot_be_used(row, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "normal"),
+    ("text", "normalized"),
     [
         ("The Cat, an owl & a dog.", "cat owl dog"),
         ("don't", "dont"),
-        ("the.the", "thethe"),  # punctuation goes first
+        ("the.the", "thethe"),  # punctuation is removed first
         ("theory of a-an", "theory of aan"),
         ("  two\t\nspaces ", "two spaces"),
         ("a the an", ""),
-        ("\u2018curly\u2019", "\u2018curly\u2019"),  # ASCII punctuation alone
+        ("\u2018curly\u2019", "\u2018curly\u2019"),  # only ASCII punctuation is removed
         ("\u00c9COLE", "\u00e9cole"),
     ],
 )
-def test_the_normal_form(text, normal):
-    """SQuAD's, by hand."""
-    assert normalize(text) == normal
+def test_normalize_follows_squad(text, normalized):
+    """Hand-made cases of SQuAD's normalization."""
+    assert normalize(text) == normalized
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answers", "em", "score"),
+    ("prediction", "answers", "expected_em", "expected_f1"),
     [
         ("The cat", ["cat"], 1, 1),
         ("cat sat", ["the cat"], 0, 2 / 3),  # precision 1/2, recall 1
-        ("cat cat", ["cat"], 0, 2 / 3),  # a word counts as often as it is there
-        ("cat cat dog", ["dog cat cat"], 0, 1),  # order does not count
+        ("cat cat", ["cat"], 0, 2 / 3),  # repeated words count
+        ("cat cat dog", ["dog cat cat"], 0, 1),  # word order does not matter
         ("dog", ["cat"], 0, 0),
         ("dog", ["cat", "big dog", "a dog!"], 1, 1),  # the best answer
         ("big red dog", ["cat", "big dog", "dog"], 0, 0.8),
         ("", ["cat"], 0, 0),
-        ("the", ["a"], 1, 0),  # Reference: both are empty in normal form, so they match but share no word
+        ("the", ["a"], 1, 0),  # Reference: both normalize to an empty text, so they match but share no word
         ("", [""], 1, 0),
     ],
 )
-def test_scores_by_hand(prediction, answers, em, score):
-    """Exact match and F1."""
-    assert QA().score(prediction, answers) == {"exact_match": em, "f1": pytest.approx(score)}
+def test_exact_match_and_f1_of_hand_made_cases(prediction, answers, expected_em, expected_f1):
+    """`score` returns the expected exact match and F1."""
+    assert QA().score(prediction, answers) == {"exact_match": expected_em, "f1": pytest.approx(expected_f1)}
 
 
 def squad_f1(prediction, answer):
-    """The evaluation script of SQuAD 1.1, as published."""
+    """Returns F1 as the published evaluation script of SQuAD 1.1 computes it."""
 
-    def normal(text):
+    def normalized_words(text):
         text = "".join(ch for ch in text.lower() if ch not in set(string.punctuation))
         return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()).split()
 
-    common = collections.Counter(normal(prediction)) & collections.Counter(normal(answer))
+    common = collections.Counter(normalized_words(prediction)) & collections.Counter(normalized_words(answer))
     same = sum(common.values())
     if same == 0:
         return 0
-    precision, recall = same / len(normal(prediction)), same / len(normal(answer))
+    precision, recall = same / len(normalized_words(prediction)), same / len(normalized_words(answer))
     return 2 * precision * recall / (precision + recall)
 
 
 @given(TEXTS, TEXTS)
 @example("the", "a")
 @example("", "")
-def test_scores_of_any_two_texts(left, right):
-    """F1 is SQuAD's, symmetric, within 0 and 1; a match has F1 1, unless nothing is left to share."""
+def test_f1_and_exact_match_of_any_two_texts(left, right):
+    """F1 equals SQuAD's script and is symmetric; a match has F1 1, or 0 if both normalize to an empty text."""
     score = f1(left, [right])
     assert score == pytest.approx(squad_f1(left, right))
     assert score == f1(right, [left])
@@ -180,14 +180,14 @@ def test_scores_of_any_two_texts(left, right):
 
 
 @given(TEXTS, st.lists(TEXTS, min_size=1, max_size=4), TEXTS)
-def test_one_more_answer_never_lowers_a_score(prediction, answers, more):
-    """The best answer counts."""
-    for score in (lambda given: f1(prediction, given), lambda given: exact_match(prediction, given, normalize)):
-        assert score([*answers, more]) == max(score(answers), score([more]))
+def test_a_score_is_the_best_over_the_answers(prediction, answers, added):
+    """With one more answer, it is the maximum of the score before and the score with that answer alone."""
+    for score in (lambda texts: f1(prediction, texts), lambda texts: exact_match(prediction, texts, normalize)):
+        assert score([*answers, added]) == max(score(answers), score([added]))
 
 
-def test_tasks_by_name():
-    """`--task`, with the flags that belong to it; those that are not built say so."""
+def test_make_task_returns_the_named_task():
+    """With the flags that belong to the task; a task that is not built is a UserError."""
 
     def task(name, **flags):
         return make_task(Config(model=ModelConfig(), task=TaskConfig(name, **flags)))

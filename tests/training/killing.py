@@ -25,7 +25,7 @@ STEPS = 12
 
 
 def command(name: str, folder: Path, *more: str) -> list[str]:
-    """A run that shuffles, drops out, trains both models, refreshes its index, evaluates and saves."""
+    """The command of a run with shuffling and dropout that trains both models, refreshes, evaluates and saves."""
     flags = {
         "--name": name,
         "--checkpoint_dir": str(folder),
@@ -65,7 +65,7 @@ def start(name: str, folder: Path, *more: str, processes: int = 1) -> list[subpr
 
 
 def start_processes(command: list[str], log: Path, processes: int, devices: int = 1) -> list[subprocess.Popen]:
-    """Several processes of a command that know each other; what each says is added to a file of its own."""
+    """Starts processes of one run, each with a log file of its own."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
@@ -81,14 +81,14 @@ def start_processes(command: list[str], log: Path, processes: int, devices: int 
 
 
 def prepare(folder: Path) -> Path:
-    """What the runs need."""
+    """Writes the files that the runs read."""
     rows = (GOLDEN / "qa.jsonl").read_text().splitlines(keepends=True)[:3]
     (folder / "eval.jsonl").write_text("".join(rows))
     return folder
 
 
 def finish(name: str, folder: Path, *more: str, processes: int = 1) -> float:
-    """Runs to the end; returns the seconds."""
+    """Runs to the end; returns the seconds it took."""
     began = time.monotonic()
     statuses = [process.wait() for process in start(name, folder, *more, processes=processes)]
     assert not any(statuses), (statuses, (folder / f"{name}.log").read_text()[-3000:])
@@ -123,7 +123,7 @@ def killed(
 
 
 def outcome(run: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
-    """The parameters at the end, and the metrics without times."""
+    """The last parameters and the metrics, without times."""
     from atlas_jax.checkpoints.store import load
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -132,14 +132,14 @@ def outcome(run: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two runs ended alike, bit for bit."""
+    """Whether two runs have bitwise equal parameters and equal metrics."""
     (params, metrics), (others, other_metrics) = outcome(one), outcome(other)
     equal = params.keys() == others.keys() and all(x.tobytes() == others[p].tobytes() for p, x in params.items())
     return equal and metrics == other_metrics
 
 
 def main() -> None:
-    """The soak."""
+    """Kills until --kills kills are done; exit status 1 if a run ended differently."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

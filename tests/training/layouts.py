@@ -58,7 +58,7 @@ def listed(flags: dict[str, str]) -> list[str]:
 
 
 def run(command: list[str], folder: Path, mesh: str, processes: int) -> None:
-    """On that mesh, or with none on one device; anything but success is an error."""
+    """Runs a command on a mesh, or on one device if `mesh` is empty; an exit status other than 0 is an error."""
     folder.mkdir(parents=True, exist_ok=True)
     devices = int(np.prod([int(axis.split("=")[1]) for axis in mesh.split(",")])) if mesh else 1
     queries = MESHES.get(mesh, 8)
@@ -70,7 +70,7 @@ def run(command: list[str], folder: Path, mesh: str, processes: int) -> None:
 
 
 def train(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dict[str, np.ndarray]:
-    """Goes on with the run of that folder, or begins it; returns what it ends with."""
+    """Resumes the run of that folder or starts it; returns its last parameters and metrics."""
     from atlas_jax.checkpoints.store import load
 
     flags = [*listed(MODEL | TRAINING), "--train_retriever", "--shuffle", *TRAININGS[name]]
@@ -83,7 +83,7 @@ def train(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dict[s
 
 
 def back_to_the_middle(folder: Path) -> None:
-    """As if the run had been killed when it had saved step 3."""
+    """Restores the files of a run that was killed after it had saved step 3."""
     checkpoints = folder / "run/checkpoint"
     shutil.rmtree(checkpoints / "step-6")
     (checkpoints / "latest").unlink()
@@ -91,7 +91,7 @@ def back_to_the_middle(folder: Path) -> None:
 
 
 def evaluate(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dict[str, np.ndarray]:
-    """Seven questions, which nothing divides; returns the answers and the passages."""
+    """Evaluates seven questions, a number that no axis divides; returns answers and passages."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = (GOLDEN / "qa.jsonl").read_text().splitlines(keepends=True)[:7]
     (folder / "rows.jsonl").write_text("".join(rows))
@@ -110,7 +110,7 @@ def evaluate(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dic
 
 
 def difference(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> tuple[float, str]:
-    """The largest in units of what is allowed, and where.
+    """The largest difference, in units of its tolerance, and where it is.
 
     That is 3e-4 of each number, and of a parameter 5e-3 of what it has learnt, as norms: AdamW makes whole steps of
     gradients that are nothing but rounding, and one device with other options of its compiler comes to 2.3e-3. What
@@ -145,7 +145,7 @@ def main() -> None:
     given = parser.parse_args()
     layouts, failed = list(itertools.product(given.meshes, given.processes)), 0
 
-    def tell(name: str, layout: str, worst: tuple[float, str]) -> None:
+    def report(name: str, layout: str, worst: tuple[float, str]) -> None:
         nonlocal failed
         equal = worst[0] < 1
         failed += not equal
@@ -159,11 +159,11 @@ def main() -> None:
             before = None
             for number, (mesh, processes) in enumerate(layouts):
                 layout, folder = f"{mesh} on {processes} processes", Path(temporary) / name / str(number)
-                tell(name, layout, difference(here(name, folder, mesh, processes), wanted))
+                report(name, layout, difference(here(name, folder, mesh, processes), wanted))
                 if before and name in TRAININGS:
                     back_to_the_middle(before[1])
                     worst = difference(here(name, before[1], mesh, processes), wanted)
-                    tell(name, f"begun by {before[0]}, ended by {layout}", worst)
+                    report(name, f"begun by {before[0]}, ended by {layout}", worst)
                 before = layout, folder
     sys.exit(bool(failed))
 

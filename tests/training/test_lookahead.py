@@ -1,4 +1,4 @@
-"""Where a step leaves the retriever as it is, the next one's passages are found before it; nothing else changes."""
+"""Looking ahead retrieves the next step's passages early, and changes no result."""
 
 import dataclasses
 import json
@@ -23,21 +23,21 @@ FLAGS = (
 
 @pytest.fixture
 def events(monkeypatch):
-    """What a run does, in order: `look 2`, when it begins to find what step 2 learns from, and `step`."""
+    """The events of a run in order: `begin 2` when the retrieval for step 2 starts, and `step`."""
     seen: list[str] = []
-    look, call = Lookahead.begin, CompiledFunction.__call__
+    begin, call = Lookahead.begin, CompiledFunction.__call__
 
-    def looks(self, model, step):
-        seen.append(f"look {step}")
-        return look(self, model, step)
+    def begin_and_record(self, model, step):
+        seen.append(f"begin {step}")
+        return begin(self, model, step)
 
-    def calls(self, *arguments):
+    def call_and_record(self, *arguments):
         if self.name in ("train step", "gradient step"):
             seen.append("step")
         return call(self, *arguments)
 
-    monkeypatch.setattr(Lookahead, "begin", looks)
-    monkeypatch.setattr(CompiledFunction, "__call__", calls)
+    monkeypatch.setattr(Lookahead, "begin", begin_and_record)
+    monkeypatch.setattr(CompiledFunction, "__call__", call_and_record)
     return seen
 
 
@@ -55,23 +55,23 @@ def run(tmp_path, flags, quick_compiler):
 
 
 def same(one, other) -> bool:
-    """Bit for bit."""
+    """Whether parameters, bit for bit, and metrics are equal."""
     params = all(np.array_equal(array, other[0][path]) for path, array in one[0].items())
     return params and one[1] == other[1]
 
 
-def test_it_looks_ahead_and_ends_alike(run, events, monkeypatch):
-    """Ahead of steps 2 to 4, as 1 to 3 leave the retriever alone; never too far; and to the same end as without.
+def test_lookahead_matches_serial_training(run, events, monkeypatch):
+    """Steps 2 to 4 are retrieved ahead, since steps 1 to 3 do not train the retriever; the results are the same.
 
     The counter-case: where a step that trains it is not waited for, the next finds other passages, and the end differs.
     """
     ahead = run("ahead")
-    waited = [text for step in (5, 6) for text in (f"look {step}", "step")]
-    assert events == ["look 1", "look 2", "step", "look 3", "step", "look 4", "step", "step", *waited]
+    waited = [text for step in (5, 6) for text in (f"begin {step}", "step")]
+    assert events == ["begin 1", "begin 2", "step", "begin 3", "step", "begin 4", "step", "step", *waited]
     events.clear()
     monkeypatch.setattr(loop, "can_look_ahead", lambda config, step: False)
     assert same(ahead, run("behind"))
-    assert events == [text for step in range(1, STEPS + 1) for text in (f"look {step}", "step")]
+    assert events == [text for step in range(1, STEPS + 1) for text in (f"begin {step}", "step")]
     monkeypatch.setattr(loop, "can_look_ahead", lambda config, step: True)
     assert not same(ahead, run("too far"))
 
@@ -88,8 +88,8 @@ def test_it_looks_ahead_and_ends_alike(run, events, monkeypatch):
         (True, {"accumulation_steps": 2, "query_side_retriever_training": True, "refresh_index": "0-9:1"}, "ynynyn"),
     ],
 )
-def test_after_which_steps(tiny_config, learns, changes, expected):
-    """Not after one that changes the query encoder, nor where the index is built again before the next."""
+def test_no_lookahead_after_a_step_that_changes_retriever_or_index(tiny_config, learns, changes, expected):
+    """`y` for each step that the next may be retrieved before."""
     config: Config = tiny_config
     groups = {}
     for group in ("distill", "optim", "retrieval"):

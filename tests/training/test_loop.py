@@ -22,7 +22,7 @@ COLUMNS = ("loss/reader_loss", "loss/retriever_loss", "lr", "grad_norm")
 
 
 def train(folder: Path, name: str, *flags: str) -> subprocess.CompletedProcess:
-    """Runs the command, on one device as a laptop would."""
+    """Runs `atlas train` on one device."""
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -44,7 +44,7 @@ def test_a_trajectory_equals_the_reference(golden, tmp_path, flags, name):
 
 
 def compare(golden: Path, folder: Path, name: str) -> None:
-    """A run with what the reference wrote down of it."""
+    """Compares a run with the reference's trace and parameters."""
     wanted = np.load(golden / f"train_{name}.npz")
     rows = metrics(folder / name)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -66,13 +66,13 @@ def compare(golden: Path, folder: Path, name: str) -> None:
 
 
 def test_the_trajectories_differ(golden):
-    """The counter-case: what the tests above compare is not the same in every run."""
+    """The counter-case: the reference's runs differ from each other by more than the tolerance."""
     traces = [np.load(golden / f"train_{name}.npz")["trace"][-1, 0] for name in RUNS]
     assert min(abs(a - b) / a for i, a in enumerate(traces) for b in traces[:i]) > 3e-3
 
 
 def test_a_run_that_diverges_stops(tmp_path, flags):
-    """A learning rate that breaks the weights: the bad steps are counted and saved, and the run ends in one line."""
+    """A huge learning rate: steps that are not finite are counted and saved, and the run ends with one line."""
     done = train(tmp_path, "run", *flags, "--lr", "1e38", "--scheduler", "linear", "--max_bad_steps", "3")
     assert done.returncode == 2
     assert "not finite in 3 steps in a row" in done.stderr.splitlines()[-1]

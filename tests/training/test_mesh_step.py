@@ -1,4 +1,4 @@
-"""The training step on meshes of eight devices: the reference's numbers on each, and no traffic but the table's."""
+"""The training step on meshes of eight devices computes the reference's numbers on each."""
 
 import functools
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def placed(mesh, batch: Batch) -> Batch:
-    """Each question twice, so that eight devices have one each: no mean changes."""
+    """The batch on the mesh with each question twice, one for each of eight devices: no mean changes."""
 
     def put(x, *, passages=False):
         return (put_passages if passages else put_batch)(mesh, np.concatenate([x, x]))
@@ -42,7 +42,7 @@ def losses(params, batch, cfg):
 
 @functools.cache
 def program(spec: str, cfg: StepConfig) -> CompiledFunction:
-    """The losses and their gradients on a mesh: compiled here, and read in `test_mesh_traffic`."""
+    """Losses and gradients on a mesh, compiled once for this file and `test_mesh_traffic`."""
     return CompiledFunction("losses", functools.partial(losses, cfg=cfg), make_mesh(spec))
 
 
@@ -65,7 +65,7 @@ def test_losses_and_gradients_equal_the_reference_on_every_mesh(golden, tiny_wei
 
 
 def keeps_no_whole_layers(text: str, params) -> None:
-    """A layer is gathered for use, and again for its gradient: all of them together are nowhere, shares of them are."""
+    """The program holds shards of stacked layers and no whole stack: layers are gathered one at a time."""
     for path, array in params.items():
         if "/layers/" in path and path.endswith("kernel"):
             shape, share = list(array.shape), list(array.shape)
@@ -75,7 +75,7 @@ def keeps_no_whole_layers(text: str, params) -> None:
 
 
 def test_dropout_does_not_depend_on_the_mesh(tiny_weights, batch):
-    """The same activations are dropped wherever they lie; the counter-case is another key."""
+    """Equal losses with dropout on one device and on eight; the counter-case is another key."""
     cfg = config(tiny_weights, dropout=True, model=tiny_weights.cfg.computing(dropout=0.1))
 
     def noisy(params, batch, key):

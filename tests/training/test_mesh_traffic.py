@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from atlas_jax.evaluation.batches import put_reader_batch
-from atlas_jax.evaluation.evaluator import reader_program
+from atlas_jax.evaluation.evaluator import compiled_reader
 from atlas_jax.evaluation.generation import GenerationSettings
 from atlas_jax.mesh import PARAM_AXES, make_mesh, param_spec, put_parameter, replicate
 from atlas_jax.models.atlas import build_model
@@ -31,7 +31,7 @@ def collectives(spec, weights, batch):
 
 
 def uses(path):
-    """Of a parameter in the two losses: the decoder learns and judges, the retriever reads queries and passages."""
+    """How often the two losses use a parameter: the decoder for loss and gold scores, the retriever for both sides."""
     return 3 if path == "reader/embed/embedding" else 1 if path.startswith("reader/encoder") else 2
 
 
@@ -48,8 +48,8 @@ def by_shape(found):
     return total
 
 
-def test_under_fsdp_parameters_travel_and_gradients_come_back(tiny_weights, batch):
-    """Each use gathers each layer of each split parameter once, and nothing else; activations stay where they are."""
+def test_fsdp_gathers_parameters_and_scatters_gradients(tiny_weights, batch):
+    """Each use gathers each layer of each sharded parameter once, and nothing else; activations are not sent."""
     found, split = collectives("fsdp=8", tiny_weights, batch)
     gathers = [one for one in found if one.kind == "all-gather"]
     assert {len(one.group) for one in found} == {8}
@@ -75,8 +75,8 @@ def test_under_fsdp_parameters_travel_and_gradients_come_back(tiny_weights, batc
         assert back[tuple(sorted(used))] >= layers, path
 
 
-def test_beside_data_gradients_are_scattered_before_they_are_added(tiny_weights, batch):
-    """Of each product among the devices of `fsdp`, and only the shares over `data`; never whole among all of them."""
+def test_gradients_are_reduce_scattered_over_fsdp_before_they_are_summed_over_data(tiny_weights, batch):
+    """Gradients of products are reduce-scattered over `fsdp`, and only shards are all-reduced over `data`."""
     found, split = collectives("data=2,fsdp=4", tiny_weights, batch)
     summed = collections.defaultdict(collections.Counter)
     for one in found:
@@ -95,8 +95,8 @@ def test_beside_data_gradients_are_scattered_before_they_are_added(tiny_weights,
             )  # of the embedding's shape
 
 
-def test_under_model_only_the_residual_stream_travels(tiny_weights, batch):
-    """No gathering; sums of what each device adds to the residual stream, and of softmaxes over a split vocabulary."""
+def test_the_model_axis_sends_only_the_residual_stream(tiny_weights, batch):
+    """No all-gather; all-reduces of the residual stream, and of softmaxes over the sharded vocabulary."""
     found, split = collectives("model=4", tiny_weights, batch)
     assert {one.kind for one in found} == {"all-reduce"}
     rows = {QUESTIONS, QUESTIONS * N}
@@ -108,8 +108,8 @@ def test_under_model_only_the_residual_stream_travels(tiny_weights, batch):
     assert not by_shape(found).keys() & {layer(path, shape)[1] for path, shape in split.items()}
 
 
-def test_an_answer_is_written_with_what_was_gathered_before(tiny_weights):
-    """Under fsdp no parameter travels for each token: every one is gathered for the encoder or, once, for the decoder.
+def test_generation_gathers_parameters_once(tiny_weights):
+    """Under fsdp no token gathers a parameter again: each is gathered once, for the encoder or for the decoder.
 
     A loop in which it were would be one more use.
     """
@@ -122,7 +122,7 @@ def test_an_answer_is_written_with_what_was_gathered_before(tiny_weights):
     ids, target = np.zeros((8, 2, 32), np.int32), np.zeros((8, 4), np.int32)
     given = put_reader_batch(mesh, ids, ids > 0, target, target > 0)
     text = (
-        reader_program(reader, GenerationSettings(max_length=4), mesh)
+        compiled_reader(reader, GenerationSettings(max_length=4), mesh)
         .compile_for(nnx.state(reader), given, replicate(mesh, np.zeros(1, np.int32)), None)
         .as_text()
     )

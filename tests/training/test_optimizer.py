@@ -9,8 +9,8 @@ from atlas_jax.config import OptimConfig
 from atlas_jax.training.optimizer import adamw_update, clip_factor, init_optimizer, learning_rate, schedule
 
 
-def test_learning_from_gradients_is_adamw():
-    """Three updates in float64 by the paper's algorithm 2, decay apart from the moments; a bad one changes nothing."""
+def test_updates_equal_adamw():
+    """Three updates equal the paper's algorithm 2 in float64, decay decoupled; one that is not finite is skipped."""
     cfg = OptimConfig(weight_decay=0.1, beta2=0.99, epsilon=1e-3)
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(3, 2)).astype(np.float32), "b": rng.normal(size=4).astype(np.float32)}
@@ -43,8 +43,8 @@ def test_learning_from_gradients_is_adamw():
         ("cosine", [0.0, 0.25, 0.5, 0.75, 1.0, 0.969333, 0.879423, 0.736396, 0.55, 0.332937]),
     ],
 )
-def test_the_schedules(scheduler, rates):
-    """Ten updates, four of them rising; the logged number is what the device takes, but for float32."""
+def test_schedules_equal_the_reference(scheduler, rates):
+    """Ten updates, four of them warm-up; the logged rate is the device's up to float32 rounding."""
     cfg = OptimConfig(total_steps=10, warmup_steps=4, scheduler=scheduler)
     assert [learning_rate(cfg, 1.0, n) for n in range(10)] == pytest.approx(rates, abs=1e-6)
     assert [float(schedule(cfg, jnp.float32(n))) for n in range(10)] == pytest.approx(rates, abs=1e-6)
@@ -53,7 +53,7 @@ def test_the_schedules(scheduler, rates):
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine", "fixed"])
 def test_a_schedule_without_warmup_or_all_warmup_is_finite(scheduler):
-    """The defaults are 1,000 steps of which 1,000 rise; none may rise, too."""
+    """The defaults are 1,000 steps with 1,000 of warm-up; 0 is possible too."""
     for warmup in (0, 5):
         cfg = OptimConfig(total_steps=5, warmup_steps=warmup, scheduler=scheduler)
         assert all(0 <= learning_rate(cfg, 1.0, n) <= 1 for n in range(6))

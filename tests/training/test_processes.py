@@ -1,4 +1,4 @@
-"""Several processes train and evaluate one model: what comes out is what one process gives, and none is lost."""
+"""Several processes train and evaluate one model with the results of one process; a killed one is named."""
 
 import json
 import re
@@ -12,30 +12,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atlas_jax.training.resume import layout
+from atlas_jax.training.resume import batch_flags
 from tests.training import killing
 from tests.training.test_loop import RUNS, compare
 
 ATLAS = [sys.executable, "-m", "atlas_jax"]
 
+pytestmark = pytest.mark.usefixtures("quick_compiler_in_subprocesses")
+
 
 def ended(processes: list[subprocess.Popen], log: Path) -> tuple[list[int], str]:
-    """The statuses of all, which must end by themselves, and what the first said."""
+    """Exit statuses of the processes, which must end by themselves, and the output of the first."""
     return [process.wait(180) for process in processes], log.read_text()
 
 
-def wait_for(what: Callable[[], bool], processes: list[subprocess.Popen], log: Path) -> None:
-    """Until it is so."""
-    while not what():
+def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen], log: Path) -> None:
+    """Waits until the condition holds; fails if a process ends before."""
+    while not condition():
         assert all(process.poll() is None for process in processes), log.read_text()
         time.sleep(0.02)
 
 
 def test_a_trajectory_does_not_depend_on_processes_and_devices(golden, tmp_path, flags):
-    """Begun by two processes of four devices, of which one is killed when it has saved, then the other told to stop;
-    ended by one of one device. Each goes on from the newest checkpoint that is whole: of one a bit is flipped.
+    """A run started by two processes with four devices each, and finished by one with one device, equals the reference.
 
-    The counter-case: with another number of queries a step it is another run.
+    On the way a process is killed, a bit of the newest checkpoint is flipped, and SIGTERM is sent: each time the run
+    resumes from the newest whole checkpoint. The counter-case: another number of queries a step is refused.
     """
     name, log, run = "cosine_refresh", tmp_path / "log.txt", tmp_path / "cosine_refresh"
     command = [*ATLAS, "train", "--name", name, "--checkpoint_dir", str(tmp_path), *flags, *RUNS[name]]
@@ -73,7 +75,7 @@ def test_a_trajectory_does_not_depend_on_processes_and_devices(golden, tmp_path,
 
 
 def test_an_evaluation_does_not_depend_on_processes(golden, tmp_path):
-    """Three processes, rows that nothing divides, an index in three parts: each row once, with the same passages."""
+    """Three processes and a number of rows that 3 does not divide: each row once, with the passages of one process."""
     rows = (golden / "qa.jsonl").read_text().splitlines(keepends=True)[:7]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     flags = ["--task", "qa", "--eval_data", str(tmp_path / "rows.jsonl"), "--write_results", "--n_context", "3"]
@@ -108,8 +110,8 @@ def test_an_evaluation_does_not_depend_on_processes(golden, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["flat", "faiss"])
-def test_who_is_killed_in_a_search_is_named(golden, tmp_path, mode):
-    """The other process ends and leaves no results; the same command gives them, and leaves nothing else."""
+def test_a_process_killed_in_a_search_is_named(golden, tmp_path, mode):
+    """The other process ends without results; the same command run again writes them, and no other files."""
     run, log, rows = tmp_path / "run", tmp_path / "log.txt", tmp_path / "rows.jsonl"
     rows.write_text(30 * (golden / "qa.jsonl").read_text())
     flags = ["--task", "qa", "--eval_data", str(rows), "--retrieve_only", "--write_results"]
@@ -141,8 +143,8 @@ def test_who_is_killed_in_a_search_is_named(golden, tmp_path, mode):
         (6, 4, "--per_gpu_batch_size 3 --mesh fsdp=2,passages=2"),
     ],
 )
-def test_other_devices_are_told_how_they_can_go_on(queries, devices, flags):
-    """As many queries a step on all devices, also where there are more of these."""
-    assert layout(queries, devices) == flags
+def test_the_message_names_flags_for_another_number_of_devices(queries, devices, flags):
+    """The named flags keep the queries of a step, also if there are more devices than queries."""
+    assert batch_flags(queries, devices) == flags
     sizes = [int(size) for size in re.findall(r"=(\d+)", flags)]
     assert (int(flags.split()[1]) * sizes[0], np.prod(sizes)) == (queries, devices)

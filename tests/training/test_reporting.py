@@ -18,13 +18,13 @@ from atlas_jax.training.reporting import MetricsReporter
 
 
 def metrics(step: int) -> dict[str, float]:
-    """Of a step; sums of such thirds depend on how they are made."""
+    """Metrics of a step: thirds, whose float sums depend on the order of addition."""
     always = {"loss/train_loss": step / 3, "lr": step / 7, "runtime/train_step": 0.1}
     return always | ({"grad_norm": step / 9} if step % 2 == 0 else {}) | ({"skipped_steps": 1.0} if step > 2 else {})
 
 
 def lines(run) -> list[dict[str, float | None]]:
-    """What metrics.jsonl holds; NaN, which JSON does not have, is an error."""
+    """The lines of metrics.jsonl; NaN, which JSON does not have, is an error."""
 
     def fail(constant):
         raise ValueError(constant)
@@ -34,7 +34,7 @@ def lines(run) -> list[dict[str, float | None]]:
 
 
 def events(run) -> list[Event]:
-    """What TensorBoard finds in the folder, oldest file first."""
+    """The TensorBoard events in the folder, oldest file first."""
     found = []
     for path in sorted(run.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
         data = path.read_bytes()
@@ -50,7 +50,7 @@ def scalars(run) -> list[tuple[int, str, float]]:
     return [(one.step, value.tag, value.simple_value) for one in events(run) for value in one.summary.value]
 
 
-def test_a_line_is_of_the_steps_since_the_last(tmp_path):
+def test_a_line_covers_the_steps_since_the_last_one(tmp_path):
     """The mean over the steps that had the metric, the last rate and count of skipped steps; `step` comes first."""
     with MetricsReporter(tmp_path, 7, 3, 0) as report:
         for step in range(1, 8):
@@ -74,7 +74,7 @@ def test_a_line_is_of_the_steps_since_the_last(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_json_has_no_nan(tmp_path, bad):
-    """It is null in the line, the other metrics stay, and the next line has numbers again."""
+    """NaN or infinity is null in the line; other metrics stay, and the next line has numbers again."""
     with MetricsReporter(tmp_path, 4, 2, 0) as report:
         for step, loss in enumerate([1.0, bad, 3.0, 4.0], start=1):
             report.step(step, {"loss/train_loss": loss, "lr": 0.5})
@@ -87,8 +87,8 @@ def test_json_has_no_nan(tmp_path, bad):
 
 @pytest.mark.parametrize("torn", ["", '{"step": 12, "loss/tr', "\0\0\0\n"])
 @pytest.mark.parametrize("saved", [1, 4, 7, 8])
-def test_a_resumed_run_s_file_is_that_of_an_unbroken_one(tmp_path, saved, torn):
-    """To the last digit, wherever it was saved and however far it got; without the sums of then it is not."""
+def test_a_resumed_run_writes_the_file_of_an_uninterrupted_one(tmp_path, saved, torn):
+    """To the last digit, wherever it was saved and stopped; not so without the sums saved with the checkpoint."""
 
     def tell(run, start, stop, pending=None, saves=None):
         run.mkdir(exist_ok=True)
@@ -114,8 +114,8 @@ def test_a_resumed_run_s_file_is_that_of_an_unbroken_one(tmp_path, saved, torn):
     assert [path.name for path in (tmp_path / "broken").glob(".*")] == []
 
 
-def test_a_loss_that_was_nan_before_the_save_is_so_after(tmp_path):
-    """The sums of a save are JSON too, and do not forget it."""
+def test_a_nan_survives_saving_and_resuming(tmp_path):
+    """The saved sums are JSON, and a NaN in them is still one after resuming."""
     with MetricsReporter(tmp_path, 4, 2, 0) as report:
         report.step(1, {"loss/train_loss": math.nan})
         pending = json.loads(json.dumps(report.pending(), allow_nan=False))
@@ -125,7 +125,7 @@ def test_a_loss_that_was_nan_before_the_save_is_so_after(tmp_path):
 
 
 def test_a_fresh_start_drops_an_old_file(tmp_path):
-    """And a resumed run has none to cut where the folder is new."""
+    """A resumed run in a new folder finds no file to cut."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with MetricsReporter(tmp_path, 2, 2, 0) as report:
         report.step(1, {"lr": 1.0})
@@ -137,7 +137,7 @@ def test_a_fresh_start_drops_an_old_file(tmp_path):
 
 
 def test_tensorboard_has_the_lines_and_the_scores(tmp_path):
-    """After a resume it is told to forget the steps that come again; a fresh start forgets all."""
+    """A resumed run purges the steps that it repeats; a new run purges all."""
     with MetricsReporter(tmp_path, 4, 2, 0) as report:
         for step in (1, 2, 3, 4):
             report.step(step, {"loss/train_loss": float(step)})
@@ -154,7 +154,7 @@ def test_tensorboard_has_the_lines_and_the_scores(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time passes by two seconds a step."""
+    """A clock that advances two seconds a step."""
     import atlas_jax.training.reporting as module
 
     now = [1000.0]
@@ -167,7 +167,7 @@ def clock(monkeypatch):
 
 
 def test_log_lines(tmp_path, caplog, clock):
-    """How far it is, the metrics, and how fast: of the time since the last line, also after a resume. No bar."""
+    """Step, metrics, and the pace since the last line, also after a resume; no bar."""
     caplog.set_level(logging.INFO, logger="atlas_jax")
     with MetricsReporter(tmp_path, 3600, 2, 4) as report:
         for step in range(5, 10):
@@ -179,16 +179,16 @@ def test_log_lines(tmp_path, caplog, clock):
     ]
 
 
-def test_no_bar_in_a_log_file(tmp_path, capfd):
-    """Where stderr is no terminal, nothing is drawn on it."""
+def test_a_log_file_has_no_bar(tmp_path, capfd):
+    """Without a terminal on stderr nothing is drawn."""
     with MetricsReporter(tmp_path, 2, 2, 0) as report:
         report.step(1, {"loss/train_loss": 1.0})
         report.step(2, {"loss/train_loss": 1.0})
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_bar_on_a_terminal(tmp_path, monkeypatch, caplog):
-    """It starts where the run does, shows the loss and the seconds of a step; log lines stand above it."""
+def test_a_terminal_shows_a_bar(tmp_path, monkeypatch, caplog):
+    """The bar starts at the run's step and shows loss and seconds a step; log lines stand above it."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (25, 120))
     caplog.set_level(logging.INFO, logger="atlas_jax")

@@ -1,5 +1,6 @@
-"""A run that was stopped ends like one that was not: parameters bit for bit, and the metrics."""
+"""A run that was stopped and resumed ends with the parameters, bit for bit, and the metrics of one that was not."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -7,12 +8,18 @@ import signal
 
 import pytest
 
+from atlas_jax.checkpoints import store
+from atlas_jax.checkpoints.run_checkpoints import DifferentRun
+from atlas_jax.config import resume_rules, to_dict
+from atlas_jax.training.resume import RunStart, check_same_run
 from tests.training import killing
+
+pytestmark = pytest.mark.usefixtures("quick_compiler_in_subprocesses")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run that nobody stopped, its compiled programs, and the seconds that it takes once they are there."""
+    """The folder of an uninterrupted run with its compilation cache, and the seconds of a run with a warm cache."""
     folder = killing.compile_for(tmp_path_factory.mktemp("runs"))
     killing.finish("first", folder)
     seconds = killing.finish("whole", folder)
@@ -20,7 +27,7 @@ def folder(tmp_path_factory):
     return folder, seconds
 
 
-def test_where_the_time_goes(folder):
+def test_metrics_hold_the_seconds_of_each_part(folder):
     """A line for three steps: saves before each odd step, evaluations before 6 and 11, new indexes before 5 and 9."""
     folder, _ = folder
     rows = [json.loads(line) for line in (folder / "whole/metrics.jsonl").read_text().splitlines()]
@@ -33,16 +40,16 @@ def test_where_the_time_goes(folder):
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGUSR1]], ids=["kill", "stop"])
-def test_a_stopped_run_ends_like_one_that_was_not(folder, signals):
-    """Twice, at random moments: loading, compiling, learning, refreshing, evaluating, saving."""
+def test_a_stopped_run_ends_like_an_uninterrupted_one(folder, signals):
+    """Stopped twice at random moments: while loading, training, refreshing, evaluating or saving."""
     folder, seconds = folder
     name = "-".join(one.name for one in signals)
     assert killing.killed(name, folder, 2, 0.8 * seconds, random.Random(len(signals)), signals)
     assert killing.same(folder / "whole", folder / name)
 
 
-def test_a_bit_of_the_index_s_encoder_is_flipped(folder):
-    """The newest checkpoint is passed over for the one before, from which the run ends as it did."""
+def test_a_flipped_bit_makes_the_run_resume_from_an_older_checkpoint(folder):
+    """The damaged newest checkpoint is skipped for the one before, and the run ends as it did."""
     folder, _ = folder
     run = shutil.copytree(folder / "whole", folder / "flipped", symlinks=True)
     newest = (run / "checkpoint/latest").resolve()
@@ -53,15 +60,21 @@ def test_a_bit_of_the_index_s_encoder_is_flipped(folder):
     assert killing.same(folder / "whole", folder / "flipped")
 
 
-def test_another_seed_ends_elsewhere(folder):
-    """The counter-case: what `same` compares depends on the run."""
+def test_the_comparison_of_runs_notices_differences(folder):
+    """The counter-case: parameters of another step differ, and so do runs with another loss in metrics.jsonl."""
     folder, _ = folder
-    killing.finish("other", folder, "--seed", "1")
-    assert not killing.same(folder / "whole", folder / "other")
+    params, earlier = (store.load(folder / f"whole/checkpoint/step-{step}").params for step in (killing.STEPS, 10))
+    assert any(array.tobytes() != earlier[path].tobytes() for path, array in params.items())
+    run = shutil.copytree(folder / "whole", folder / "changed", symlinks=True)
+    assert killing.same(folder / "whole", run)
+    lines = (run / "metrics.jsonl").read_text()
+    loss = json.loads(lines.splitlines()[0])["loss/reader_loss"]
+    (run / "metrics.jsonl").write_text(lines.replace(str(loss), str(loss + 1e-6)))
+    assert not killing.same(folder / "whole", run)
 
 
-def test_a_finished_run_started_again_does_nothing(folder):
-    """The same command: no step, no change, nothing embedded, but for a last evaluation that is missing."""
+def test_a_finished_run_that_is_started_again_only_evaluates_what_is_missing(folder):
+    """No step, no change and no embedding, unless the last evaluation is missing, which is made up for."""
     folder, _ = folder
     log, scores = folder / "whole.log", folder / "whole" / f"eval-step-{killing.STEPS}.metrics.json"
     before, found = killing.outcome(folder / "whole")[1], json.loads(scores.read_text())
@@ -77,11 +90,31 @@ def test_a_finished_run_started_again_does_nothing(folder):
     assert all(again[name] == found[name] for name in ("exact_match", "f1", "eval_loss"))
 
 
-def test_another_learning_rate_is_another_run(folder):
-    """Refused in one line that names the flag; a flag that does not enter the training is not."""
-    folder, _ = folder
-    (process,) = killing.start("whole", folder, "--lr", "5e-4")
-    assert process.wait(120) == 2
-    said = (folder / "whole.log").read_text().splitlines()[-1]
-    assert "--lr 0.0005 (was 0.001)" in said
-    killing.finish("whole", folder, "--log_freq", "1")
+RULES = [
+    ({"lr": 5e-4}, "a run with other flags: --lr 0.0005 (was 0.0001)"),
+    ({"seed": 1, "lr": 5e-4}, "--seed 1 (was 0)"),
+    ({"total_steps": 2000}, None),
+    ({"log_freq": 1, "mesh": "data=1", "eval_data": ("other.jsonl",)}, None),
+]
+
+
+@pytest.mark.parametrize(("changes", "refusal"), RULES)
+def test_flags_may_change_on_resume_as_config_says(tiny_config, tiny_weights, tmp_path, caplog, changes, refusal):
+    """A flag that affects what is learnt is refused by name; `warned` flags are logged, `changeable` ones are not."""
+    about = json.loads(json.dumps({"progress": {}, "flags": to_dict(tiny_config), "queries": 4}))
+    start = RunStart(tiny_weights, store.ResumeState({}, about))
+    config = tiny_config
+    for group in ("run", "optim"):
+        known = {field.name for field in dataclasses.fields(getattr(config, group))}
+        changed = dataclasses.replace(getattr(config, group), **{k: v for k, v in changes.items() if k in known})
+        config = dataclasses.replace(config, **{group: changed})
+    if refusal:
+        with pytest.raises(DifferentRun) as error:
+            check_same_run(start, config, tmp_path, 4)
+        assert refusal in str(error.value)
+    else:
+        check_same_run(start, config, tmp_path, 4)
+    warned = [flag for flag in changes if resume_rules()[flag] == "warned"]
+    assert [record.args[0] for record in caplog.records] == warned
+    with pytest.raises(DifferentRun, match="a run of 4 queries a step, not 5"):
+        check_same_run(start, tiny_config, tmp_path, 5)

@@ -61,7 +61,7 @@ def fresh(weights, cfg: StepConfig) -> TrainState:
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def losses(params, batch, cfg):
-    """((loss, metrics), gradients)"""
+    """Returns ((loss, metrics), gradients)."""
 
     def loss_fn(params):
         return joint_loss(build_model(params, cfg.model), batch, None, cfg)
@@ -92,7 +92,7 @@ def test_losses_and_gradients_equal_the_reference(golden, tiny_weights, batch, m
 
 
 def test_attention_statistics_equal_the_reference(golden, tiny_weights, batch):
-    """All 24 correlations with the judgement, which differ."""
+    """All 24 correlations with the gold scores; they differ from each other."""
     wanted = np.load(golden / "stats.npz")
     (_, metrics), _ = losses(tiny_weights.params, batch, config(tiny_weights, stats=True))
     assert {name.removeprefix("corr/") for name in metrics if name.startswith("corr/")} == set(wanted.files)
@@ -103,7 +103,7 @@ def test_attention_statistics_equal_the_reference(golden, tiny_weights, batch):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_equal_finite_differences(tiny_weights, batch, mode):
-    """Along the gradient of each model, the loss grows by its norm; the judgement does not depend on the retriever."""
+    """Along the gradient of each model, the loss grows by its norm; the gold scores do not depend on the retriever."""
     cfg = config(tiny_weights, gold=mode)
     _, gradients = losses(tiny_weights.params, batch, cfg)
     for part, metric, size in (("reader", "loss/reader_loss", 1e-3), ("retriever", "loss/retriever_loss", 1e-2)):
@@ -124,7 +124,7 @@ def step(state, batch, key, cfg, update=True):
 
 
 def test_a_step_is_a_pure_function_of_state_batch_and_key(tiny_weights, batch):
-    """The same bits twice; another key drops other activations, but only where there is dropout."""
+    """Equal keys give equal bits; another key drops other activations, but only with dropout."""
     keys = [jax.random.key(n) for n in (0, 0, 1)]
     noisy = config(tiny_weights, dropout=True, model=tiny_weights.cfg.computing(dropout=0.1))
     quiet = config(tiny_weights)
@@ -135,7 +135,7 @@ def test_a_step_is_a_pure_function_of_state_batch_and_key(tiny_weights, batch):
         assert (first == other) == alike
 
 
-def test_gradients_add_up(tiny_weights, batch):
+def test_accumulated_gradients_are_summed(tiny_weights, batch):
     """Twice the same batch, then an update: the gradient is twice as long; without an update no parameter changes."""
     cfg = config(tiny_weights)
     state = fresh(tiny_weights, cfg)
@@ -150,7 +150,7 @@ def test_gradients_add_up(tiny_weights, batch):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tiny_weights, batch):
-    """A parameter that is not a number: the step is told to be bad, nothing is learnt, the sum starts anew."""
+    """With a NaN parameter the metric `bad` is 1, no parameter changes, and the sum of gradients starts again."""
     cfg = config(tiny_weights)
     good = fresh(tiny_weights, cfg)
     params = good.reader.params | {"reader/decoder/final_norm/scale": jnp.full(64, jnp.nan, jnp.float32)}

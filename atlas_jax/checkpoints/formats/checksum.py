@@ -1,4 +1,4 @@
-"""A checksum of an array that is the same on the host, on a device and split over a mesh."""
+"""Array checksums that are equal for an array on the host, on a device and sharded over a mesh."""
 
 import hashlib
 import math
@@ -9,103 +9,105 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
-from atlas_jax.storage.lazy_array import chunk_shape, parts
+from atlas_jax.storage.lazy_array import chunk_shape, chunk_slices
 
-PIECE = 4 << 20  # bytes of a host's array that go to the device at a time, which a cache holds
+CHUNK_BYTES = 4 << 20  # bytes of a host array that are sent to the device at a time: few enough for a CPU cache
 
 
 def checksum(array: np.ndarray | jax.Array) -> str:
-    """16 hexadecimal digits that depend on dtype, shape and bits alone; any one flipped bit changes them.
+    """Returns 16 hexadecimal digits that depend only on dtype, shape and bits; flipping any one bit changes them.
 
-    An array in the host's memory is read in pieces, and copied only if it is not contiguous.
+    A NumPy array is read in chunks of CHUNK_BYTES, which are copied only if they are not contiguous.
     """
     if isinstance(array, jax.Array):
-        return _digits(array.dtype, array.shape, np.asarray(_sums(array, np.uint32(0))))
-    whole = Checksum(array.dtype, array.shape)
-    whole.add((), array)
-    return whole.digits()
+        return _hexdigest(array.dtype, array.shape, np.asarray(_word_sums(array, np.uint32(0))))
+    result = Checksum(array.dtype, array.shape)
+    result.add((), array)
+    return result.hexdigest()
 
 
 class Checksum:
-    """The checksum of an array that arrives in parts, in any order, and perhaps to several processes."""
+    """Accumulates the checksum of an array from its parts, in any order and possibly in several processes."""
 
     def __init__(self, dtype: np.dtype[Any], shape: tuple[int, ...]):
         self.dtype, self.shape = dtype, shape
-        self.seen = 0  # elements
-        self.sums = np.zeros(2, np.uint32)  # those of several processes add up to that of all parts
+        self.element_count = 0  # elements added so far
+        self.sums = np.zeros(2, np.uint32)  # modulo 2**32; the sums of all processes add up to the array's
 
-    def add(self, corner: tuple[int, ...], part: np.ndarray) -> None:
-        """A part whose first element has this index; axes that `corner` leaves out are at 0."""
+    def add(self, start_index: tuple[int, ...], part: np.ndarray) -> None:
+        """Adds a part of the array; its first element has the index `start_index`, 0 on axes left out at the end."""
         words = max(part.itemsize // 4, 1)
         strides = [math.prod(self.shape[axis + 1 :]) * words for axis in range(part.ndim)]
         steps = np.array([stride % 2**32 for stride in (*strides, 1)], np.uint32)
-        start = first(corner, self.shape) * words
-        for index in parts(part.shape, chunk_shape(part.shape, part.itemsize, PIECE)):
-            piece, at = part[index], start + sum(i.start * n for i, n in zip(index, strides, strict=True))
-            bits = np.ascontiguousarray(piece).view(f"u{min(part.itemsize, 4)}")
-            if _is_run(piece.shape, self.shape):
-                added = _sums(bits.reshape(-1), np.uint32(at % 2**32))
+        start_word = first(start_index, self.shape) * words
+        for index in chunk_slices(part.shape, chunk_shape(part.shape, part.itemsize, CHUNK_BYTES)):
+            chunk, word = part[index], start_word + sum(s.start * n for s, n in zip(index, strides, strict=True))
+            bits = np.ascontiguousarray(chunk).view(f"u{min(part.itemsize, 4)}")
+            if _is_contiguous(chunk.shape, self.shape):
+                added = _word_sums(bits.reshape(-1), np.uint32(word % 2**32))
             else:
-                added = _spread_sums(bits.reshape(*piece.shape, words), np.uint32(at % 2**32), steps)
+                added = _strided_word_sums(bits.reshape(*chunk.shape, words), np.uint32(word % 2**32), steps)
             self.sums += np.asarray(added)
-        self.seen += part.size
+        self.element_count += part.size
 
-    def join(self, other: "Checksum") -> None:
-        """Counts what has been added to another checksum of this array."""
+    def merge(self, other: "Checksum") -> None:
+        """Adds the parts that were added to another checksum of this array."""
         self.sums += other.sums
-        self.seen += other.seen
+        self.element_count += other.element_count
 
-    def digits(self) -> str:
-        """That of the whole, once all parts have been added."""
-        return _digits(self.dtype, self.shape, self.sums)
+    def hexdigest(self) -> str:
+        """Returns the checksum of the array, once all of its parts have been added."""
+        return _hexdigest(self.dtype, self.shape, self.sums)
 
 
 def first(corner: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """The number of an element in C order; axes that `corner` leaves out are at 0."""
-    number = 0
+    """Returns the flat index, in C order, of the element at `corner`, which is 0 on axes left out at the end."""
+    flat_index = 0
     for axis, n in enumerate(shape):
-        number = number * n + (corner[axis] if axis < len(corner) else 0)
-    return number
+        flat_index = flat_index * n + (corner[axis] if axis < len(corner) else 0)
+    return flat_index
 
 
-def _is_run(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    """Whether the elements of such a part follow each other in the whole."""
-    axis = next((axis for axis, n in enumerate(part) if n != 1), len(part))
-    return part[axis + 1 :] == whole[axis + 1 :]
+def _is_contiguous(part_shape: tuple[int, ...], array_shape: tuple[int, ...]) -> bool:
+    """Whether a part of this shape covers consecutive elements, in C order, of the array."""
+    axis = next((axis for axis, n in enumerate(part_shape) if n != 1), len(part_shape))
+    return part_shape[axis + 1 :] == array_shape[axis + 1 :]
 
 
-def _digits(dtype: np.dtype[Any], shape: tuple[int, ...], sums: np.ndarray) -> str:
-    kind = hashlib.blake2b(f"{dtype}{shape}".encode(), digest_size=8).digest()
-    return (sums ^ np.frombuffer(kind, np.uint32)).tobytes().hex()
+def _hexdigest(dtype: np.dtype[Any], shape: tuple[int, ...], sums: np.ndarray) -> str:
+    """Combines the two sums with a hash of dtype and shape."""
+    type_hash = hashlib.blake2b(f"{dtype}{shape}".encode(), digest_size=8).digest()
+    return (sums ^ np.frombuffer(type_hash, np.uint32)).tobytes().hex()
 
 
 @jax.jit
-def _sums(array: Shaped[Array, "..."], start: UInt32[Array, ""]) -> UInt32[Array, "2"]:
-    """Two sums of the words, each first mixed with its index: sums do not depend on how the array is split.
+def _word_sums(array: Shaped[Array, "..."], start_word: UInt32[Array, ""]) -> UInt32[Array, "2"]:
+    """Returns two sums over the 32-bit words of a contiguous part, each word mixed with its index in the whole array.
 
-    Mixing is one-to-one, so a changed word changes both. A product with an odd weight would be that too, but cannot
-    see two changed signs: 2**31 times any odd number is 2**31.
+    Sums do not depend on how the array is split. Mixing is one-to-one, so one changed word changes both sums.
+    Multiplying by an odd weight would be one-to-one too, but would miss two flipped sign bits: 2**31 times any odd
+    number is 2**31 modulo 2**32.
     """
     words = _words(array)
     strides = [math.prod(words.shape[axis + 1 :]) % 2**32 for axis in range(words.ndim)]
-    return _mixed(words, start, np.array(strides, np.uint32))
+    return _mixed_sums(words, start_word, np.array(strides, np.uint32))
 
 
 @jax.jit
-def _spread_sums(words: Shaped[Array, "..."], start: UInt32[Array, ""], strides: UInt32[Array, " n"]) -> Any:
-    """The same of a part whose elements lie apart in the whole, by `strides` words along each axis."""
-    return _mixed(words.astype(jnp.uint32), start, strides)
+def _strided_word_sums(words: Shaped[Array, "..."], start_word: UInt32[Array, ""], strides: UInt32[Array, " n"]) -> Any:
+    """Returns the sums of `_word_sums` for a part with gaps in the whole array: `strides` words along each axis."""
+    return _mixed_sums(words.astype(jnp.uint32), start_word, strides)
 
 
-def _mixed(words: UInt32[Array, "..."], start: Any, strides: Any) -> UInt32[Array, "2"]:
-    index = start
+def _mixed_sums(words: UInt32[Array, "..."], start_word: Any, strides: Any) -> UInt32[Array, "2"]:
+    index = start_word
     for axis in range(words.ndim):
         index = index + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * strides[axis]
     return jnp.stack([_mix(words ^ _mix(index + jnp.uint32(salt))).sum(dtype=jnp.uint32) for salt in (1, 0x9E3779B9)])
 
 
 def _words(array: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
-    """The bits of each element in 32; a wider one is two words along a last axis."""
+    """Returns each element's bits as uint32; a 64-bit element becomes two words along a new last axis."""
     if array.dtype == jnp.bool:
         return array.astype(jnp.uint32)
     bits = jnp.uint32 if array.dtype.itemsize >= 4 else jnp.dtype(f"u{array.dtype.itemsize}")
@@ -113,7 +115,7 @@ def _words(array: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A permutation of the 32-bit words, each bit of which depends on all: the end of MurmurHash3."""
+    """Permutes the 32-bit words so that each output bit depends on all input bits: MurmurHash3's finalizer."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

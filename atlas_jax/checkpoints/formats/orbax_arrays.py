@@ -1,7 +1,7 @@
-"""Named arrays in a folder that Orbax restores, written and read a part at a time; only this file knows Orbax.
+"""Named arrays in an Orbax checkpoint folder, written and read a chunk at a time. Only this file uses Orbax.
 
-Orbax itself takes arrays whole, and copies them. So it writes the folder with numbers in their places, and TensorStore,
-its file format, puts the arrays there: uncompressed, in chunks that a reader takes singly.
+Orbax itself takes whole arrays, and copies them. So Orbax writes the folder with a scalar in place of each array, and
+TensorStore, whose zarr format Orbax uses, writes the arrays: uncompressed, in chunks that can be read one by one.
 """
 
 import contextlib
@@ -31,168 +31,172 @@ from atlas_jax.storage.lazy_array import (
     LocalShards,
     Slices,
     chunk_shape,
-    parts,
+    chunk_slices,
     piece_chunk,
+    read_once,
     relative_slices,
     start_indices,
-    take,
 )
 
-WORKERS = 4  # each reads, adds up and writes a part
+WORKERS = 4  # threads, each of which reads, checksums and writes a chunk
 CONTEXT = {
-    "file_io_concurrency": {"limit": 8},  # each may hold a chunk
-    "file_io_sync": True,  # at once, while others are prepared
+    "file_io_concurrency": {"limit": 8},  # file operations, each of which may hold a chunk
+    "file_io_sync": True,  # syncs each file when it is written, while other chunks are prepared
     "cache_pool": {"total_bytes_limit": 0},
 }
 
 
-Sums = dict[str, list[int]]  # of each array, from which its checksum follows
+PartialSums = dict[str, list[int]]  # by array: the `Checksum.sums` of what one process wrote or read
 
 
 def create_arrays(folder: Path, arrays: Mapping[str, ArrayLike]) -> None:
-    """Makes the folder, without the arrays' bytes. Raises what Orbax and TensorStore raise."""
-    with _orbax() as checkpointer:
+    """Creates the folder and the metadata of the arrays, but no chunks. Raises whatever Orbax and TensorStore raise."""
+    with _make_checkpointer() as checkpointer:
         checkpointer.save(folder, {name: np.zeros((), array.dtype) for name, array in arrays.items()})
     context = tensorstore.Context(CONTEXT)
     for name, array in arrays.items():
         spec = {
-            **_spec(folder, name),
-            "metadata": {"shape": array.shape, "chunks": _chunk(array), "compressor": None},
+            **_store_spec(folder, name),
+            "metadata": {"shape": array.shape, "chunks": _chunk_shape(array), "compressor": None},
             "dtype": array.dtype.name,
             "store_data_equal_to_fill_value": True,
         }
         tensorstore.open(spec, context=context, create=True, delete_existing=True).result()
 
 
-def write_arrays(folder: Path, arrays: Mapping[str, ArrayLike], tell: Callable[[int], object]) -> Sums:
-    """Writes what there is of the arrays into a folder that `create_arrays` made; `tell` hears of the bytes.
+def write_arrays(folder: Path, arrays: Mapping[str, ArrayLike], on_bytes: Callable[[int], object]) -> PartialSums:
+    """Writes arrays into a folder that `create_arrays` made; calls `on_bytes(count)` after each chunk.
 
-    Several processes may do so at a time, each its own pieces; `combine_checksums` of all their sums are the checksums.
+    Several processes may write at the same time: of `LocalShards`, each writes only its own shards.
+    `combine_checksums` makes the checksums from the sums that all processes return.
     """
     context = tensorstore.Context(CONTEXT)
-    places = {name: tensorstore.open(_spec(folder, name), context=context, open=True).result() for name in arrays}
+    stores = {name: tensorstore.open(_store_spec(folder, name), context=context, open=True).result() for name in arrays}
     checksums = {name: Checksum(array.dtype, array.shape) for name, array in arrays.items()}
 
-    def put(part: Part) -> tuple[str, Checksum]:
-        values = take(part.source, part.piece)
-        places[part.name][part.place].write(values, can_reference_source_data_indefinitely=True).result()
-        added = Checksum(values.dtype, arrays[part.name].shape)
-        added.add(start_indices(part.place), values)
-        drop_page_cache(*_files(folder / part.name, places[part.name], part.place))
-        return part.name, added
+    def write_chunk(chunk: ChunkWrite) -> tuple[str, Checksum]:
+        values = read_once(chunk.source, chunk.source_index)
+        stores[chunk.name][chunk.target].write(values, can_reference_source_data_indefinitely=True).result()
+        added = Checksum(values.dtype, arrays[chunk.name].shape)
+        added.add(start_indices(chunk.target), values)
+        drop_page_cache(*_chunk_files(folder / chunk.name, stores[chunk.name], chunk.target))
+        return chunk.name, added
 
-    with contextlib.closing(map_in_order(put, _parts(arrays), WORKERS)) as written:
+    with contextlib.closing(map_in_order(write_chunk, _chunk_writes(arrays), WORKERS)) as written:
         for name, added in written:
-            checksums[name].join(added)
-            tell(added.seen * added.dtype.itemsize)
+            checksums[name].merge(added)
+            on_bytes(added.element_count * added.dtype.itemsize)
     return {name: checksum.sums.tolist() for name, checksum in checksums.items()}
 
 
-def combine_checksums(arrays: Mapping[str, ArrayLike], sums: Sequence[Sums]) -> dict[str, str]:
-    """The checksum of each array, from the sums of all processes that wrote of it."""
-    found = {}
+def combine_checksums(arrays: Mapping[str, ArrayLike], partial_sums: Sequence[PartialSums]) -> dict[str, str]:
+    """Returns each array's checksum, from the sums of all processes that wrote or read parts of it."""
+    result = {}
     for name, array in arrays.items():
-        whole = Checksum(array.dtype, array.shape)
-        for one in sums:
-            whole.sums += np.array(one.get(name, (0, 0)), np.uint32)
-        found[name] = whole.digits()
-    return found
+        checksum = Checksum(array.dtype, array.shape)
+        for partial in partial_sums:
+            checksum.sums += np.array(partial.get(name, (0, 0)), np.uint32)
+        result[name] = checksum.hexdigest()
+    return result
 
 
-def _chunk(array: ArrayLike) -> tuple[int, ...]:
+def _chunk_shape(array: ArrayLike) -> tuple[int, ...]:
     if isinstance(array, LocalShards):
         return piece_chunk(array.piece, array.shape, array.dtype.itemsize)
     return array.chunk if isinstance(array, LazyArray) else chunk_shape(array.shape, array.itemsize)
 
 
-class Part(NamedTuple):
-    """A chunk to write: where it belongs in the array of this name, and what it is a part of."""
+class ChunkWrite(NamedTuple):
+    """A chunk to write: the index `target` of the array `name` gets the values `source[source_index]`."""
 
     name: str
-    place: Slices
+    target: Slices
     source: ArrayLike
-    piece: Slices
+    source_index: Slices
 
 
-def _parts(arrays: Mapping[str, ArrayLike]) -> Iterator[Part]:
+def _chunk_writes(arrays: Mapping[str, ArrayLike]) -> Iterator[ChunkWrite]:
     for name, array in arrays.items():
         if isinstance(array, LocalShards):
-            for place, piece in array.pieces:
-                for index in parts(piece.shape, _chunk(array)):
-                    yield Part(name, tuple(map(_shifted, place, index)), piece, index)
+            for target, piece in array.pieces:
+                for index in chunk_slices(piece.shape, _chunk_shape(array)):
+                    yield ChunkWrite(name, tuple(map(_add_offset, target, index)), piece, index)
         else:
-            for index in parts(array.shape, _chunk(array)):
-                yield Part(name, index, array, index)
+            for index in chunk_slices(array.shape, _chunk_shape(array)):
+                yield ChunkWrite(name, index, array, index)
 
 
-def _files(folder: Path, place: Any, index: Slices) -> Iterator[Path]:
-    """Those of an array that hold this part of it."""
-    chunk = place.chunk_layout.read_chunk.shape or ()  # None of a number
-    whole = (*index, *(slice(0, n) for n in place.shape[len(index) :]))
-    ranges = [range(i.start // n, -(-i.stop // n)) for i, n in zip(whole, chunk, strict=True)]
+def _chunk_files(folder: Path, store: Any, index: Slices) -> Iterator[Path]:
+    """Returns the files of the chunks that cover this part of an array."""
+    chunk = store.chunk_layout.read_chunk.shape or ()  # None for a scalar
+    full_index = (*index, *(slice(0, n) for n in store.shape[len(index) :]))
+    ranges = [range(i.start // n, -(-i.stop // n)) for i, n in zip(full_index, chunk, strict=True)]
     return (folder / (".".join(map(str, numbers)) or "0") for numbers in itertools.product(*ranges))
 
 
-def _shifted(place: slice, index: slice) -> slice:
-    return slice(place.start + index.start, place.start + index.stop)
+def _add_offset(base: slice, index: slice) -> slice:
+    return slice(base.start + index.start, base.start + index.stop)
 
 
 def open_arrays(folder: Path, checksums: Mapping[str, str]) -> dict[str, "Stored"]:
-    """The arrays of a folder, unread; UserError if it is damaged. What is read will be compared with the checksums."""
+    """Opens the arrays of a folder without reading them; UserError if the folder is damaged.
+
+    Values that are read later are compared with `checksums`.
+    """
     context = tensorstore.Context(CONTEXT)
     try:
-        with _orbax() as checkpointer:
+        with _make_checkpointer() as checkpointer:
             names = list(checkpointer.metadata(folder.resolve()).item_metadata)
-        found = {name: _open(folder, name, context) for name in names}
+        stores = {name: _open_store(folder, name, context) for name in names}
     except Exception as error:  # Orbax and TensorStore raise every kind
         raise UserError(f"{folder}: damaged or incomplete ({first_line(error)}); write it again") from None
-    for name in sorted(found.keys() ^ checksums.keys()):
+    for name in sorted(stores.keys() ^ checksums.keys()):
         raise damaged_error(f"{folder}: {name}")
-    return {name: Stored(folder, name, place, checksums[name]) for name, place in found.items()}
+    return {name: Stored(folder, name, store, checksums[name]) for name, store in stores.items()}
 
 
 class Stored(LazyArray):
-    """An array in such a folder. Parts read in turn are verified when the last has come: UserError if one differs.
+    """An array in an Orbax folder, verified once `read` has returned all of its elements: UserError if one differs.
 
-    What several processes read as shares, `verify_shards` does.
+    What several processes read with `read_shard` is verified by `verify_shards`.
     """
 
-    def __init__(self, folder: Path, name: str, place: Any, expected: str):
+    def __init__(self, folder: Path, name: str, store: Any, expected: str):
         self.name, self.expected = f"{folder}: {name}", expected
-        self.shape, self.dtype = tuple(place.shape), place.dtype.numpy_dtype
-        self._place, self._folder = place, folder / name
+        self.shape, self.dtype = tuple(store.shape), store.dtype.numpy_dtype
+        self._store, self._folder = store, folder / name
         self._checksum = Checksum(self.dtype, self.shape)
         self._lock = threading.Lock()  # several threads may read parts
-        self.shard_checksum: Checksum | None = None  # of what this process has to verify
+        self.shard_checksum: Checksum | None = None  # of the elements that this process has to verify
 
     def read(self, index: Slices = ()) -> np.ndarray:
         part = self._read(index)
         added = Checksum(self.dtype, self.shape)
         added.add(start_indices(index), part)
         with self._lock:
-            self._checksum.join(added)
-            if self._checksum.seen >= self.size:
-                found, self._checksum = self._checksum.digits(), Checksum(self.dtype, self.shape)
+            self._checksum.merge(added)
+            if self._checksum.element_count >= self.size:
+                found, self._checksum = self._checksum.hexdigest(), Checksum(self.dtype, self.shape)
                 if found != self.expected:
                     raise damaged_error(self.name)
         return part
 
-    def take(self, index: Slices = ()) -> np.ndarray:
+    def read_once(self, index: Slices = ()) -> np.ndarray:
         part = self.read(index)
-        with contextlib.suppress(FileNotFoundError):  # Orbax's own form has other files
-            drop_page_cache(*_files(self._folder, self._place, index))
+        with contextlib.suppress(FileNotFoundError):  # OCDBT folders, Orbax's default, have other files
+            drop_page_cache(*_chunk_files(self._folder, self._store, index))
         return part
 
-    def read_shard(self, index: Slices, owned: Sequence[Slices]) -> np.ndarray:
+    def read_shard(self, index: Slices, to_verify: Sequence[Slices]) -> np.ndarray:
         part = self._read(index)
         self.shard_checksum = Checksum(self.dtype, self.shape)
-        for piece in owned:
+        for piece in to_verify:
             self.shard_checksum.add(start_indices(piece), part[relative_slices(piece, index)])
         return part
 
     def _read(self, index: Slices) -> np.ndarray:
         try:
-            part: np.ndarray = self._place[index].read().result()
+            part: np.ndarray = self._store[index].read().result()
         except Exception as error:  # TensorStore raises every kind
             folder = self.name.split(": ")[0]
             raise UserError(f"{folder}: damaged or incomplete ({first_line(error)}); write it again") from None
@@ -200,24 +204,24 @@ class Stored(LazyArray):
 
 
 def verify_shards(arrays: Mapping[str, ArrayLike]) -> None:
-    """Compares what all processes have read as shares with what was saved; they come here together.
+    """Compares what the processes have read with `read_shard` with what was saved. A collective call.
 
-    UserError on all of them if it differs.
+    UserError on every process if an array differs.
     """
-    shared = {name: array for name, array in arrays.items() if isinstance(array, Stored) and array.shard_checksum}
-    mine = {name: array.shard_checksum.sums.tolist() for name, array in shared.items() if array.shard_checksum}
-    for name, found in combine_checksums(shared, process_group().run_on_all(lambda: mine)).items():
-        if found != shared[name].expected:
-            raise damaged_error(shared[name].name)
+    sharded = {name: array for name, array in arrays.items() if isinstance(array, Stored) and array.shard_checksum}
+    local_sums = {name: array.shard_checksum.sums.tolist() for name, array in sharded.items() if array.shard_checksum}
+    for name, found in combine_checksums(sharded, process_group().run_on_all(lambda: local_sums)).items():
+        if found != sharded[name].expected:
+            raise damaged_error(sharded[name].name)
 
 
 def damaged_error(what: object) -> UserError:
-    """What is there is another thing than was written."""
+    """Returns the UserError for stored data that differs from what was saved."""
     return UserError(f"{what} is not what was saved; copy the checkpoint again or take an older one")
 
 
 def first_line(error: Exception) -> str:
-    """What the operating system said, or else the first line of others' messages, which may have many."""
+    """Returns the operating system's message, or else the first line of the error's, which may have many."""
     if code := re.search(r"os(?:_error_code='| error )(\d+)", str(error)):  # TensorStore; tokenizers
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
@@ -225,34 +229,39 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _open(folder: Path, name: str, context: Any) -> Any:
-    return tensorstore.open(_spec(folder, name), context=context, open=True, read=True).result()
+def _open_store(folder: Path, name: str, context: Any) -> Any:
+    return tensorstore.open(_store_spec(folder, name), context=context, open=True, read=True).result()
 
 
-def _spec(folder: Path, name: str) -> dict[str, Any]:
+def _store_spec(folder: Path, name: str) -> dict[str, Any]:
     path = folder.resolve()
-    if (path / "manifest.ocdbt").is_file():  # Orbax's own choice, and ours once
+    if (path / "manifest.ocdbt").is_file():  # OCDBT is Orbax's default; our early checkpoints used it
         return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}}
     return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path / name}/"}}
 
 
-def _orbax() -> Any:
-    """Orbax, silenced: it tells its own life in the log, and after a failure says it again from each of its threads."""
+def _make_checkpointer() -> Any:
+    """Makes an Orbax checkpointer for this process alone and silences its logging.
+
+    Orbax logs each of its steps, and after a failure every one of its threads logs the error again.
+    """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    if not isinstance(sys.unraisablehook, _LateCallbacks):
-        sys.unraisablehook = _LateCallbacks(sys.unraisablehook)
-    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
-    handler = ocp.StandardCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    if not isinstance(sys.unraisablehook, _IgnoreClosedLoop):
+        sys.unraisablehook = _IgnoreClosedLoop(sys.unraisablehook)
+    this_process = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    handler = ocp.StandardCheckpointHandler(use_ocdbt=False, multiprocessing_options=this_process)
+    return ocp.Checkpointer(handler, multiprocessing_options=this_process)
 
 
-class _LateCallbacks:
-    """Drops what TensorStore's threads complain of when the event loop that waited for them has gone: a failed save."""
+class _IgnoreClosedLoop:
+    """Unraisable hook that drops errors of TensorStore's threads whose event loop closed after a failed save."""
 
-    def __init__(self, others: Callable[["sys.UnraisableHookArgs"], Any]):
-        self._others = others
+    def __init__(self, next_hook: Callable[["sys.UnraisableHookArgs"], Any]):
+        self._next_hook = next_hook
 
-    def __call__(self, lost: "sys.UnraisableHookArgs") -> None:
-        if not (isinstance(lost.exc_value, RuntimeError) and str(lost.exc_value) == "Event loop is closed"):
-            self._others(lost)
+    def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            self._next_hook(unraisable)

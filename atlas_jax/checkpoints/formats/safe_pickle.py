@@ -1,9 +1,11 @@
-"""Pickles of plain data, read without `pickle`: data comes out, nothing in the file runs.
+"""Reads pickles of plain data without `pickle`: returns data and never runs anything in the file.
 
-A pickle is a small program. `unpickle` runs it and knows plain data only; what else a program may name stands in a
-`Names`, which knows nothing here and PyTorch's names in `torch_file`. Memory and time stay within a constant times the
-file: an opcode adds at most one object, memo numbers come in order, a count past the end yields what is there, keys are
-quick to compare, and what comes out is small even where a value in many places counts as many.
+A pickle is a program for a small stack machine. `unpickle` executes the opcodes of plain data only; which globals
+(classes and functions) a pickle may use besides is up to an `AllowedGlobals`: none here, PyTorch's in `torch_reader`.
+
+Memory and time are bounded by a constant times the file size: an opcode adds at most one object, memo indices must be
+sequential, a length past the end of the file yields only the bytes that exist, dict keys are cheap to compare, and the
+result must be small even when a value that occurs in many places is counted at each of them.
 """
 
 import contextlib
@@ -18,42 +20,45 @@ from typing import Any
 from atlas_jax.errors import UserError
 from atlas_jax.storage.mapped_file import MappedFile
 
-Path = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 MAX_PLAIN_PICKLE = 64 << 30  # bytes of one passages file
-MAX_DEPTH = 100  # containers inside containers
-MAX_KEY = 1000  # characters: an equal key is compared to its end, each time that it comes
-MAX_NUMBER_KEYS = 10_000  # in one file; an optimizer has one a parameter
-MAX_PLACES = 1_000_000  # of values in containers, or ten a byte of the pickle if that is more
+MAX_DEPTH = 100  # levels of nested containers
+MAX_KEY = 1000  # characters of a dict key: each time an equal key is stored, the two are compared to the end
+MAX_NUMBER_KEYS = 10_000  # numbers used as keys in one file; an optimizer's state has one per parameter
+MAX_OCCURRENCES = 1_000_000  # of values in containers; 10 per byte of the pickle if that is more
 
-LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the number pickled at the start of a torch file before 1.6
-ZIP_MAGIC = b"PK\x03\x04"  # at the start of a newer one
+LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the pickled number that starts a file of PyTorch < 1.6
+ZIP_MAGIC = b"PK\x03\x04"  # starts a file of PyTorch >= 1.6
 
-AGAIN = "copy or download it again"
+COPY_AGAIN = "copy or download it again"
 SAVE_PLAIN = "save it again with only tensors and plain values in it"
 
-# What a damaged file raises in the code below: one `except` instead of a test before every access.
+# Exceptions that a damaged file raises below: one `except` clause replaces a check before every access.
 MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, EOFError, struct.error)
 
 
 class Refused(Exception):
-    """What is wrong, and the remedy; `refusals` adds the file."""
+    """Says why a file is refused, and the remedy; `user_errors` prepends the path."""
 
 
-def load_pickle(path: Path) -> Any:
-    """What `pickle.dump` wrote with protocol 2 to 5: plain Python; a class or function in it is refused by name."""
-    with refusals(path):
+def load_pickle(path: StrPath) -> Any:
+    """Returns the plain data that `pickle.dump` wrote with protocol 2 to 5.
+
+    UserError if the file cannot be read or holds anything else; a class or function in it is named.
+    """
+    with user_errors(path):
         file = map_file(path)
         if file[:4] == ZIP_MAGIC or file[2:15] == LEGACY_MAGIC:
             raise Refused("was written by torch.save, not by pickle.dump; give the file that holds the passages")
         if len(file) > MAX_PLAIN_PICKLE:
             raise Refused(f"has {len(file)} bytes, more than {MAX_PLAIN_PICKLE}; split it")
-        return unpickle(file, Names())
+        return unpickle(file, AllowedGlobals())
 
 
 @contextlib.contextmanager
-def refusals(path: Path) -> Iterator[None]:
-    """Turn a refusal into the one line a person reads."""
+def user_errors(path: StrPath) -> Iterator[None]:
+    """Converts `Refused` and OSError into a one-line UserError that starts with the path."""
     try:
         yield
     except Refused as refused:
@@ -62,17 +67,17 @@ def refusals(path: Path) -> Iterator[None]:
         raise UserError(f"{os.fspath(path)}: {error.strerror or error}; give a file that can be read") from None
 
 
-def map_file(path: Path) -> MappedFile:
-    """The bytes of a file, read where they are needed."""
+def map_file(path: StrPath) -> MappedFile:
+    """Memory-maps a file; `Refused` if it is empty."""
     if not os.stat(path).st_size:
-        raise Refused(f"is empty; {AGAIN}")
+        raise Refused(f"is empty; {COPY_AGAIN}")
     return MappedFile(path)
 
 
-def shortened(value: str | tuple[int, ...]) -> str:
-    """What stands in a file, in a message: strings quoted, and nothing in it unprintable."""
-    whole = repr(value[:100])
-    return whole if len(value) <= 100 and len(whole) <= 200 else f"{whole[:200]}..."
+def shorten(value: str | tuple[int, ...]) -> str:
+    """Formats a value from a file for a message: its `repr`, without unprintable characters, cut after 200 of them."""
+    quoted = repr(value[:100])
+    return quoted if len(value) <= 100 and len(quoted) <= 200 else f"{quoted[:200]}..."
 
 
 PROTO, FRAME, STOP, MARK = 0x80, 0x95, ord("."), ord("(")
@@ -83,86 +88,94 @@ GLOBAL, STACK_GLOBAL, REDUCE, NEWOBJ, BUILD, BINPERSID = ord("c"), 0x93, ord("R"
 SHORT_BINUNICODE = 0x8C
 
 CONSTANTS = {ord("N"): None, 0x88: True, 0x89: False, ord(")"): ()}
-EMPTY: dict[int, Callable[[], Any]] = {ord("]"): list, ord("}"): dict, 0x8F: set}
+EMPTY_CONTAINERS: dict[int, Callable[[], Any]] = {ord("]"): list, ord("}"): dict, 0x8F: set}
 NUMBERS = {ord(op): struct.Struct(form) for op, form in {"J": "<i", "K": "<B", "M": "<H", "G": ">d"}.items()}
 
 
-def _text(utf8: bytes) -> str:
+def _decode(utf8: bytes) -> str:
     return str(utf8, "utf-8", "surrogatepass")
 
 
-COUNTED: dict[int, tuple[int, Callable[[bytes], Any]]] = {  # opcode: width of the count, what the bytes become
-    **{ord("X"): (4, _text), 0x8D: (8, _text)},
+LENGTH_PREFIXED: dict[int, tuple[int, Callable[[bytes], Any]]] = {  # opcode: bytes of the length, decoder of the rest
+    **{ord("X"): (4, _decode), 0x8D: (8, _decode)},
     **{ord("C"): (1, bytes), ord("B"): (4, bytes), 0x8E: (8, bytes), 0x96: (8, bytearray)},
     0x8A: (1, lambda digits: int.from_bytes(digits, "little", signed=True)),
 }
 
-KEYS: frozenset[type[Any]] = frozenset({str, int, float, bool, bytes, type(None)})  # a nested tuple is slow to hash
-TEXT = {str}
-NESTED: frozenset[type[Any]] = frozenset({list, tuple, dict, set, frozenset})
-PLAIN = KEYS | NESTED | {bytearray}
+# No tuple: a nested one is slow to hash.
+KEY_TYPES: frozenset[type[Any]] = frozenset({str, int, float, bool, bytes, type(None)})
+STR_ONLY = {str}
+CONTAINER_TYPES: frozenset[type[Any]] = frozenset({list, tuple, dict, set, frozenset})
+PLAIN_TYPES = KEY_TYPES | CONTAINER_TYPES | {bytearray}
 
 
 @dataclasses.dataclass(frozen=True)
-class Maker:
-    """A class or function that a pickle may call, and what is done in its place."""
+class AllowedCallable:
+    """A class or function that a pickle may call, and the function that is called in its place."""
 
     name: str
-    make: Callable[..., Any]
+    function: Callable[..., Any]
 
 
-class Names:
-    """What a plain pickle may name beyond plain data: nothing."""
+class AllowedGlobals:
+    """Decides which globals and persistent ids a pickle may use, and which states it may set; here none."""
 
-    kinds: frozenset[type[Any]] = frozenset()  # of the values that names make
+    extra_types: frozenset[type[Any]] = frozenset()  # non-plain types of values that allowed globals give
 
     def __init__(self) -> None:
-        self.known: dict[str, Any] = {}
+        self.allowed: dict[str, Any] = {}
         self.number_keys = 0
 
-    def keys(self, values: list[Any]) -> list[Any]:
-        """The same values, which may be the keys of a dict or the members of a set.
+    def check_keys(self, values: list[Any]) -> list[Any]:
+        """Returns `values`; `Refused` unless all of them are fit to be dict keys or set members.
 
-        Numbers with equal hashes are easily found, and n of them take n * n steps to store; so numbers are few.
+        Numbers with equal hashes are easy to construct, and storing n of them takes n * n steps; so the file may have
+        at most MAX_NUMBER_KEYS of them.
         """
-        kinds = set(map(type, values))
-        if kinds == TEXT and max(map(len, values)) <= MAX_KEY:
+        types = set(map(type, values))
+        if types == STR_ONLY and max(map(len, values)) <= MAX_KEY:
             return values
-        if not kinds <= KEYS:
-            bad = next(kind.__name__ for kind in map(type, values) if kind not in KEYS)
+        if not types <= KEY_TYPES:
+            bad = next(type_.__name__ for type_ in map(type, values) if type_ not in KEY_TYPES)
             raise Refused(f"has a {bad} as the key of a dict or in a set; save it again with strings or numbers there")
         if any(type(value) in (str, bytes) and len(value) > MAX_KEY for value in values):
             raise Refused(f"has a key of more than {MAX_KEY} characters in a dict or set; save it again as a value")
-        if kinds & {int, float}:
+        if types & {int, float}:
             self.number_keys += sum(type(value) in (int, float) for value in values)
             if self.number_keys > MAX_NUMBER_KEYS:
                 raise Refused(f"has more than {MAX_NUMBER_KEYS} numbers as keys; save it again with strings there")
         return values
 
-    def find(self, module: Any, attribute: Any) -> Any:
+    def find_global(self, module: Any, attribute: Any) -> Any:
+        """Returns the value that replaces a global; `Refused` if the global is not allowed."""
         if type(module) is not str or type(attribute) is not str:
             raise TypeError("a name is made of two strings")
         name = f"{module}.{attribute}".replace("__builtin__.", "builtins.", 1)
-        if name not in self.known:
-            raise Refused(f"asks for {shortened(name)}, which is not among the names allowed in it; {SAVE_PLAIN}")
-        return self.known[name]
+        if name not in self.allowed:
+            raise Refused(f"asks for {shorten(name)}, which is not among the names allowed in it; {SAVE_PLAIN}")
+        return self.allowed[name]
 
-    def load(self, reference: Any) -> Any:
+    def persistent_load(self, persistent_id: Any) -> Any:
+        """Returns the object that a persistent id refers to; here always `Refused`."""
         raise Refused(f"refers to something outside its pickle; {SAVE_PLAIN}")
 
     def set_state(self, target: Any, state: Any) -> None:
+        """Sets attributes of an object (opcode BUILD); here always `Refused`."""
         raise Refused(f"sets the attributes of a {type(target).__name__}; {SAVE_PLAIN}")
 
 
-def unpickle(data: mmap.mmap | bytes, names: Names) -> Any:
-    """Run the program. The commonest opcodes stand first; a read past the end is an IndexError at the next opcode."""
+def unpickle(data: mmap.mmap | bytes, allowed: AllowedGlobals) -> Any:
+    """Executes the pickle and returns its value; `Refused` if it is damaged or holds anything but plain data.
+
+    The most frequent opcodes are tested first. Reading past the end raises IndexError at the next opcode.
+    """
     stack: list[Any] = []
     marks: list[int] = []
     memo: list[Any] = []
     pos = 2
     try:
         if data[0] != PROTO or not 2 <= data[1] <= 5:
-            raise Refused(f"is not a pickle of protocol 2 to 5; {AGAIN}")
+            raise Refused(f"is not a pickle of protocol 2 to 5; {COPY_AGAIN}")
         while True:
             op = data[pos]
             pos += 1
@@ -178,19 +191,21 @@ def unpickle(data: mmap.mmap | bytes, names: Names) -> Any:
             elif op == LONG_BINGET:
                 stack.append(memo[int.from_bytes(data[pos : pos + 4], "little")])
                 pos += 4
-            elif op in COUNTED:
-                width, make = COUNTED[op]
+            elif op in LENGTH_PREFIXED:
+                width, decode = LENGTH_PREFIXED[op]
                 end = pos + width + int.from_bytes(data[pos : pos + width], "little")
-                stack.append(make(data[pos + width : end]))
+                stack.append(decode(data[pos + width : end]))
                 pos = end
             elif op == MARK:
                 marks.append(len(stack))
             elif op == SETITEMS:
                 start = marks.pop()
-                dict.update(stack[start - 1], zip(names.keys(stack[start::2]), stack[start + 1 :: 2], strict=True))
+                dict.update(
+                    stack[start - 1], zip(allowed.check_keys(stack[start::2]), stack[start + 1 :: 2], strict=True)
+                )
                 del stack[start:]
-            elif op in EMPTY:
-                stack.append(EMPTY[op]())
+            elif op in EMPTY_CONTAINERS:
+                stack.append(EMPTY_CONTAINERS[op]())
             elif op in (BINPUT, LONG_BINPUT):
                 width = 1 if op == BINPUT else 4
                 index = int.from_bytes(data[pos : pos + width], "little")
@@ -217,70 +232,73 @@ def unpickle(data: mmap.mmap | bytes, names: Names) -> Any:
                 del stack[start:]
             elif op == SETITEM:
                 value, key = stack.pop(), stack.pop()
-                dict.__setitem__(stack[-1], names.keys([key])[0], value)
+                dict.__setitem__(stack[-1], allowed.check_keys([key])[0], value)
             elif op == ADDITEMS:
                 start = marks.pop()
-                set.update(stack[start - 1], names.keys(stack[start:]))
+                set.update(stack[start - 1], allowed.check_keys(stack[start:]))
                 del stack[start:]
             elif op == FROZENSET:
                 start = marks.pop()
-                stack[start:] = [frozenset(names.keys(stack[start:]))]
+                stack[start:] = [frozenset(allowed.check_keys(stack[start:]))]
             elif op == FRAME:
-                pos += 8  # a hint for reading ahead
+                pos += 8  # the frame's length, a hint for prefetching
             elif op == GLOBAL:
                 middle = data.find(b"\n", pos)
                 end = data.find(b"\n", middle + 1)
                 if middle < 0 or end < 0:
                     raise IndexError("a name without an end")
-                stack.append(names.find(_text(data[pos:middle]), _text(data[middle + 1 : end])))
+                stack.append(allowed.find_global(_decode(data[pos:middle]), _decode(data[middle + 1 : end])))
                 pos = end + 1
             elif op == STACK_GLOBAL:
                 attribute, module = stack.pop(), stack.pop()
-                stack.append(names.find(module, attribute))
+                stack.append(allowed.find_global(module, attribute))
             elif op in (REDUCE, NEWOBJ):
-                args, maker = stack.pop(), stack.pop()
-                if type(maker) is not Maker or type(args) is not tuple:
-                    raise TypeError(f"a {type(maker).__name__} is called")
-                stack.append(maker.make(*args))
+                args, called = stack.pop(), stack.pop()
+                if type(called) is not AllowedCallable or type(args) is not tuple:
+                    raise TypeError(f"a {type(called).__name__} is called")
+                stack.append(called.function(*args))
             elif op == BUILD:
                 state = stack.pop()
-                names.set_state(stack[-1], state)
+                allowed.set_state(stack[-1], state)
             elif op == BINPERSID:
-                stack.append(names.load(stack.pop()))
+                stack.append(allowed.persistent_load(stack.pop()))
             elif op == STOP:
                 break
             else:
-                raise Refused(f"uses opcode {_opcode(op)} at byte {pos - 1} of its pickle; {SAVE_PLAIN}")
+                raise Refused(f"uses opcode {_opcode_name(op)} at byte {pos - 1} of its pickle; {SAVE_PLAIN}")
         if len(stack) != 1 or marks or pos != len(data):
-            raise Refused(f"ends too early, at byte {pos} of its pickle; {AGAIN}")
+            raise Refused(f"ends too early, at byte {pos} of its pickle; {COPY_AGAIN}")
     except MALFORMED as error:
-        problem = "is cut short" if pos >= len(data) else f"is damaged ({shortened(str(error))})"
-        raise Refused(f"{problem} at byte {min(pos, len(data))} of its pickle; {AGAIN}") from None
-    _check_plain(stack[0], PLAIN | names.kinds, max(MAX_PLACES, 10 * len(data)))
+        problem = "is cut short" if pos >= len(data) else f"is damaged ({shorten(str(error))})"
+        raise Refused(f"{problem} at byte {min(pos, len(data))} of its pickle; {COPY_AGAIN}") from None
+    _check_plain(stack[0], PLAIN_TYPES | allowed.extra_types, max(MAX_OCCURRENCES, 10 * len(data)))
     return stack[0]
 
 
-def _check_plain(root: Any, plain: frozenset[type[Any]], most: int) -> None:
-    """Refuse what is not plain data, nested too deeply or, which is nesting without end, part of itself.
+def _check_plain(root: Any, allowed_types: frozenset[type[Any]], budget: int) -> None:
+    """Raises `Refused` if `root` holds a value that is not plain data, is nested too deeply or contains itself.
 
-    A value is met, and counted, wherever it stands: so it is for whoever prints, compares or copies the data later.
+    A value is visited and counted in every place where it occurs, as it is by code that prints, compares or copies the
+    data later; so a value that contains itself is nested without end.
     """
     level = [root]
     for _ in range(MAX_DEPTH + 1):
-        below: list[Any] = []
+        next_level: list[Any] = []
         for value in level:
-            kind = type(value)
-            if kind not in plain:
-                name = value.name if kind is Maker else kind.__name__
-                raise Refused(f"holds {shortened(name)} itself as a value; {SAVE_PLAIN}")
-            if kind in NESTED:
-                most -= len(value)
-                if most < 0:
+            type_ = type(value)
+            if type_ not in allowed_types:
+                name = value.name if type_ is AllowedCallable else type_.__name__
+                raise Refused(f"holds {shorten(name)} itself as a value; {SAVE_PLAIN}")
+            if type_ in CONTAINER_TYPES:
+                budget -= len(value)
+                if budget < 0:
                     raise Refused(f"repeats the same values in too many places; {SAVE_PLAIN}, each once")
-                below += [child for child in (value.values() if kind is dict else value) if type(child) not in KEYS]
-        if not below:
+                next_level += [
+                    child for child in (value.values() if type_ is dict else value) if type(child) not in KEY_TYPES
+                ]
+        if not next_level:
             return
-        level = below
+        level = next_level
     raise _too_deep()
 
 
@@ -288,6 +306,6 @@ def _too_deep() -> Refused:
     return Refused(f"nests values more than {MAX_DEPTH} deep; {SAVE_PLAIN}, less deep")
 
 
-def _opcode(op: int) -> str:
-    known = pickletools.code2op.get(chr(op))  # type: ignore[attr-defined]  # not in typeshed
-    return known.name if known else f"{op:#04x}"
+def _opcode_name(op: int) -> str:
+    opcode = pickletools.code2op.get(chr(op))  # type: ignore[attr-defined]  # not in typeshed
+    return opcode.name if opcode else f"{op:#04x}"

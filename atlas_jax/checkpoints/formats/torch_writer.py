@@ -1,7 +1,7 @@
-"""PyTorch's files, written without torch and without `pickle`: the few opcodes that name tensors stand here.
+"""Writes `torch.save` files without torch and without `pickle`, with the few opcodes that tensors need.
 
-A file is a zip of uncompressed members, as `torch_file` reads it: a pickle that says what there is, and the bytes of
-each tensor, aligned so that PyTorch can map them. `torch.load(..., weights_only=True)` opens it.
+A file is a zip of uncompressed members, as `torch_reader` reads it: a pickle of the structure, and the bytes of each
+tensor, aligned so that PyTorch can map them. `torch.load(..., weights_only=True)` opens it.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ STORAGES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor of a pickle: all of the member `data/{key}`."""
+class TensorRef:
+    """Stands for a tensor in the pickle; the zip member `data/{key}` holds its values, in C order."""
 
     key: str
     shape: tuple[int, ...]
@@ -36,44 +36,44 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """An OrderedDict with these attributes: an `argparse.Namespace` that `weights_only` lets pass."""
+    """Pickled as an OrderedDict with these attributes: `weights_only=True` refuses an `argparse.Namespace`."""
 
     values: dict[str, Any]
 
 
 def write_torch(
-    path: Path, model: Mapping[str, ArrayLike], about: Mapping[str, Any], tell: Callable[[int], object]
+    path: Path, model: Mapping[str, ArrayLike], extra: Mapping[str, Any], on_bytes: Callable[[int], object]
 ) -> None:
-    """What `torch.save({"model": model, **about}, path)` writes, an array after the other while the next one is read.
+    """Writes what `torch.save({"model": model, **extra}, path)` writes, reading ahead while one array is written.
 
-    Two names of one array share its bytes, as tied weights do. `tell` hears of the bytes.
+    Two names of one array object share its bytes, as tied weights do. Calls `on_bytes(count)` after each array.
     """
-    once = {id(array): array for array in model.values()}
-    keys = {number: str(place) for place, number in enumerate(once)}
-    tensors = {name: Tensor(keys[id(a)], tuple(a.shape), np.dtype(a.dtype)) for name, a in model.items()}
+    unique = {id(array): array for array in model.values()}
+    keys = {object_id: str(position) for position, object_id in enumerate(unique)}
+    tensors = {name: TensorRef(keys[id(x)], tuple(x.shape), np.dtype(x.dtype)) for name, x in model.items()}
     with open(path, "xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        _member(archive, "data.pkl", dump({"model": tensors, **about}))
-        _member(archive, "byteorder", b"little")
-        for key, data in zip(keys.values(), stream(once.values(), file, tell), strict=True):
-            _member(archive, f"data/{key}", data)
-        _member(archive, "version", b"3\n")
+        _add_member(archive, "data.pkl", dump({"model": tensors, **extra}))
+        _add_member(archive, "byteorder", b"little")
+        for key, data in zip(keys.values(), stream(unique.values(), file, on_bytes), strict=True):
+            _add_member(archive, f"data/{key}", data)
+        _add_member(archive, "version", b"3\n")
 
 
 def write_tensor(path: Path, array: np.ndarray) -> None:
-    """What `torch.save(tensor, path)` writes of one tensor."""
+    """Writes what `torch.save(tensor, path)` writes for one tensor."""
     with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
-        _member(archive, "data.pkl", dump(Tensor("0", array.shape, array.dtype)))
-        _member(archive, "byteorder", b"little")
+        _add_member(archive, "data.pkl", dump(TensorRef("0", array.shape, array.dtype)))
+        _add_member(archive, "byteorder", b"little")
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        _member(archive, "data/0", data.data)
-        _member(archive, "version", b"3\n")
+        _add_member(archive, "data/0", data.data)
+        _add_member(archive, "version", b"3\n")
 
 
-def _member(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
-    """Adds a file whose bytes begin at a multiple of ALIGNMENT; PyTorch too fills the space with a field "FB"."""
+def _add_member(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
+    """Adds a member whose bytes begin at a multiple of ALIGNMENT, padded by an extra field "FB" as in PyTorch."""
     info = zipfile.ZipInfo(f"{FOLDER}/{name}")
     info.file_size, info.compress_size, info.CRC = len(data), len(data), 0
-    zip64 = len(data) * 1.05 > zipfile.ZIP64_LIMIT  # when `open` reserves room for longer sizes
+    zip64 = len(data) * 1.05 > zipfile.ZIP64_LIMIT  # the condition under which `open` writes a larger header
     start = archive.start_dir + len(info.FileHeader(zip64)) + 4
     padding = -start % ALIGNMENT
     info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
@@ -82,11 +82,11 @@ def _member(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> No
 
 
 def dump(value: Any) -> bytes:
-    """A pickle of protocol 2 of tensors, texts, numbers, None and dicts of these."""
-    return b"\x80\x02" + _value(value) + b"."
+    """Pickles `TensorRef`, `Attributes`, strings, numbers, None, tuples and dicts, with protocol 2; else TypeError."""
+    return b"\x80\x02" + _pickle_value(value) + b"."
 
 
-def _value(value: Any) -> bytes:
+def _pickle_value(value: Any) -> bytes:
     match value:
         case None:
             return b"N"
@@ -101,29 +101,33 @@ def _value(value: Any) -> bytes:
             text = value.encode()
             return b"X" + struct.pack("<I", len(text)) + text
         case tuple():
-            return b"(" + b"".join(map(_value, value)) + b"t"
+            return b"(" + b"".join(map(_pickle_value, value)) + b"t"
         case dict():
-            return b"}(" + b"".join(_value(key) + _value(inner) for key, inner in value.items()) + b"u"
+            return b"}(" + b"".join(_pickle_value(key) + _pickle_value(item) for key, item in value.items()) + b"u"
         case Attributes():
-            return _call("collections", "OrderedDict") + _value(value.values) + b"b"
-        case Tensor():
-            return _tensor(value)
+            return _pickle_call("collections", "OrderedDict") + _pickle_value(value.values) + b"b"
+        case TensorRef():
+            return _pickle_tensor(value)
         case _:
             raise TypeError(f"a {type(value).__name__} has no place in a checkpoint")
 
 
-def _tensor(tensor: Tensor) -> bytes:
+def _pickle_tensor(tensor: TensorRef) -> bytes:
     size = math.prod(tensor.shape)
     strides = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
-    kind = _name("torch", f"{STORAGES[tensor.dtype]}Storage")
-    storage = b"(" + _value("storage") + kind + b"".join(map(_value, (tensor.key, "cpu", size))) + b"tQ"
-    rest = b"".join(map(_value, (0, tensor.shape, strides, False))) + _call("collections", "OrderedDict")
-    return _name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + rest + b"tR"
+    storage_type = _pickle_global("torch", f"{STORAGES[tensor.dtype]}Storage")
+    storage = (
+        b"(" + _pickle_value("storage") + storage_type + b"".join(map(_pickle_value, (tensor.key, "cpu", size))) + b"tQ"
+    )
+    arguments = b"".join(map(_pickle_value, (0, tensor.shape, strides, False))) + _pickle_call(
+        "collections", "OrderedDict"
+    )
+    return _pickle_global("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + arguments + b"tR"
 
 
-def _call(module: str, name: str) -> bytes:
-    return _name(module, name) + b")R"
+def _pickle_call(module: str, name: str) -> bytes:
+    return _pickle_global(module, name) + b")R"
 
 
-def _name(module: str, name: str) -> bytes:
+def _pickle_global(module: str, name: str) -> bytes:
     return f"c{module}\n{name}\n".encode()

@@ -1,4 +1,4 @@
-"""An index from one form into another, chunk by chunk: memory depends neither on its size nor on its shards."""
+"""Writes an index of any form as a flat index, chunk by chunk: memory depends neither on its size nor on its shards."""
 
 import concurrent.futures
 import contextlib
@@ -14,10 +14,10 @@ from atlas_jax.retrieval.formats.index_folder import (
     PASSAGES,
     VECTORS,
     Origin,
-    origin_of,
+    origin_from_metadata,
     read_about,
     read_vectors,
-    write_about,
+    write_metadata,
 )
 from atlas_jax.retrieval.formats.npy_files import VectorFile
 from atlas_jax.retrieval.passage_store import PassageStore
@@ -25,74 +25,74 @@ from atlas_jax.runtime.progress import progress
 from atlas_jax.storage.files import atomic_folder
 from atlas_jax.storage.mapped_file import release_pages
 
-CHUNK_ROWS = 4096  # vectors that a thread reads and writes at a time: 6 MB of Contriever's, which a cache holds
+CHUNK_ROWS = 4096  # vectors that a thread reads and writes at a time: 6 MB for Contriever, which fits into a CPU cache
 THREADS = min(8, os.cpu_count() or 1)
 
 
 @runtime_checkable
 class IndexSource(Protocol):
-    """Vectors and passages in any form, in order."""
+    """Vectors and passages of an index in any form, by passage number."""
 
     count: int
     dim: int
     origin: Origin
 
     def read(self, start: int, stop: int) -> Float16[np.ndarray, "n d"]:
-        """The vectors from `start` on, before `stop`; threads may read side by side."""
+        """Returns the vectors of passages `start` to `stop` (exclusive); safe to call from several threads."""
         ...
 
     def texts(self) -> Iterator[bytes]:
-        """The JSON of all passages, as a stream."""
+        """Yields the JSON of every passage, in order."""
         ...
 
 
 class FlatIndexFolder:
-    """A flat index of ours."""
+    """`IndexSource` of a flat index in our own format."""
 
     def __init__(self, folder: Path):
-        self.about = read_about(folder)
-        self.origin = origin_of(self.about)
-        self.count, self.dim = self.about["count"], self.about["dim"]
+        self.metadata = read_about(folder)
+        self.origin = origin_from_metadata(self.metadata)
+        self.count, self.dim = self.metadata["count"], self.metadata["dim"]
         self.store = PassageStore.open(folder / PASSAGES)
-        self._vectors = read_vectors(folder, self.about)
+        self._vectors = read_vectors(folder, self.metadata)
 
     def read(self, start: int, stop: int) -> Float16[np.ndarray, "n d"]:
-        """A copy of these rows."""
+        """Returns a copy of these rows."""
         rows = np.array(self._vectors[start:stop])
         release_pages(self._vectors)
         return rows
 
     def texts(self) -> Iterator[bytes]:
-        """As they are in the store."""
+        """Yields the JSON of every passage as the store holds it, without parsing."""
         return self.store.texts()
 
 
 def convert(source: IndexSource, output: Path, origin: Origin) -> None:
-    """Writes an index of ours."""
+    """Writes a flat index in our own format to the folder `output`."""
     with atomic_folder(output, "choose another --output", replace=True) as draft:
-        write_about(draft, take(source, draft), origin)
+        write_metadata(draft, write_flat_index(source, draft), origin)
 
 
-def take(source: IndexSource, folder: Path) -> dict[str, Any]:
-    """Writes the vectors and passages in our form; returns what index.json must say of the arrays."""
+def write_flat_index(source: IndexSource, folder: Path) -> dict[str, Any]:
+    """Writes the vectors and passages of a flat index; returns the fields of index.json that describe the vectors."""
     write_vectors(source, folder / VECTORS)
-    with progress("writing passages", "passages", source.count) as more:
-        PassageStore.write(source.texts(), folder / PASSAGES, more)
+    with progress("writing passages", "passages", source.count) as advance:
+        PassageStore.write(source.texts(), folder / PASSAGES, advance)
     return {"index_mode": "flat", "kind": "flat", "count": source.count, "dim": source.dim}
 
 
 def write_vectors(source: IndexSource, file: Path) -> None:
-    """One .npy file, whose space is taken before anything is written: a full disk is found at once."""
+    """Writes all vectors to one .npy file, allocated in full first so that a full disk fails at once."""
     with (
         contextlib.closing(VectorFile.create(file, source.count, source.dim)) as out,
-        progress("writing vectors", "vectors", source.count) as more,
+        progress("writing vectors", "vectors", source.count) as advance,
     ):
 
-        def copy(start: int) -> int:
+        def copy_chunk(start: int) -> int:
             rows = source.read(start, min(start + CHUNK_ROWS, source.count))
             out[start : start + len(rows)] = rows
             return len(rows)
 
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            for count in pool.map(copy, range(0, source.count, CHUNK_ROWS)):
-                more(count)
+            for count in pool.map(copy_chunk, range(0, source.count, CHUNK_ROWS)):
+                advance(count)

@@ -1,4 +1,4 @@
-"""An index of ours in the published form again, in any number of shards, written without torch and without `pickle`."""
+"""Writes an index as the published shards, in any number of them, without torch and without `pickle`."""
 
 import concurrent.futures
 import itertools
@@ -19,52 +19,52 @@ from atlas_jax.storage.files import atomic_folder
 
 
 def export_torch_shards(source: IndexSource, output: Path, shards: int) -> None:
-    """Writes `embeddings.N.pt` and `passages.N.pt`, as near to equal as can be.
+    """Writes `embeddings.N.pt` and `passages.N.pt`, with shard sizes that differ by at most one passage.
 
-    Memory: a chunk for each thread; a shard's vectors are turned around on the disk.
+    Memory: one chunk per thread; the vectors of a shard are transposed in a memory-mapped file.
     """
     if not 1 <= shards <= source.count:
         raise UserError(f"--shards {shards}: must be 1 to {source.count}, the number of passages")
     bounds = [source.count * n // shards for n in range(shards + 1)]
     with atomic_folder(output, "choose another --output", replace=True) as draft:
-        with progress("writing vectors", "vectors", source.count) as more:
+        with progress("writing vectors", "vectors", source.count) as advance:
             for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
-                _write_vectors(source, start, stop, draft / f"embeddings.{n}.pt", more)
-        with progress("writing passages", "passages", source.count) as more:
+                _write_vectors(source, start, stop, draft / f"embeddings.{n}.pt", advance)
+        with progress("writing passages", "passages", source.count) as advance:
             texts = source.texts()
             for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
                 _write_passages(itertools.islice(texts, stop - start), draft / f"passages.{n}.pt")
-                more(stop - start)
+                advance(stop - start)
 
 
-def _write_vectors(source: IndexSource, start: int, stop: int, file: Path, more: Callable[[int], object]) -> None:
-    """A tensor "d p" of the vectors from `start` on, before `stop`."""
+def _write_vectors(source: IndexSource, start: int, stop: int, file: Path, advance: Callable[[int], object]) -> None:
+    """Writes the vectors of passages `start` to `stop` (exclusive) as one float16 tensor "d p"."""
     scratch = file.with_suffix(".scratch")
-    turned = create_array(scratch, np.float16, (source.dim, stop - start))
+    transposed = create_array(scratch, np.float16, (source.dim, stop - start))
 
-    def turn(first: int) -> int:
+    def transpose_chunk(first: int) -> int:
         last = min(first + CHUNK_ROWS, stop)
-        transpose(source.read(first, last), turned[:, first - start : last - start])
+        transpose(source.read(first, last), transposed[:, first - start : last - start])
         return last - first
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for count in pool.map(turn, range(start, stop, CHUNK_ROWS)):
-            more(count)
-    write_tensor(file, turned)
+        for count in pool.map(transpose_chunk, range(start, stop, CHUNK_ROWS)):
+            advance(count)
+    write_tensor(file, transposed)
     scratch.unlink()
 
 
 def _write_passages(texts: Iterator[bytes], file: Path) -> None:
-    """A pickled list of dicts."""
+    """Writes passages, given as JSON, as a pickled list of dicts."""
     with open(file, "wb") as out:
-        out.write(b"\x80\x02]")  # protocol 2, an empty list
-        while some := list(itertools.islice(texts, 1000)):
-            out.write(b"(" + b"".join(_dict(json.loads(text)) for text in some) + b"e")  # a mark, values, append them
+        out.write(b"\x80\x02]")  # PROTO 2, EMPTY_LIST
+        while batch := list(itertools.islice(texts, 1000)):
+            out.write(b"(" + b"".join(_dict_opcodes(json.loads(text)) for text in batch) + b"e")  # MARK, items, APPENDS
         out.write(b".")
 
 
-def _dict(passage: dict[str, Any]) -> bytes:
-    """The opcodes of a passage alone: a pickle without what begins and ends it."""
+def _dict_opcodes(passage: dict[str, Any]) -> bytes:
+    """Returns the pickle opcodes that push one dict: its pickle without the leading PROTO and the final STOP."""
     try:
         return dump(passage)[2:-1]
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""The folder of an index of ours: `index.json`, the arrays of its kind, `passages/`."""
+"""The folder of an index in our own format: `index.json` (metadata), .npy arrays, `passages/` (a `PassageStore`)."""
 
 import dataclasses
 import logging
@@ -15,7 +15,7 @@ from atlas_jax.retrieval.formats.npy_files import read_array
 from atlas_jax.storage.files import read_json, write_json
 
 FORMAT = 1
-ABOUT = "index.json"
+METADATA = "index.json"
 PASSAGES = "passages"
 VECTORS = "embeddings.npy"
 
@@ -24,67 +24,70 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """How the vectors were made; None: nobody knows, as with the published form."""
+    """Provenance of the vectors, as index.json holds it; None: unknown, as for the published shards."""
 
     retriever: str | None = None  # fingerprint of the passage encoder
-    retriever_format: str | None = None
-    max_length: int | None = None
+    retriever_format: str | None = None  # format string of the embedded text: --retriever_format
+    max_length: int | None = None  # tokens of a text at most
 
 
-def write_about(folder: Path, arrays: Mapping[str, Any], origin: Origin) -> None:
-    """Writes index.json: what `save` said of the arrays, and where they are from."""
-    write_json(folder / ABOUT, {"format": FORMAT, **dataclasses.asdict(origin), **arrays})
+def write_metadata(folder: Path, arrays: Mapping[str, Any], origin: Origin) -> None:
+    """Writes index.json: the format version, the origin, and the fields that describe the arrays."""
+    write_json(folder / METADATA, {"format": FORMAT, **dataclasses.asdict(origin), **arrays})
 
 
 def is_index(folder: Path) -> bool:
-    """Whether an index of ours is there, whole or not."""
-    return (folder / ABOUT).is_file()
+    """True if the folder holds an index in our own format; its files may still be missing or damaged."""
+    return (folder / METADATA).is_file()
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What index.json says, if this program can read such an index."""
-    about = read_json(folder / ABOUT)
-    if about.get("format") != FORMAT:
-        raise UserError(f"{folder / ABOUT}: format {about.get('format')!r}, not {FORMAT}; build the index again")
-    if not all(type(about.get(name)) is int and about[name] > 0 for name in ("count", "dim")):
-        raise UserError(f"{folder / ABOUT}: does not say how many vectors there are, and how wide; build it again")
-    return about
+    """Reads index.json; UserError if its format version is another one or it lacks `count` or `dim`."""
+    metadata = read_json(folder / METADATA)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{folder / METADATA}: format {metadata.get('format')!r}, not {FORMAT}; build the index again")
+    if not all(type(metadata.get(name)) is int and metadata[name] > 0 for name in ("count", "dim")):
+        raise UserError(f"{folder / METADATA}: does not say how many vectors there are, and how wide; build it again")
+    return metadata
 
 
-def origin_of(about: Mapping[str, Any]) -> Origin:
-    """Where the vectors are from, by index.json."""
-    return Origin(*(about.get(field.name) for field in dataclasses.fields(Origin)))
+def origin_from_metadata(metadata: Mapping[str, Any]) -> Origin:
+    """Extracts the origin of the vectors from the content of index.json."""
+    return Origin(*(metadata.get(field.name) for field in dataclasses.fields(Origin)))
 
 
-def check_retriever(folder: Path, about: Mapping[str, Any], dim: int, retrievers: Sequence[str]) -> None:
-    """Refuses vectors of another width than this retriever's, or of another passage encoder than one of these."""
-    if about["dim"] != dim:
+def check_retriever(folder: Path, metadata: Mapping[str, Any], dim: int, fingerprints: Sequence[str]) -> None:
+    """UserError unless the vectors are `dim` wide and come from a passage encoder with one of these fingerprints.
+
+    An index of unknown origin passes and is logged; `folder` is named in the messages.
+    """
+    if metadata["dim"] != dim:
         raise UserError(
-            f"{folder}: vectors of width {about['dim']}, but this retriever's are {dim} wide; "
+            f"{folder}: vectors of width {metadata['dim']}, but this retriever's are {dim} wide; "
             "load the index that belongs to --model_path, or build one with --passages"
         )
-    if about.get("retriever", "") is None:
+    if metadata.get("retriever", "") is None:
         logger.info("%s: does not say which retriever built it; make sure it is this one", folder)
-    elif about.get("retriever") not in retrievers:
+    elif metadata.get("retriever") not in fingerprints:
         raise UserError(
             f"{folder}: built by another retriever than this one; load the index that belongs to --model_path, "
             "or build one with --passages"
         )
 
 
-def read_vectors(folder: Path, about: Mapping[str, Any]) -> np.ndarray:
-    """The vectors (float16, "p d") of an index that has them, memory-mapped: a slice reads those rows and no others.
+def read_vectors(folder: Path, metadata: Mapping[str, Any]) -> np.ndarray:
+    """Memory-maps the vectors of a flat index: float16 "p d"; UserError for a faiss index, which has no vectors.
 
-    So any number of hosts share one file, each with its own rows.
+    A slice reads only its rows from disk, so any number of hosts can share one file, each reading its own rows.
     """
-    if about.get("index_mode") != "flat":
-        raise UserError(f"{folder}: a faiss {about.get('kind')} index, without the vectors; take the flat one")
-    return read_array(folder / VECTORS, np.float16, (about["count"], about["dim"]))
+    if metadata.get("index_mode") != "flat":
+        raise UserError(f"{folder}: a faiss {metadata.get('kind')} index, without the vectors; take the flat one")
+    return read_array(folder / VECTORS, np.float16, (metadata["count"], metadata["dim"]))
 
 
 def check_replaceable(folder: Path, flag: str = "--save_index_path") -> None:
-    """Only an index, an empty folder or nothing gives way to a new index."""
-    replaceable = is_index(folder) and "retriever" in read_json(folder / ABOUT)
+    """UserError unless `folder` is an index, is empty or does not exist; also if it is the working directory."""
+    replaceable = is_index(folder) and "retriever" in read_json(folder / METADATA)
     if folder.exists() and not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{flag} {folder}: holds something else than an index; choose a new folder")
     if folder == Path.cwd():
@@ -92,7 +95,7 @@ def check_replaceable(folder: Path, flag: str = "--save_index_path") -> None:
 
 
 def link_tree(source: Path, target: Path, *, copy: bool) -> None:
-    """The same files in a second place, without their bytes where that is possible; `copy`: never by a symlink."""
+    """Recreates a folder with hard links; across file systems, copies it if `copy` and symlinks it otherwise."""
     try:
         shutil.copytree(source, target, copy_function=os.link)
     except (OSError, shutil.Error):  # another file system

@@ -1,4 +1,4 @@
-"""What the folder of an index holds, of any form, without reading its vectors; a file that is not whole is an error."""
+"""Inspects the folder of an index, our own format or published shards, without reading its vectors."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ from atlas_jax.retrieval.passage_store import PassageStore
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """Name to value, in the order to be read."""
+    """Returns the figures that `atlas index inspect` prints, by name; UserError if a file is missing or cut short."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the folder of an index")
-    found = _ours(folder) if is_index(folder) else _published(folder)
+    found = _inspect_index(folder) if is_index(folder) else _inspect_shards(folder)
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     passages = sum(size for path, size in sizes.items() if path.relative_to(folder).parts[0].startswith("passages"))
     vectors = sum(sizes.values()) - passages
@@ -27,39 +27,41 @@ def inspect(folder: Path) -> dict[str, Any]:
     }
 
 
-def _ours(folder: Path) -> dict[str, Any]:
-    about = read_about(folder)
-    if about.get("index_mode") == "flat":
-        read_vectors(folder, about)
+def _inspect_index(folder: Path) -> dict[str, Any]:
+    """Inspects an index in our own format, flat or faiss."""
+    metadata = read_about(folder)
+    if metadata.get("index_mode") == "flat":
+        read_vectors(folder, metadata)
     else:
-        map_arrays(folder, about)
+        map_arrays(folder, metadata)
     store = PassageStore.open(folder / PASSAGES)
-    if len(store) != about["count"]:
-        raise UserError(f"{folder}: {about['count']} vectors, but {len(store)} passages; build the index again")
-    code_size = about.get("code_size")
+    if len(store) != metadata["count"]:
+        raise UserError(f"{folder}: {metadata['count']} vectors, but {len(store)} passages; build the index again")
+    code_size = metadata.get("code_size")
     return {
         "form": "ours",
-        "kind": "flat (exact)" if about["index_mode"] == "flat" else f"faiss {about['kind']}",
+        "kind": "flat (exact)" if metadata["index_mode"] == "flat" else f"faiss {metadata['kind']}",
         **({"bytes of a code": code_size} if code_size else {}),
-        "passages": about["count"],
-        "dim": about["dim"],
-        "retriever": about.get("retriever") or "unknown",
-        "retriever_format": about.get("retriever_format") or "unknown",
-        "max_length": about.get("max_length") or "unknown",
-        "tokenized for": ", ".join(sorted(_tokenized(store.folder))) or "nothing yet",
+        "passages": metadata["count"],
+        "dim": metadata["dim"],
+        "retriever": metadata.get("retriever") or "unknown",
+        "retriever_format": metadata.get("retriever_format") or "unknown",
+        "max_length": metadata.get("max_length") or "unknown",
+        "tokenized for": ", ".join(sorted(_token_formats(store.folder))) or "nothing yet",
         "first passage": store.take([0])[0]["title"],
     }
 
 
-def _tokenized(passages: Path) -> list[str]:
-    """What the passages have been tokenized for: the retriever, the reader."""
+def _token_formats(passages: Path) -> list[str]:
+    """Returns the format strings that the passages have been tokenized with: those of the retriever, of the reader."""
     return [json.loads(file.read_text())["format"].strip() for file in passages.glob("tokens-*/tokens.json")]
 
 
-def _published(folder: Path) -> dict[str, Any]:
+def _inspect_shards(folder: Path) -> dict[str, Any]:
+    """Inspects published shards."""
     shards = TorchShards(folder)
     for n in range(len(shards.counts)):
-        _check_end(folder / f"passages.{n}.pt")
+        _check_pickle_is_whole(folder / f"passages.{n}.pt")
     return {
         "form": "published",
         "kind": "flat (exact)",
@@ -70,8 +72,8 @@ def _published(folder: Path) -> dict[str, Any]:
     }
 
 
-def _check_end(file: Path) -> None:
-    """A whole pickle ends in its opcode STOP, a dot."""
+def _check_pickle_is_whole(file: Path) -> None:
+    """UserError unless the file ends in a pickle's STOP opcode, a dot."""
     with open(file, "rb") as opened:
         opened.seek(max(0, file.stat().st_size - 1))
         if opened.read() != b".":

@@ -1,4 +1,4 @@
-"""Several indexes of one retriever, one after the other, as one: a corpus that was embedded in parts."""
+"""Merges flat indexes built by the same retriever into one: for a corpus that was embedded in parts."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +11,11 @@ from jaxtyping import Float16
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.formats.convert import FlatIndexFolder
 from atlas_jax.retrieval.formats.index_folder import is_index
-from atlas_jax.retrieval.formats.torch_shards import pieces
+from atlas_jax.retrieval.formats.torch_shards import split_range
 
 
 class MergedIndexes:
-    """Flat indexes of ours, end to end: for `convert`."""
+    """`IndexSource` of several flat indexes in our own format, concatenated."""
 
     def __init__(self, folders: Sequence[Path]):
         for folder in folders:
@@ -24,29 +24,30 @@ class MergedIndexes:
         self.parts = [FlatIndexFolder(folder) for folder in folders]
         first = self.parts[0]
         for folder, part in zip(folders, self.parts, strict=True):
-            _check_alike(folders[0], first.about, folder, part.about)
+            _check_compatible(folders[0], first.metadata, folder, part.metadata)
         self.origin = first.origin
         self.count, self.dim = sum(part.count for part in self.parts), first.dim
 
     def read(self, start: int, stop: int) -> Float16[np.ndarray, "n d"]:
-        """The vectors from `start` on, before `stop`."""
-        found = pieces([part.count for part in self.parts], start, stop)
-        return np.concatenate([self.parts[n].read(begin, end) for n, begin, end, _ in found])
+        """Returns the vectors of passages `start` to `stop` (exclusive), numbered through all parts."""
+        ranges = split_range([part.count for part in self.parts], start, stop)
+        return np.concatenate([self.parts[n].read(begin, end) for n, begin, end, _ in ranges])
 
     def texts(self) -> Iterator[bytes]:
-        """The passages of the first part, then those of the second, and so on; as they are, nothing is parsed."""
+        """Yields the JSON of every passage, part after part, without parsing."""
         return itertools.chain.from_iterable(part.texts() for part in self.parts)
 
 
-def _check_alike(first: Path, expected: Mapping[str, Any], folder: Path, about: Mapping[str, Any]) -> None:
+def _check_compatible(first: Path, expected: Mapping[str, Any], folder: Path, metadata: Mapping[str, Any]) -> None:
+    """UserError unless both indexes have vectors of the same width from the same retriever, format and length."""
     for name, remedy in (
         ("dim", "merge indexes of one retriever"),
         ("retriever", "merge indexes of one retriever; convert the shards again with --model_path to say which it was"),
         ("retriever_format", "embed both with the same --retriever_format"),
         ("max_length", "embed both with the same --text_maxlength"),
     ):
-        if about.get(name) != expected.get(name):
-            ours, theirs = (
-                value if value is not None else "unknown" for value in (about.get(name), expected.get(name))
+        if metadata.get(name) != expected.get(name):
+            actual, wanted = (
+                value if value is not None else "unknown" for value in (metadata.get(name), expected.get(name))
             )
-            raise UserError(f"{folder}: its {name} is {ours!s:.40}, but {first} has {theirs!s:.40}; {remedy}")
+            raise UserError(f"{folder}: its {name} is {actual!s:.40}, but {first} has {wanted!s:.40}; {remedy}")

@@ -11,7 +11,7 @@ REBUILD = "copy the index again, or build it again"
 
 
 def read_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
-    """A memory map of a .npy file, refused unless it is what the index says it is. Never unpickles."""
+    """Memory-maps a .npy file; UserError unless it is whole and has this dtype and shape. Never unpickles."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, TypeError, OverflowError) as error:
@@ -24,7 +24,7 @@ def read_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -
 
 
 def create_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.memmap:
-    """A memory map of a new .npy file that has all of its space: a full disk is an error now, not a crash later."""
+    """Creates and allocates a .npy file and memory-maps it: a full disk is an OSError now, not a crash later."""
     array = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
     with open(path, "r+b") as file:
         allocate(file.fileno(), os.fstat(file.fileno()).st_size)
@@ -32,10 +32,10 @@ def create_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int, ...])
 
 
 class VectorFile:
-    """A new .npy file of vectors (float16, "p d") that is written by rows, from any number of threads and processes.
+    """A .npy file of vectors (float16, "p d") for writing, by rows, from any number of threads and processes.
 
-    `create` it once; then each opens it. Rows go where they belong in the file itself: two hosts may write neighbours,
-    which in mapped pages would not be safe.
+    One process calls `create`; then all open it. Rows are written to the file with `pwrite`, not through a memory map:
+    two hosts may write rows of the same page, which shared storage would not merge.
     """
 
     def __init__(self, path: Path, count: int, dim: int):
@@ -43,39 +43,40 @@ class VectorFile:
         self._file = path.open("r+b", buffering=0)
         np.lib.format.read_magic(self._file)
         np.lib.format.read_array_header_1_0(self._file)
-        self._first = self._file.tell()
+        self._data_offset = self._file.tell()  # bytes
 
     @classmethod
     def create(cls, path: Path, count: int, dim: int) -> "VectorFile":
-        """With all of its space: a full disk is an error now, not later."""
+        """Creates and allocates the file: a full disk is an OSError now, not later."""
         with path.open("wb") as file:
-            shape = {"descr": "<f2", "fortran_order": False, "shape": (count, dim)}
-            np.lib.format.write_array_header_1_0(file, shape)
+            header = {"descr": "<f2", "fortran_order": False, "shape": (count, dim)}
+            np.lib.format.write_array_header_1_0(file, header)
             file.flush()
             allocate(file.fileno(), file.tell() + 2 * count * dim)
         return cls(path, count, dim)
 
     def __setitem__(self, rows: slice, values: np.ndarray) -> None:
+        """Writes consecutive rows; ValueError if `values` has another shape than they."""
         start, stop, _ = rows.indices(self.shape[0])
-        whole = np.ascontiguousarray(values, np.float16)
-        if whole.shape != (stop - start, self.shape[1]):
-            raise ValueError(f"{whole.shape} for rows {start} to {stop} of {self.shape}")
-        data, offset = whole.data.cast("B"), self._first + 2 * start * self.shape[1]
+        vectors = np.ascontiguousarray(values, np.float16)
+        if vectors.shape != (stop - start, self.shape[1]):
+            raise ValueError(f"{vectors.shape} for rows {start} to {stop} of {self.shape}")
+        data, offset = vectors.data.cast("B"), self._data_offset + 2 * start * self.shape[1]
         while len(data):
             written = os.pwrite(self._file.fileno(), data, offset)
             data, offset = data[written:], offset + written
 
     def sync(self) -> None:
-        """From here on other hosts may read what was written."""
+        """Calls fsync: afterwards other hosts can read the rows written here."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """No more will be written."""
+        """Closes the file."""
         self._file.close()
 
 
 def allocate(file: int, size: int) -> None:
-    """Makes a file so long, with the space on the disk where the system can promise it."""
+    """Sets the size of an open file in bytes, and reserves the disk space where the system can."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
     else:  # macOS

@@ -1,4 +1,4 @@
-"""The published form of an index: `embeddings.N.pt` (float16, "d p") and `passages.N.pt`, any number of both."""
+"""Reads the published shards of an index: `embeddings.N.pt` (float16 or float32 "d p") and `passages.N.pt`."""
 
 import functools
 import itertools
@@ -13,23 +13,26 @@ from jaxtyping import Float16, Num
 from atlas_jax.checkpoints.formats.safe_pickle import load_pickle
 from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.errors import UserError
-from atlas_jax.retrieval.formats.index_folder import ABOUT, Origin
-from atlas_jax.retrieval.passage_store import serialized
+from atlas_jax.retrieval.formats.index_folder import METADATA, Origin
+from atlas_jax.retrieval.passage_store import serialize_passages
 from atlas_jax.storage.mapped_file import release_pages
 
-KEPT_ROWS = 2**17  # vectors whose pages stay mapped: 200 MB of Contriever's
-TILE = 256  # columns turned into rows at once: they stay in the cache
+RELEASE_ROWS = 2**17  # vectors read between two releases of mapped pages: 200 MB for Contriever
+TILE = 256  # columns transposed at a time: they fit into the CPU cache
 
 
 class TorchShards:
-    """The vectors and passages of all shards, end to end; two files at most are mapped at a time."""
+    """`IndexSource` of all shards, concatenated; at most two embeddings files are memory-mapped at a time.
+
+    UserError if a shard is missing, vectors differ in width, or there are none.
+    """
 
     origin = Origin()
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._open = functools.lru_cache(maxsize=2)(lambda n: _matrix(folder / f"embeddings.{n}.pt"))
-        shapes = [self._open(n).shape for n in range(_count(folder))]
+        self._open = functools.lru_cache(maxsize=2)(lambda n: _load_embeddings(folder / f"embeddings.{n}.pt"))
+        shapes = [self._open(n).shape for n in range(_count_shards(folder))]
         self.counts = [count for _, count in shapes]
         self.count, self.dim = sum(self.counts), shapes[0][0]
         for n, (dim, _) in enumerate(shapes):
@@ -42,21 +45,21 @@ class TorchShards:
             raise UserError(f"{folder}: {len(shapes)} shards without a vector; fetch them again")
 
     def read(self, start: int, stop: int) -> Float16[np.ndarray, "n d"]:
-        """The vectors from `start` on, before `stop`."""
+        """Returns the vectors of passages `start` to `stop` (exclusive), transposed to "n d" and in float16."""
         out = np.empty((stop - start, self.dim), np.float16)
-        for n, begin, end, at in pieces(self.counts, start, stop):
+        for n, begin, end, at in split_range(self.counts, start, stop):
             array = self._open(n)
             transpose(array[:, begin:end], out[at : at + end - begin])
-            if begin // KEPT_ROWS != end // KEPT_ROWS:  # now and then: to map pages anew takes time
+            if begin // RELEASE_ROWS != end // RELEASE_ROWS:  # not every time: mapping pages again takes time
                 release_pages(array)
         return out
 
     def texts(self) -> Iterator[bytes]:
-        """The JSON of all passages."""
-        return serialized(self._passages())
+        """Yields the JSON of every passage, in order."""
+        return serialize_passages(self._passages())
 
     def _passages(self) -> Iterator[Mapping[str, Any]]:
-        """The passages of each shard, once they are known to be as many as its vectors; one shard is in memory."""
+        """Yields the passages shard by shard, one shard in memory; UserError unless a shard has one for each vector."""
         for n, count in enumerate(self.counts):
             file = self.folder / f"passages.{n}.pt"
             passages = load_pickle(file)
@@ -70,8 +73,11 @@ class TorchShards:
             del passages  # before the next shard is read
 
 
-def pieces(counts: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-    """Where `start` to `stop` of parts laid end to end are: part, from, to, and the place in the whole piece."""
+def split_range(counts: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """Splits rows `start` to `stop` (exclusive) of concatenated parts with `counts` rows at the parts' boundaries.
+
+    Yields (part, first and end row within the part, offset from `start`) for each part that has some of the rows.
+    """
     first = 0
     for n, count in enumerate(counts):
         begin, end = max(start - first, 0), min(stop - first, count)
@@ -81,7 +87,7 @@ def pieces(counts: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, 
 
 
 def transpose(source: Num[np.ndarray, "a b"], out: Float16[np.ndarray, "b a"]) -> None:
-    """`out[:] = source.T` in float16, several times as fast: four columns move as one number of eight bytes."""
+    """Computes `out[:] = source.T` in float16, several times faster: four columns move as one 8-byte integer."""
     a, b = source.shape
     columns = np.zeros((a, TILE), np.float16)
     for start in range(0, b, TILE):
@@ -95,12 +101,12 @@ def transpose(source: Num[np.ndarray, "a b"], out: Float16[np.ndarray, "b a"]) -
             out[start : start + width].view(np.uint16)[:] = rows.reshape(TILE, a)[:width]
 
 
-def _count(folder: Path) -> int:
-    """The number of shards, once every one of them is known to be there."""
+def _count_shards(folder: Path) -> int:
+    """Returns the number of shards; UserError if there are none, or any file below the highest N is missing."""
     names = [re.fullmatch(r"(?:embeddings|passages)\.(\d+)\.pt", file.name) for file in folder.iterdir()]
     count = 1 + max((int(name[1]) for name in names if name), default=-1)
     if not count:
-        raise UserError(f"{folder}: neither {ABOUT} nor embeddings.0.pt in this folder; is it an index?")
+        raise UserError(f"{folder}: neither {METADATA} nor embeddings.0.pt in this folder; is it an index?")
     for n, kind in itertools.product(range(count), ("embeddings", "passages")):
         file = folder / f"{kind}.{n}.pt"
         if not file.is_file():
@@ -108,7 +114,8 @@ def _count(folder: Path) -> int:
     return count
 
 
-def _matrix(file: Path) -> np.ndarray:
+def _load_embeddings(file: Path) -> np.ndarray:
+    """Memory-maps one embeddings file: float16 or float32 "d p"; UserError if it holds anything else."""
     array = load_torch(file)
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype not in (np.float16, np.float32):
         raise UserError(f"{file}: holds no matrix of vectors; fetch it again")

@@ -1,10 +1,10 @@
-"""Hostile files for both readers, and a watch on what they do; `make fuzz MINUTES=10` tries them by the thousand.
+"""Fuzzes both readers with hostile files and watches what the readers do; `make fuzz MINUTES=10` tries thousands.
 
-    python tests/checkpoints/fuzzing.py --minutes 10
+    python tests/checkpoints/formats/fuzzing.py --minutes 10
 
-A reader gives plain data or the one line, soon and in two gigabytes, and nothing in the file runs: else the file is
-kept and the run fails. Half of the time goes to files by the rules below, half to atheris where it is installed,
-which looks for files that reach new lines of the readers.
+A reader must return plain data or raise a one-line UserError within SECONDS and two gigabytes, and run nothing in the
+file; else the file is kept and the run fails. Half of the time goes to files of `hostile.py`, half to atheris, where it
+is installed, which searches for files that reach new lines of the readers.
 """
 
 import argparse
@@ -31,10 +31,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[3]))
 from atlas_jax.checkpoints.formats import safe_pickle, torch_reader
 from atlas_jax.errors import UserError
-from tests.checkpoints.formats.hostile import SEEDS, WORDS, archive, hostile_file
+from tests.checkpoints.formats.hostile import INSERTIONS, SEEDS, archive, hostile_file
 
-SECONDS, BYTES = 20, 2 << 30  # what one small file may take at most, all of Python included
-MESSAGE = 700  # characters
+SECONDS, BYTES = 20, 2 << 30  # limits for one small file; the memory includes Python itself
+MAX_MESSAGE = 700  # characters
 READERS: dict[str, Callable[[Path], Any]] = {
     "pickle": lambda path: safe_pickle.load_pickle(path),
     "torch": lambda path: torch_reader.load_torch(path),
@@ -42,18 +42,18 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 class Violation(BaseException):
-    """A reader did what it never may; no `except Exception` hides it."""
+    """Raised when a reader breaks a rule; a BaseException, so that no `except Exception` hides it."""
 
 
 class Watch:
-    """While a reader runs, Python reports all that reaches outside of it: it may read and map its file, nothing else.
+    """An audit hook that lets a reader read and map its file; any other audited event raises Violation.
 
-    To import, compile, execute, start, write, connect or unpickle is reported too, and forbidden.
+    Audited events are importing, compiling, executing, starting processes, opening, writing, connecting, unpickling.
     """
 
     def __init__(self) -> None:
         self.file: str | None = None
-        "cp437".encode("cp437")  # zipfile needs it, and Python imports it when it is first used
+        "cp437".encode("cp437")  # zipfile uses this codec, which Python imports at its first use
         sys.addaudithook(self.report)
 
     def report(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -61,11 +61,11 @@ class Watch:
             return
         if event == "open" and str(arguments[0]) == self.file and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
-        said, self.file = f"{event} {arguments!r:.200}", None
-        raise Violation(said)
+        description, self.file = f"{event} {arguments!r:.200}", None
+        raise Violation(description)
 
     def attempt(self, load: Callable[[Path], Any], path: Path) -> Any:
-        """What a reader makes of a file, under watch: data or None."""
+        """Runs a reader under watch; returns its value, or None if it refuses the file."""
         self.file = str(path)
         try:
             value = load(path)
@@ -79,72 +79,72 @@ class Watch:
 
 
 def check_message(message: str, path: Path) -> None:
-    """One printable line, not long, that starts with the file and ends with a remedy."""
+    """Violation unless the message is one short printable line that starts with the path and has a remedy."""
     rest = message.removeprefix(f"{path}: ")
-    if rest == message or "; " not in rest or not rest.isprintable() or len(rest) > MESSAGE:
+    if rest == message or "; " not in rest or not rest.isprintable() or len(rest) > MAX_MESSAGE:
         raise Violation(f"the message {message!r:.1000}")
 
 
 def check_value(value: Any) -> None:
-    """Plain data: a small tree of a few types, whose arrays stay inside the file and cannot be written to."""
-    left, waiting = 20_000_000, [value]
-    while waiting:
-        value = waiting.pop()
-        left -= 1
+    """Violation unless the value is a small tree of plain types whose arrays are read-only views of the file."""
+    budget, pending = 20_000_000, [value]
+    while pending:
+        value = pending.pop()
+        budget -= 1
         if isinstance(value, np.ndarray):
             if value.flags.writeable or value.flags.owndata:
                 raise Violation("an array that is no view of the file")
-            if value.size:  # outside of the map this is the end of the process
+            if value.size:  # outside of the mapped file this kills the process
                 value[(0,) * value.ndim].tobytes(), value[(-1,) * value.ndim].tobytes()
-        elif type(value) not in safe_pickle.PLAIN or left < 0:
-            raise Violation(f"a {type(value).__name__} of {20_000_000 - left} values")
-        elif type(value) in safe_pickle.NESTED:
-            waiting.extend(value)
-            waiting.extend(value.values() if type(value) is dict else ())
+        elif type(value) not in safe_pickle.PLAIN_TYPES or budget < 0:
+            raise Violation(f"a {type(value).__name__} of {20_000_000 - budget} values")
+        elif type(value) in safe_pickle.CONTAINER_TYPES:
+            pending.extend(value)
+            pending.extend(value.values() if type(value) is dict else ())
 
 
-class NothingNamed(pickle._Unpickler):
-    """Python's own reader, which here may not name anything; the one in C misreads a frame that ends inside a value."""
+class NoGlobalsUnpickler(pickle._Unpickler):
+    """Python's own unpickler without globals; the one in C misreads a frame that ends inside a value."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 
 def check_agreement(value: Any, data: bytes) -> None:
-    """What Python's own reader makes of a pickle, if it reads it at all, is what ours makes of it."""
+    """Violation if Python's own unpickler reads the pickle and gives another value."""
     try:
-        wanted = NothingNamed(io.BytesIO(data)).load()
+        expected = NoGlobalsUnpickler(io.BytesIO(data)).load()
     except Exception:  # it raises every kind
         return
-    if spelled(value) != spelled(wanted):
-        raise Violation(f"{spelled(value):.200}, but pickle reads {spelled(wanted):.200}")
+    if typed_repr(value) != typed_repr(expected):
+        raise Violation(f"{typed_repr(value):.200}, but pickle reads {typed_repr(expected):.200}")
 
 
-def spelled(value: Any) -> str:
-    """`repr`, which tells 1 from True and NaN from NaN not, with sets in order."""
+def typed_repr(value: Any) -> str:
+    """Returns a `repr` with sets sorted: unlike `==`, it tells 1 from True, and NaN equals NaN."""
     match value:
         case set() | frozenset():
-            parts = sorted(map(spelled, value))
+            parts = sorted(map(typed_repr, value))
         case dict():
-            parts = [f"{key!r}: {spelled(inner)}" for key, inner in value.items()]
+            parts = [f"{key!r}: {typed_repr(item)}" for key, item in value.items()]
         case list() | tuple():
-            parts = list(map(spelled, value))
+            parts = list(map(typed_repr, value))
         case _:
             return repr(value)
     return f"{type(value).__name__}({', '.join(parts)})"
 
 
 class Run:
-    """Tries files one by one and counts; a file that breaks the rules is kept."""
+    """Tries files one by one and counts the results; keeps a file with which a reader breaks a rule."""
 
     def __init__(self, folder: Path):
         self.folder, self.path, self.watch = folder, folder / "input", Watch()
         self.counts: collections.Counter[str] = collections.Counter()
         self.slowest = 0.0
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-        signal.signal(signal.SIGALRM, self.late)
+        signal.signal(signal.SIGALRM, self.on_timeout)
 
-    def late(self, *_: Any) -> None:
+    def on_timeout(self, *_: Any) -> None:
         self.watch.file = None
         raise Violation(f"more than {SECONDS} seconds")
 
@@ -168,21 +168,21 @@ class Run:
 
     def report(self) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        told = ", ".join(f"{number} {kind}" for kind, number in sorted(self.counts.items()))
-        print(f"{self.counts.total()} files: {told}; slowest {self.slowest:.2f} s, peak {peak} MB", flush=True)
+        counts = ", ".join(f"{number} {kind}" for kind, number in sorted(self.counts.items()))
+        print(f"{self.counts.total()} files: {counts}; slowest {self.slowest:.2f} s, peak {peak} MB", flush=True)
 
 
-def by_rules(run: Run, seconds: float, most: float, seed: int) -> None:
-    """Composed and changed files, reproducible from the seed."""
+def run_by_rules(run: Run, seconds: float, max_inputs: float, seed: int) -> None:
+    """Tries files of `hostile.py`, reproducible from the seed."""
     rng, end = random.Random(seed), time.monotonic() + seconds
-    while time.monotonic() < end and run.counts.total() < most:
+    while time.monotonic() < end and run.counts.total() < max_inputs:
         kind = rng.choice(list(READERS))
         run.attempt(kind, hostile_file(rng, kind))
     run.report()
 
 
-def guided(run: Run, seconds: float) -> None:
-    """By atheris: the first byte chooses the reader and whether the rest is a file or the pickle in one."""
+def run_guided(run: Run, seconds: float) -> None:
+    """Runs atheris; the first byte of an input chooses the reader, and whether the rest is a file or its data.pkl."""
     import atheris
 
     with atheris.instrument_imports(include=["atlas_jax.checkpoints", "zipfile"]):
@@ -193,18 +193,18 @@ def guided(run: Run, seconds: float) -> None:
     for kind, seeds in SEEDS.items():
         for number, seed in enumerate(seeds):
             (corpus / f"{kind}{number}").write_bytes(kind[:1].encode() + seed)
-    words = run.folder / "words"
-    words.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in WORDS))
+    dictionary = run.folder / "words"
+    dictionary.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in INSERTIONS))
 
-    def one(data: bytes) -> None:
+    def run_one(data: bytes) -> None:
         kind = "pickle" if data[:1] == b"p" else "torch"
         run.attempt(kind, archive(data[1:]) if data[:1] == b"d" else data[1:])
         if run.counts.total() % 100_000 == 0:
             run.report()
 
-    options = [f"-max_total_time={seconds:.0f}", f"-dict={words}", "-max_len=65536", f"-timeout={2 * SECONDS}"]
+    options = [f"-max_total_time={seconds:.0f}", f"-dict={dictionary}", "-max_len=65536", f"-timeout={2 * SECONDS}"]
     options += ["-rss_limit_mb=0", "-print_final_stats=1", f"-artifact_prefix={tempfile.gettempdir()}/fuzz-"]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], one)
+    atheris.Setup([sys.argv[0], *options, str(corpus)], run_one)
     atheris.Fuzz()
 
 
@@ -219,9 +219,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Path(folder))
             if args.only == "guided":
-                guided(run, args.minutes * 60)
+                run_guided(run, args.minutes * 60)
             else:
-                by_rules(run, args.minutes * 60, args.inputs, args.seed)
+                run_by_rules(run, args.minutes * 60, args.inputs, args.seed)
         return 0
     halves = ["rules", "guided"] if importlib.util.find_spec("atheris") else ["rules"]
     if len(halves) == 1:

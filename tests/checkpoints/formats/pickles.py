@@ -1,4 +1,4 @@
-"""Files of PyTorch and pickle composed by hand, opcode by opcode: torch is not here, and honest tools write no lies."""
+"""Composes torch.save and pickle files opcode by opcode: torch is not installed, and it writes no invalid files."""
 
 import struct
 import zipfile
@@ -9,7 +9,7 @@ import pytest
 
 from atlas_jax.errors import UserError
 
-MAGIC = 0x1950A86A20F9469CFC6C  # what a torch file older than 1.6 starts with
+MAGIC = 0x1950A86A20F9469CFC6C  # the number that starts a file of PyTorch < 1.6
 
 
 def text(value: str) -> bytes:
@@ -36,9 +36,23 @@ def storage(kind: str, key: str, count: int) -> bytes:
     return tuple_of(text("storage"), name(f"torch.{kind}"), text(key), text("cpu"), number(count)) + b"Q"
 
 
-def tensor(of: bytes, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *more: bytes, v: int = 2) -> bytes:
+def tensor(
+    storage_id: bytes,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    *extra_arguments: bytes,
+    v: int = 2,
+) -> bytes:
     sizes = (number(offset), tuple_of(*map(number, shape)), tuple_of(*map(number, strides)))
-    return call(f"torch._utils._rebuild_tensor_v{v}", of, *sizes, b"\x89", call("collections.OrderedDict"), *more)
+    return call(
+        f"torch._utils._rebuild_tensor_v{v}",
+        storage_id,
+        *sizes,
+        b"\x89",
+        call("collections.OrderedDict"),
+        *extra_arguments,
+    )
 
 
 def program(body: bytes) -> bytes:
@@ -46,7 +60,7 @@ def program(body: bytes) -> bytes:
 
 
 def write(path: Path, body: bytes, compression: int = zipfile.ZIP_STORED, **members: bytes) -> Path:
-    """A torch.save file: `body` computes its value, `_0=...` is storage 0, other keywords are members by name."""
+    """Writes a torch.save file: `body` are its opcodes, `_0=...` is storage 0, other keywords are members by name."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("model/data.pkl", program(body))
         archive.writestr("model/version", b"3\n")
@@ -56,7 +70,7 @@ def write(path: Path, body: bytes, compression: int = zipfile.ZIP_STORED, **memb
 
 
 def refusal(load, path: Path) -> str:
-    """The one line that refuses a file: it starts with the path and ends with a remedy."""
+    """Returns the one-line message with which `load` refuses a file, after checking that it has a path and a remedy."""
     with pytest.raises(UserError) as caught:
         load(path)
     message = str(caught.value)
@@ -67,12 +81,12 @@ def refusal(load, path: Path) -> str:
 
 
 def save(path: Path, tree: dict[str, np.ndarray | int | dict[str, np.ndarray]] | np.ndarray) -> Path:
-    """What `torch.save` writes of a tensor, or of a dict of tensors, of numbers and of such dicts."""
+    """Writes what `torch.save` writes for a tensor, or for a dict of tensors, integers and such dicts."""
     members: dict[str, bytes] = {}
 
-    def compose(value: np.ndarray | int | dict) -> bytes:
+    def encode(value: np.ndarray | int | dict) -> bytes:
         if isinstance(value, dict):
-            return b"}(" + b"".join(text(key) + compose(inner) for key, inner in value.items()) + b"u"
+            return b"}(" + b"".join(text(key) + encode(item) for key, item in value.items()) + b"u"
         if isinstance(value, int):
             return number(value)
         kind, key = {"f": "Half" if value.itemsize == 2 else "Float", "i": "Long"}[value.dtype.kind], str(len(members))
@@ -81,5 +95,5 @@ def save(path: Path, tree: dict[str, np.ndarray | int | dict[str, np.ndarray]] |
         strides = tuple(stride // array.itemsize for stride in array.strides)
         return tensor(storage(f"{kind}Storage", key, array.size), 0, array.shape, strides)
 
-    body = compose(tree)
+    body = encode(tree)
     return write(path, body, **members)

@@ -1,4 +1,4 @@
-"""Files that lie in every way that we could think of, and the watch that `make fuzz` keeps over the readers."""
+"""The readers survive hostile files, and the watch of `make fuzz` detects readers that break its rules."""
 
 import math
 import subprocess
@@ -14,17 +14,24 @@ from hypothesis import strategies as st
 
 from atlas_jax.errors import UserError
 from tests.checkpoints.formats import fuzzing
-from tests.checkpoints.formats.hostile import CHECKPOINT, SEEDS, changed, composed, hostile_file, lying_archive
+from tests.checkpoints.formats.hostile import (
+    CHECKPOINT,
+    SEEDS,
+    archive_with_wrong_directory,
+    composed_pickle,
+    hostile_file,
+    mutated,
+)
 from tests.checkpoints.formats.pickles import name, program, storage, tensor, write
 
 ROOT = Path(__file__).parents[3]
 HARNESS = Path(fuzzing.__file__)
 
-some = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+fuzz_settings = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def tries(kind: str, path: Path, data: bytes) -> bool:
-    """Plain data, as Python's own reader makes it if it can, or the one line; never anything else."""
+def check_reader(kind: str, path: Path, data: bytes) -> bool:
+    """Returns whether the reader reads the file, after checking the value, also against `pickle`, or the message."""
     path.write_bytes(data)
     try:
         value = fuzzing.READERS[kind](path)
@@ -37,41 +44,41 @@ def tries(kind: str, path: Path, data: bytes) -> bool:
     return True
 
 
-@some
+@fuzz_settings
 @given(rng=st.randoms(use_true_random=False))
-def test_composed_pickles(path, rng):
-    """Pickles that mean something, with a lie or two: data, the same as `pickle` gives, or one line."""
-    tries("pickle", path, composed(rng, named=rng.choice([0, 0, 0.1])))
+def test_composed_pickles_are_read_as_by_pickle_or_refused(path, rng):
+    """A composed pickle, valid or not, gives the same data as `pickle` or a one-line refusal."""
+    check_reader("pickle", path, composed_pickle(rng, global_rate=rng.choice([0, 0, 0.1])))
 
 
-@some
+@fuzz_settings
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(["pickle", "torch"]))
-def test_hostile_files(path, seed, kind):
-    """Files composed by rules, and honest ones with bits, sizes and parts changed: data or one line."""
-    tries(kind, path, hostile_file(Random(seed), kind))
+def test_hostile_files_are_read_or_refused(path, seed, kind):
+    """Composed files, and valid ones with bits, sizes and parts mutated, give plain data or a one-line refusal."""
+    check_reader(kind, path, hostile_file(Random(seed), kind))
 
 
-@some
+@fuzz_settings
 @given(seed=st.integers(0, 2**32))
-def test_archives_that_lie(path, seed):
-    """A zip directory with one or two fields wrong: data or one line."""
-    tries("torch", path, lying_archive(Random(seed)))
+def test_wrong_zip_directories_are_read_or_refused(path, seed):
+    """A zip directory with one or two wrong fields gives plain data or a one-line refusal."""
+    check_reader("torch", path, archive_with_wrong_directory(Random(seed)))
 
 
-def test_the_rules_make_both_kinds_of_file(path):
-    """Neither is every hostile file refused at once nor every one read: the rules reach what lies behind."""
+def test_rules_make_readable_and_refused_files(path):
+    """Between 10 and 150 of 200 hostile files are read: the rules reach the code behind the first checks."""
     for kind in ("pickle", "torch"):
-        read = sum(tries(kind, path, hostile_file(Random(seed), kind)) for seed in range(200))
+        read = sum(check_reader(kind, path, hostile_file(Random(seed), kind)) for seed in range(200))
         assert 10 <= read <= 150
-    assert all(tries(kind, path, seed) for kind in ("pickle", "torch") for seed in SEEDS[kind])
-    assert tries("torch", path, CHECKPOINT)
+    assert all(check_reader(kind, path, seed) for kind in ("pickle", "torch") for seed in SEEDS[kind])
+    assert check_reader("torch", path, CHECKPOINT)
 
 
 def test_rules_are_reproducible():
-    """One seed, one file: a file that breaks a reader can be made again."""
+    """One seed always gives one file, so a file that breaks a reader can be made again."""
     for kind in ("pickle", "torch"):
         assert hostile_file(Random(7), kind) == hostile_file(Random(7), kind)
-    assert changed(Random(7), CHECKPOINT, SEEDS["torch"]) != changed(Random(8), CHECKPOINT, SEEDS["torch"])
+    assert mutated(Random(7), CHECKPOINT, SEEDS["torch"]) != mutated(Random(8), CHECKPOINT, SEEDS["torch"])
 
 
 # -- Memory ------------------------------------------------------------------------------------------------------------
@@ -79,7 +86,7 @@ def test_rules_are_reproducible():
 ROW = b"\x8c\x01a\x94"
 BUILD = name("torch._utils._rebuild_tensor_v2") + b"\x94"
 ARGUMENTS = tensor(storage("FloatStorage", "0", 6), 0, (1,) * 64, (1,) * 64)[len(BUILD) - 1 : -1] + b"\x94"
-GROWING = {  # what is done once, and what is done over and over: the most memory for the fewest bytes
+MEMORY_CASES = {  # opcodes done once, and opcodes repeated: the most memory per byte of pickle
     "empty sets": (b"", b"\x8f"),
     "empty lists": (b"", b"]"),
     "empty dicts": (b"", b"}"),
@@ -96,39 +103,39 @@ GROWING = {  # what is done once, and what is done over and over: the most memor
 }
 
 
-def peak(kind: str, path: Path, data: bytes) -> int:
-    """Bytes that Python held at most while it tried a file."""
+def peak_memory(kind: str, path: Path, data: bytes) -> int:
+    """Returns the most bytes that Python allocated while a reader tried a file."""
     tracemalloc.start()
     try:
-        tries(kind, path, data)
+        check_reader(kind, path, data)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("case", GROWING)
+@pytest.mark.parametrize("case", MEMORY_CASES)
 def test_memory_is_bounded_by_the_pickle(path, case):
-    """Whatever is repeated, a byte of pickle takes at most 300 of memory; and the pickle of torch has at most 4 MB."""
-    once, over = GROWING[case]
-    body = b"(" + once + over * (20_000 // len(over)) + b"t"
-    few, many = (
-        peak("torch", path, write(path, b"(" + once + more + b"t", _0=bytes(24)).read_bytes())
-        for more in (b"", body[1:-1])
+    """Whatever is repeated, a byte of pickle takes at most 300 of memory; a torch.save pickle has at most 4 MB."""
+    setup, repeated = MEMORY_CASES[case]
+    body = b"(" + setup + repeated * (20_000 // len(repeated)) + b"t"
+    baseline, total = (
+        peak_memory("torch", path, write(path, b"(" + setup + rest + b"t", _0=bytes(24)).read_bytes())
+        for rest in (b"", body[1:-1])
     )
-    assert 2 * len(body) < many - few < 300 * len(body)
+    assert 2 * len(body) < total - baseline < 300 * len(body)
 
 
 @pytest.mark.parametrize("opcode", [b"X\xff\xff\xff\xff", b"\x8d" + b"\xff" * 8, b"\x8e" + b"\xff" * 8, b"\x8a\xff"])
-def test_a_size_that_lies_allocates_nothing(path, opcode):
-    """Four gigabytes or 2**64 bytes announced, ten there: what is there is taken."""
-    assert peak("pickle", path, program(opcode + b"x" * 10)) < 1 << 16
+def test_a_wrong_size_allocates_nothing(path, opcode):
+    """A length of 4 GB or 2**64 bytes with ten bytes left in the file reads those ten."""
+    assert peak_memory("pickle", path, program(opcode + b"x" * 10)) < 1 << 16
 
 
 # -- The watch ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_harness(tmp_path):
-    """A thousand files under watch: no code runs, nothing is imported, opened or written, and the count is told."""
+def test_a_thousand_files_break_no_rule(tmp_path):
+    """With 1000 files under watch no code runs, nothing is imported, opened or written; their number is printed."""
     command = [sys.executable, str(HARNESS), "--only", "rules", "--inputs", "1000", "--seed", "1"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout.startswith("1000 files: ")
@@ -136,7 +143,7 @@ def test_the_harness(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-BROKEN = """
+BROKEN_READER = """
 import sys
 from tests.checkpoints.formats import fuzzing
 fuzzing.READERS["pickle"] = lambda path: path.read_bytes()[10**6]
@@ -146,15 +153,17 @@ fuzzing.main()
 
 
 def test_a_file_that_breaks_a_reader_is_kept(tmp_path):
-    """A reader that raises another error fails the run, which says where the file is."""
+    """A reader that raises an unexpected error fails the run, which prints where the file is kept."""
     environment = {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", BROKEN], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", BROKEN_READER], env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 1
     assert run.stdout.startswith("FAILED: pickle reader, IndexError")
     assert [str(file) for file in tmp_path.iterdir()] == [run.stdout.rsplit(" ", 1)[1].strip()]
 
 
-CULPRITS = """
+FORBIDDEN_READERS = """
 import os, pathlib, pickle, sys, socket, subprocess
 from tests.checkpoints.formats.fuzzing import READERS, Violation, Watch
 
@@ -187,10 +196,10 @@ for name, culprit in culprits.items():
 """
 
 
-def test_the_watch_sees_culprits(tmp_path):
-    """Readers that run, write, import, start or connect are caught in the act; of all these, only ours is not."""
+def test_the_watch_catches_forbidden_actions(tmp_path):
+    """Readers that execute, write, import, start a process or connect raise Violation; only `load_pickle` does not."""
     run = subprocess.run(
-        [sys.executable, "-c", CULPRITS],
+        [sys.executable, "-c", FORBIDDEN_READERS],
         env={"PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
@@ -205,24 +214,24 @@ def test_the_watch_sees_culprits(tmp_path):
     "message",
     ["no file; remedy", "/f: no remedy", "/f: two\nlines; remedy", "/f: \x1b[31m; red", "/f: long; " + "x" * 999],
 )
-def test_bad_messages_are_found(message):
-    """A line without the file or the remedy, two lines, an unprintable or endless one do not pass; a good one does."""
+def test_check_message_rejects_bad_messages(message):
+    """A message without path or remedy, of two lines, unprintable or too long is rejected; a good one passes."""
     fuzzing.check_message("/f: is empty; copy it again", Path("/f"))
     with pytest.raises(fuzzing.Violation):
         fuzzing.check_message(message, Path("/f"))
 
 
 @pytest.mark.parametrize("value", [object(), [print], {1: {2: 1j}}, {3: np.zeros(2)}, (np.float32(1),), range(3)])
-def test_bad_values_are_found(value):
-    """What is no plain data, or memory that could be written to, does not pass however deep it is; plain data does."""
+def test_check_value_rejects_non_plain_values(value):
+    """Values that are not plain data, and writable arrays, are rejected at any depth; plain data passes."""
     fuzzing.check_value({"a": [(1, 2.5, None, b"", {"x"})]})
     with pytest.raises(fuzzing.Violation):
         fuzzing.check_value(value)
 
 
 @pytest.mark.parametrize("value", [[True], [1.0], (1,), [[1]], [-1], "1", math.nan, {1: 0}])
-def test_other_values_than_pickle_makes_are_found(value):
-    """What differs from `pickle`, if only in type, does not pass; the same passes, and so does what pickle refuses."""
+def test_check_agreement_rejects_other_values_than_pickles(value):
+    """A value that differs from `pickle`'s, if only in type, is rejected; an equal one or a failing `pickle` passes."""
     data = program(b"](K\x01e")
     fuzzing.check_agreement([1], data)
     fuzzing.check_agreement([1], data[:-1])

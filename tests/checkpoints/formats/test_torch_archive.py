@@ -1,4 +1,4 @@
-"""The zip around a PyTorch file: where a lie about names, sizes and places is refused, and none is followed."""
+"""The zip of a torch.save file: wrong names, sizes and offsets are refused, and never followed."""
 
 import struct
 import tracemalloc
@@ -13,63 +13,66 @@ from atlas_jax.checkpoints.formats import torch_reader
 from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from tests.checkpoints.formats.pickles import program, refusal, storage, tensor, tuple_of, write
 
-F, G = (tensor(storage("FloatStorage", key, 6), 0, (6,), (1,)) for key in "01")
+FIRST, SECOND = (tensor(storage("FloatStorage", key, 6), 0, (6,), (1,)) for key in "01")
 SIX = np.arange(6, dtype=np.float32)
 
 
-def lying(path: Path, lie: Callable[[list[zipfile.ZipInfo]], None]) -> Path:
-    """An honest file, but for its directory: `lie` changes it before it is written, as zip64 where needed."""
+def write_with_directory(path: Path, change: Callable[[list[zipfile.ZipInfo]], None]) -> Path:
+    """Writes a valid file whose zip directory `change` has altered; it is written as zip64 where needed."""
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("model/data.pkl", program(tuple_of(F, G)))
+        archive.writestr("model/data.pkl", program(tuple_of(FIRST, SECOND)))
         archive.writestr("model/data/0", SIX.tobytes())
         archive.writestr("model/data/1", (SIX + 1).tobytes())
-        lie(archive.filelist)
+        change(archive.filelist)
     return path
 
 
-def put(**fields: int | str) -> Callable[[list[zipfile.ZipInfo]], None]:
-    """The lie that the second of three members is otherwise."""
+def set_fields(**fields: int | str) -> Callable[[list[zipfile.ZipInfo]], None]:
+    """Returns a change that sets fields of the second of the three members."""
     return lambda members: [setattr(members[1], field, value) for field, value in fields.items()] and None
 
 
-def test_an_honest_directory_is_read(path):
-    """Told nothing but the truth, in any order, both storages are read."""
-    for truth in (lambda members: None, list.reverse):
-        first, second = load_torch(lying(path, truth))
+def test_a_correct_directory_is_read_in_any_order(path):
+    """Both storages are read from a correct directory, whatever the order of its members."""
+    for change in (lambda members: None, list.reverse):
+        first, second = load_torch(write_with_directory(path, change))
         np.testing.assert_array_equal(first, SIX)
         np.testing.assert_array_equal(second, SIX + 1)
 
 
 @pytest.mark.parametrize(
-    ("lie", "said"),
+    ("change", "message"),
     [
-        (put(header_offset=2**40), "not where the zip directory says"),  # more than 32 bits: zip64
-        (put(header_offset=2**63 - 1), "not where the zip directory says"),
-        (put(header_offset=1), "not where the zip directory says"),
-        (put(header_offset=0), "not where the zip directory says"),  # the header of data.pkl: another name
-        (put(filename="model/data/7"), "not where the zip directory says"),
-        (put(file_size=2**40, compress_size=2**40), "reaches into what follows"),
-        (put(file_size=25, compress_size=25), "reaches into what follows"),
-        (put(file_size=2**40), "compressed or encrypted"),
-        (put(compress_size=1), "compressed or encrypted"),
-        (put(compress_type=zipfile.ZIP_DEFLATED), "compressed or encrypted"),
-        (put(flag_bits=1), "compressed or encrypted"),
-        (put(file_size=20, compress_size=20), "has 20 bytes for storage '0' of 6"),
+        (set_fields(header_offset=2**40), "not where the zip directory says"),  # more than 32 bits: zip64
+        (set_fields(header_offset=2**63 - 1), "not where the zip directory says"),
+        (set_fields(header_offset=1), "not where the zip directory says"),
+        (
+            set_fields(header_offset=0),
+            "not where the zip directory says",
+        ),  # the header of data.pkl, which has another name
+        (set_fields(filename="model/data/7"), "not where the zip directory says"),
+        (set_fields(file_size=2**40, compress_size=2**40), "reaches into what follows"),
+        (set_fields(file_size=25, compress_size=25), "reaches into what follows"),
+        (set_fields(file_size=2**40), "compressed or encrypted"),
+        (set_fields(compress_size=1), "compressed or encrypted"),
+        (set_fields(compress_type=zipfile.ZIP_DEFLATED), "compressed or encrypted"),
+        (set_fields(flag_bits=1), "compressed or encrypted"),
+        (set_fields(file_size=20, compress_size=20), "has 20 bytes for storage '0' of 6"),
         (lambda members: members.append(members[1]), "two members 'data/0'"),
         (lambda members: members.pop(1), "has no bytes for storage '0'"),
         (lambda members: members.pop(0), "0 data.pkl"),
     ],
 )
-def test_a_directory_that_lies_is_refused(path, lie, said):
-    """Places, sizes and names that are not so, with 32 bits or 64, and members that are there twice or not at all."""
-    assert said in refusal(load_torch, lying(path, lie))
+def test_a_wrong_directory_is_refused(path, change, message):
+    """Wrong offsets, sizes and names, with 32 bits or 64, and duplicate or missing members are refused."""
+    assert message in refusal(load_torch, write_with_directory(path, change))
 
 
-def test_storages_that_overlap_are_refused(path):
-    """Two members over the same bytes, each with a header of its own: the first reaches over the second."""
+def test_overlapping_storages_are_refused(path):
+    """Two members over the same bytes, each with a local header of its own, are refused."""
     inner = struct.pack("<4s22xHH", b"PK\x03\x04", 12, 0) + b"model/data/1"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("model/data.pkl", program(tuple_of(F, G)))
+        archive.writestr("model/data.pkl", program(tuple_of(FIRST, SECOND)))
         archive.writestr("model/data/0", inner + SIX.tobytes())
         archive.writestr("model/data/1", SIX.tobytes())
         outer, other = archive.filelist[1:]
@@ -77,8 +80,8 @@ def test_storages_that_overlap_are_refused(path):
     assert "'data/0' reaches into what follows" in refusal(load_torch, path)
 
 
-def test_other_archives_are_refused(path):
-    """Compressed, duplicated or foreign members, big-endian, TorchScript: each has its own message."""
+def test_invalid_archives_are_refused(path):
+    """Compressed, duplicate or foreign members, big-endian files and TorchScript are refused, each with its message."""
     assert "compressed" in refusal(load_torch, write(path, b"N", zipfile.ZIP_DEFLATED))
     assert "little-endian" in refusal(load_torch, write(path, b"N", byteorder=b"big"))
     assert "TorchScript" in refusal(load_torch, write(path, b"N", **{"constants.pkl": b""}))
@@ -87,14 +90,14 @@ def test_other_archives_are_refused(path):
     with pytest.warns(UserWarning, match="Duplicate"):
         write(path, b"N", version=b"4")
     assert "two members 'version'" in refusal(load_torch, path)
-    write(path, F)
+    write(path, FIRST)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("data/0", SIX.tobytes())  # beside the folder, not in it
+        archive.writestr("data/0", SIX.tobytes())  # outside of the folder `model/`
     assert "'data/0' is outside of 'model/'" in refusal(load_torch, path)
 
 
-def test_nothing_is_written(path, tmp_path):
-    """Names that lead out of a folder lead nowhere: nothing is extracted, and a storage is looked up, not opened."""
+def test_nothing_is_extracted(path, tmp_path):
+    """Member names with `..` write nothing: nothing is extracted, and a storage's name is a key, not a path."""
     names = {"../../above": b"x", "../model.pth.tar": b"x", "data/../../x": b"y" * 24}
     assert load_torch(write(path, b"N", **names)) is None
     upward = tensor(storage("FloatStorage", "../../x", 6), 0, (6,), (1,))
@@ -105,8 +108,8 @@ def test_nothing_is_written(path, tmp_path):
 
 
 @pytest.mark.parametrize("member", ["_0", "byteorder"])
-def test_what_is_not_needed_is_not_read(path, member):
-    """Neither eight megabytes of a storage nor a `byteorder` that is as long take memory."""
+def test_unused_members_are_not_read(path, member):
+    """Neither an unused storage of 8 MB nor a `byteorder` of 8 MB takes memory."""
     write(path, b"N", **{member: b"little" + bytes(8 << 20)})
     tracemalloc.start()
     try:
@@ -119,8 +122,8 @@ def test_what_is_not_needed_is_not_read(path, member):
         tracemalloc.stop()
 
 
-def test_a_huge_directory_is_not_read(path, monkeypatch):
-    """How long the list of members may be is asked before it is read; one byte less is too short for this one."""
+def test_a_too_large_directory_is_not_read(path, monkeypatch):
+    """The size of the zip directory is checked before it is read; a limit one byte below it refuses the file."""
     write(path, b"N")
     size = len(path.read_bytes()) - path.read_bytes().index(b"PK\x01\x02") - 22
     monkeypatch.setattr(torch_reader, "MAX_DIRECTORY", size)

@@ -1,6 +1,6 @@
-"""Writes the file of this folder that is named after the installed PyTorch: `VENV/bin/python make.py`, anywhere.
+"""Writes this folder's two files of the installed PyTorch version: `VENV/bin/python make.py`, from any folder.
 
-`test_torch_versions.py` says what is in it. Needs nothing but torch; 1.6.0 (Python 3.8) to 2.13.0 (3.11) have run it.
+`test_torch_versions.py` checks their content. Needs only torch; ran with 1.6.0 (Python 3.8) to 2.13.0 (Python 3.11).
 """
 
 import argparse
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 
-def trained():
-    """A parameter and its optimizer after one step on a gradient of ones."""
+def trained_optimizer_state():
+    """Returns the state of Adam for one parameter after one step on a gradient of ones."""
     weight = torch.nn.Parameter(torch.arange(3, dtype=torch.float32))
     optimizer = torch.optim.Adam([weight], lr=0.5)
     weight.sum().backward()
@@ -31,7 +31,7 @@ value = {
         weight=tied, tied=tied, view=x.t(), part=x[1:, 2:5], one=x[1, 1], many=x[:1].expand(5, 6)
     ),
     "empty": x[:0],
-    "optimizer": trained(),
+    "optimizer": trained_optimizer_state(),
     "opt": options,
     "dtypes": {name: (x[0] - 3).to(getattr(torch, name)) for name in names},
     "plain": (

@@ -1,4 +1,4 @@
-"""`atlas evaluate` on pieces of the sample, as tests call it."""
+"""Command lines of `atlas evaluate` on a part of the bundled sample, and helpers for the files around them."""
 
 import json
 import shutil
@@ -9,25 +9,31 @@ import atlas_jax
 ROOT = Path(atlas_jax.__file__).parents[1]
 SAMPLE = ROOT / "atlas_jax" / "sample"
 ROWS = [json.loads(line) for line in (SAMPLE / "mmlu.jsonl").read_text(encoding="utf-8").splitlines()[:2]]
-ROWS[1] |= {"options": {"A": "25", "B": "5", "C": "6", "D": "5"}, "answer": "D"}  # B and D are equal, as in 9 of MMLU
+ROWS[1] |= {
+    "options": {"A": "25", "B": "5", "C": "6", "D": "5"},
+    "answer": "D",
+}  # B and D are equal, as in 9 questions of MMLU
 PASSAGES = [json.loads(line) for line in (SAMPLE / "passages.jsonl").read_text(encoding="utf-8").splitlines()[:30]]
 
 
-def lines(rows: list[dict], end: str = "\n") -> bytes:
+def to_jsonl(rows: list[dict], end: str = "\n") -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows).encode()
 
 
-def put(path: Path, content: bytes) -> str:
+def write_file(path: Path, content: bytes) -> str:
     path.write_bytes(content)
     return str(path)
 
 
-def command(folder: Path, **flags: object) -> list[str]:
-    """`atlas evaluate` on two questions and thirty passages in `folder`; `flags` win, None leaves one out."""
+def evaluate_argv(folder: Path, **flags: object) -> list[str]:
+    """Arguments of `atlas evaluate` on two questions and thirty passages, which are written into `folder`.
+
+    `flags` replace the defaults; None or False leaves a flag out, True passes it without a value.
+    """
     eval_data, passages = folder / "eval.jsonl", folder / "passages.jsonl"
     for file, rows in ((eval_data, ROWS), (passages, PASSAGES)):
         if not file.exists():
-            put(file, lines(rows))
+            write_file(file, to_jsonl(rows))
     all_flags: dict[str, object] = {
         **{"name": "run", "checkpoint_dir": folder / "runs", "eval_data": eval_data, "passages": passages},
         **{"model_path": SAMPLE / "model", "task": "multiple_choice", "multiple_choice_eval_permutations": "cyclic"},
@@ -42,21 +48,25 @@ def command(folder: Path, **flags: object) -> list[str]:
     return argv
 
 
-def without(flags: str) -> dict[str, None]:
+def omit(flags: str) -> dict[str, None]:
+    """Flags of `evaluate_argv` to leave out."""
     return dict.fromkeys(flags.split())
 
 
-CLOSED_BOOK = {"closed_book": True, **without("passages retriever_model_path")}  # no retriever, no index
+CLOSED_BOOK = {"closed_book": True, **omit("passages retriever_model_path")}  # no retriever, no index
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """What an interrupted run must not leave."""
-    hidden = [path for path in folder.rglob(".*") if path.suffix in (".draft", ".old") or ".scratch-" in path.name]
-    return hidden + list(folder.rglob("*-step-1.jsonl")) + list(folder.rglob("*.metrics.json"))
+def unfinished_files(folder: Path) -> list[Path]:
+    """Temporary files, predictions and scores, none of which a run that fails may leave behind."""
+    temporary = [path for path in folder.rglob(".*") if path.suffix in (".draft", ".old") or ".scratch-" in path.name]
+    return temporary + list(folder.rglob("*-step-1.jsonl")) + list(folder.rglob("*.metrics.json"))
 
 
-def published(folder: Path, golden: Path, **changes: bytes | None) -> Path:
-    """The golden index of four shards with files changed or, by None, left out; keys are file names with _ for dots."""
+def copy_published_index(folder: Path, golden: Path, **changes: bytes | None) -> Path:
+    """Copies the golden index of four shards, with the content of some files changed or, by None, the file left out.
+
+    Keys of `changes` are file names with _ for dots.
+    """
     shutil.copytree(golden / "index_4shards", folder)
     for name, content in changes.items():
         path = folder / name.replace("_", ".")

@@ -1,0 +1,64 @@
+"""Context managers around a run: its connected hosts, its folder, a log handler."""
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from atlas_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from atlas_jax.config import Config
+
+
+@contextlib.contextmanager
+def connected_hosts(config: "Config") -> Iterator[None]:
+    """Connects the processes of the run and checks that they share its folder; all but process 0 log only warnings."""
+    from atlas_jax.runtime.cluster import connect
+    from atlas_jax.storage.shared_files import check_shared
+
+    with connect(config.run) as group:
+        if group.index:
+            logging.getLogger("atlas_jax").setLevel(logging.WARNING)
+        check_shared(config.run_folder, "--checkpoint_dir")
+        yield
+
+
+@contextlib.contextmanager
+def run_folder(config: "Config") -> Iterator[Path]:
+    """Creates the run's folder, with the flags in config.json and the log in run.log; UserError if it is not writable.
+
+    On all processes but process 0 it is a temporary folder instead, which is deleted at the end.
+    """
+    from atlas_jax.config import to_dict
+    from atlas_jax.runtime.process_group import process_group
+    from atlas_jax.storage.files import write_json
+
+    with contextlib.ExitStack() as stack:
+        folder = config.run_folder
+        if process_group().index:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="atlas-")))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror}); choose another --checkpoint_dir"
+            ) from None
+        stack.enter_context(log_handler(handler))
+        write_json(folder / "config.json", to_dict(config))
+        yield folder
+
+
+@contextlib.contextmanager
+def log_handler(handler: logging.Handler) -> Iterator[None]:
+    """Adds a handler to the root logger for as long as the block lasts, then closes it."""
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
