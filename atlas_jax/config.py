@@ -23,7 +23,7 @@ READERS = (
     *("google/t5-base-lm-adapt", "google/t5-large-lm-adapt", "google/t5-xl-lm-adapt", "google/t5-xxl-lm-adapt"),
 )
 GoldMode = Literal["evalnormsum", "loop", "ppmean", "emdr"]
-OUR_CHECKPOINT = "atlas.json"  # the file by which a checkpoint of ours is recognised
+CHECKPOINT_FILE = "atlas.json"  # the file by which a checkpoint of ours is recognised
 BERT_POSITIONS = 512  # position embeddings of the retriever
 FOREVER = 2**32
 ResumeRule = Literal["same", "changeable", "warned"]
@@ -395,7 +395,7 @@ class Config:
         if self.model.model_path != "none":
             return Path(self.model.model_path)
         latest = self.run_folder / "checkpoint" / "latest"
-        return latest if (latest / OUR_CHECKPOINT).is_file() else None
+        return latest if (latest / CHECKPOINT_FILE).is_file() else None
 
     def _override(self, group: str, **flags: Any) -> None:
         object.__setattr__(self, group, replace(getattr(self, group), **flags))

@@ -23,13 +23,13 @@ import numpy as np
 
 import atlas_jax
 from atlas_jax.checkpoints.formats.safe_pickle import load_pickle
-from atlas_jax.data.reader_inputs import ReaderText, render
+from atlas_jax.data.reader_inputs import ReaderInputEncoder, render
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.mesh import make_mesh
 from atlas_jax.retrieval.faiss_index import FaissIndex
 from atlas_jax.retrieval.flat_index import FlatIndex
 from atlas_jax.retrieval.formats.convert import convert, write_vectors
-from atlas_jax.retrieval.formats.index_folder import Origin, read_about, read_vectors
+from atlas_jax.retrieval.formats.index_folder import Origin, read_metadata, read_vectors
 from atlas_jax.retrieval.formats.torch_shards import TorchShards
 from atlas_jax.retrieval.passage_store import build_passages
 
@@ -57,7 +57,7 @@ def main() -> None:
 def compare_passages(passages: str, folder: Path, rounds: int) -> None:
     """Compares building a passage store from a jsonl file, and tokenizing it for both models, with the baselines."""
     retriever, reader = Tokenizer.load(SAMPLE / "retriever"), Tokenizer.load(SAMPLE / "reader")
-    reader_text = ReaderText(reader, ENCODER_FORMAT, 512)
+    reader_text = ReaderInputEncoder(reader, ENCODER_FORMAT, 512)
     rows = parse_jsonl(passages)
     rendered = {retriever: [render(RETRIEVER_FORMAT, row) for row in rows]}
     rendered[reader] = [render(ENCODER_FORMAT.removeprefix("{query}"), row) for row in rows]
@@ -109,7 +109,7 @@ def compare_indexes(passages: str, count: int, folder: Path, rounds: int) -> Non
         rounds,
         drop_shards_from_cache,
     )
-    metadata, mesh = read_about(index_folder), make_mesh()
+    metadata, mesh = read_metadata(index_folder), make_mesh()
     compare(
         "flat opened, against reading its bytes",
         lambda: FlatIndex.load(index_folder, metadata, mesh).rows.block_until_ready(),

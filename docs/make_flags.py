@@ -12,9 +12,9 @@ from atlas_jax.config import PlanConfig
 PAGE = Path(__file__).with_name("flags.md")
 INTRODUCTION = """# Flags
 
-Every flag of `atlas train` and `atlas evaluate`, which take the same ones; names, defaults and meaning are the reference's,
-but for flags that JAX needs. `atlas plan` takes them too, with those at the end; `atlas index` and `atlas convert` list theirs
-with `--help`. Made from `atlas_jax/config.py` by `make docs`.
+Every flag of `atlas train` and `atlas evaluate`, which take the same ones. Names, defaults and meaning are the
+reference's, but for flags that JAX needs. `atlas plan` takes them too, with those at the end; `atlas index` and `atlas convert` list
+theirs with `--help`. Made from `atlas_jax/config.py` by `make docs`.
 
 The column *resume* says what happens if a run is started again with another value: nothing (`may change`), a warning
 (`warns`), or, if it is empty, the run is refused, because it would learn something else.

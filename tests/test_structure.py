@@ -21,7 +21,7 @@ def floors() -> list[str]:
 
 
 def floor_of(module: str) -> str:
-    """"atlas_jax.training.loop" is on the floor "training"."""
+    """ "atlas_jax.training.loop" is on the floor "training"."""
     return module.split(".")[1]
 
 

@@ -29,7 +29,7 @@ def write_huggingface(folder: Path, weights: Weights, on_bytes: OnBytes) -> None
 
     `folder` must not exist yet. UserError if it cannot be written.
     """
-    cfg, arrays = weights.cfg, exported(weights.params, weights.cfg, aliases=False)
+    cfg, arrays = weights.cfg, export_arrays(weights.params, weights.cfg, aliases=False)
     with atomic_folder(folder, REMEDY) as draft:
         check_free_space(draft, folder, total_bytes(arrays))
         if cfg.reader:
@@ -60,7 +60,7 @@ def write_reference(folder: Path, weights: Weights, on_bytes: OnBytes) -> None:
     `opt` has the one attribute that the reference reads when it loads a checkpoint. It is an OrderedDict, because
     `torch.load(weights_only=True)` refuses the reference's own `argparse.Namespace`.
     """
-    arrays = exported(weights.params, weights.cfg, aliases=True)
+    arrays = export_arrays(weights.params, weights.cfg, aliases=True)
     if weights.cfg.retriever:
         positions = np.arange(weights.cfg.retriever.max_positions)[None]  # a buffer of the reference's BERT
         for reference_name in encoder_names(untied=weights.cfg.untied):
@@ -75,7 +75,7 @@ def write_reference(folder: Path, weights: Weights, on_bytes: OnBytes) -> None:
     fsync(folder.parent)
 
 
-def exported(params: Mapping[str, ArrayLike], cfg: AtlasConfig, *, aliases: bool) -> dict[str, ArrayLike]:
+def export_arrays(params: Mapping[str, ArrayLike], cfg: AtlasConfig, *, aliases: bool) -> dict[str, ArrayLike]:
     """Returns lazy arrays by the reference's names; with `aliases`, also its second names, of the same objects."""
     exported_arrays: dict[str, ArrayLike] = {}
     by_path: dict[str, ArrayLike] = {}

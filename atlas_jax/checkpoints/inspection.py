@@ -75,7 +75,7 @@ def _inspect_checkpoint(folder: Path) -> Facts:
         "dtype": sorted({str(shape.dtype) for shape in shapes.values()}),
         "tokenizers": [name for name in ("reader", "retriever") if _has_tokenizer(folder / name)],
         "optimizer": (folder / store.TRAINING_FILE).is_file(),
-        "whole": store.is_whole(folder),
+        "whole": store.is_complete(folder),
         "bytes": _folder_bytes(folder),
     }
 

@@ -67,7 +67,7 @@ def open_weights(config: Config) -> Weights:
     raise UserError(f"{folder}: neither {PUBLISHED} nor a checkpoint of ours (atlas.json) in this folder")
 
 
-def model_shapes(config: Config) -> AtlasConfig:
+def model_config(config: Config) -> AtlasConfig:
     """Returns the configs of the models without reading weights; `untied` is False unless it is known already."""
     folder = config.weights_folder
     if folder and store.is_checkpoint(folder):
@@ -208,6 +208,6 @@ def place_on_mesh(weights: Weights, config: Config, mesh: Mesh) -> AtlasModel:
         placed: jax.Array = put_parameter(mesh, path, array, dtype if is_matrix(path) else None)
         return placed
 
-    model = build_model(weights.params, weights.cfg.computing(dtype=dtype, for_cpu=is_single_cpu(mesh)), place)
+    model = build_model(weights.params, weights.cfg.with_computation(dtype=dtype, for_cpu=is_single_cpu(mesh)), place)
     verify_shards(weights.params)
     return model

@@ -33,13 +33,13 @@ class RunCheckpoints:
     """Manages the checkpoints `step-N` in a folder that only this run writes, and the link `latest` to the last one.
 
     All processes of a run call the same methods in the same order and get the same results. With `keep`, only that many
-    of the newest complete checkpoints are kept. `failed` is the error message of the last save, None if it succeeded.
+    of the newest complete checkpoints are kept. `save_error` is the message of a save that failed last, else None.
     """
 
     def __init__(self, folder: Path, keep: int | None = None):
         self.folder = folder
         self.keep = keep
-        self.failed: str | None = None
+        self.save_error: str | None = None
         self._damaged: set[Path] = set()  # checkpoints that failed to load; their file sizes may still be right
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
@@ -90,7 +90,7 @@ class RunCheckpoints:
         """Waits for the last save and returns whether it succeeded; raises errors other than a failure to write."""
         if self._saving:
             self._saving.result()
-        return self.failed is None
+        return self.save_error is None
 
     def remove(self) -> None:
         """Removes all checkpoints of the run."""
@@ -117,10 +117,10 @@ class RunCheckpoints:
         try:
             store.save(folder, weights, resume_state)
         except (OSError, UserError) as error:
-            self.failed = f"step {weights.step} was not saved: {error}"
-            logger.error("%s; the older checkpoints stay and the run goes on", self.failed)
+            self.save_error = f"step {weights.step} was not saved: {error}"
+            logger.error("%s; the older checkpoints stay and the run goes on", self.save_error)
             return
-        self.failed = None
+        self.save_error = None
         self._damaged.discard(folder)
         if process_group().index:
             return
@@ -135,7 +135,7 @@ class RunCheckpoints:
     def _remove_old_checkpoints(self, just_written: Path, keep: int) -> None:
         """Removes all checkpoints but the one just written and the `keep` newest complete ones."""
         folders = self._newest_first()
-        whole = [folder for folder in folders if folder not in self._damaged and store.is_whole(folder)]
+        whole = [folder for folder in folders if folder not in self._damaged and store.is_complete(folder)]
         for folder in set(folders) - {just_written, *whole[:keep]}:
             shutil.rmtree(folder, ignore_errors=True)
 

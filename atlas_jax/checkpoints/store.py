@@ -18,7 +18,7 @@ import numpy as np
 from atlas_jax.checkpoints.formats.checksum import checksum
 from atlas_jax.checkpoints.formats.orbax_arrays import (
     PartialSums,
-    Stored,
+    StoredArray,
     combine_checksums,
     create_arrays,
     damaged_error,
@@ -26,7 +26,7 @@ from atlas_jax.checkpoints.formats.orbax_arrays import (
     open_arrays,
     write_arrays,
 )
-from atlas_jax.config import OUR_CHECKPOINT
+from atlas_jax.config import CHECKPOINT_FILE
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.models.atlas import AtlasConfig, param_shapes
@@ -70,20 +70,20 @@ class ResumeState:
     """State that a training run needs besides the weights to resume as if it had not stopped."""
 
     arrays: Mapping[str, ArrayLike]  # optimizer moments and the like, by name
-    about: dict[str, Any]  # JSON values: the position in the data, counters
+    metadata: dict[str, Any]  # JSON values: the position in the data, counters
 
     def load(self, prefix: str = "") -> "ResumeState":
         """Reads the arrays whose name starts with `prefix` into memory; returns a new `ResumeState`."""
         arrays = {name: read(array) if name.startswith(prefix) else array for name, array in self.arrays.items()}
-        return ResumeState(arrays, self.about)
+        return ResumeState(arrays, self.metadata)
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `save` wrote this folder: it has an `atlas.json`."""
-    return (folder / OUR_CHECKPOINT).is_file()
+    return (folder / CHECKPOINT_FILE).is_file()
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether every file exists with its full size; contents are not read."""
     try:
         _check_file_sizes(folder)
@@ -146,10 +146,10 @@ def _write_metadata(
             if tokenizer:
                 tokenizer.save(draft / name)
     if resume_state:
-        write_json(draft / TRAINING_FILE, resume_state.about)
+        write_json(draft / TRAINING_FILE, resume_state.metadata)
         checksums = checksums | {TRAINING_FILE: _file_checksum(draft / TRAINING_FILE)}
     metadata = {"format": FORMAT, "step": weights.step, "index": weights.index, **_config_to_json(weights.cfg)}
-    write_json(draft / OUR_CHECKPOINT, metadata | {"files": _file_sizes(draft), "checksums": checksums})
+    write_json(draft / CHECKPOINT_FILE, metadata | {"files": _file_sizes(draft), "checksums": checksums})
     fsync(*draft.rglob("*"), draft)
 
 
@@ -178,7 +178,7 @@ def user_errors_on_write(folder: Path) -> Iterator[None]:
 
 def load_config(folder: Path) -> tuple[AtlasConfig, int]:
     """Reads a checkpoint's model configuration and step, but no arrays."""
-    path = folder / OUR_CHECKPOINT
+    path = folder / CHECKPOINT_FILE
     metadata = read_json(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: format {metadata.get('format')!r}, this program reads {FORMAT}; use its release")
@@ -206,7 +206,7 @@ def open_checkpoint(folder: Path) -> Weights:
         expected = param_shapes(cfg)
     except Exception as error:  # field values that make no model
         raise UserError(
-            f"{folder / OUR_CHECKPOINT}: damaged ({first_line(error)}); write the checkpoint again"
+            f"{folder / CHECKPOINT_FILE}: damaged ({first_line(error)}); write the checkpoint again"
         ) from None
     index = _metadata_field(folder, "index", str | None)
     params = _open_tree(folder, "params", expected)
@@ -226,7 +226,7 @@ def load_resume_state(folder: Path) -> ResumeState | None:
     return ResumeState(arrays, read_json(folder / TRAINING_FILE))
 
 
-def _open_tree(folder: Path, tree: str, expected: Mapping[str, Any] | None = None) -> dict[str, Stored]:
+def _open_tree(folder: Path, tree: str, expected: Mapping[str, Any] | None = None) -> dict[str, StoredArray]:
     """Opens the arrays of one Orbax folder; UserError unless they have the `expected` names and shapes, if given."""
     arrays = open_arrays(folder / tree, _metadata_field(folder, "checksums", dict).get(tree, {}))
     if expected is not None:
@@ -264,7 +264,7 @@ def _check_file_sizes(folder: Path) -> None:
 
 def _metadata_field(folder: Path, name: str, kind: type | UnionType) -> Any:
     """Reads a field of `atlas.json`; UserError if it is missing or of another type."""
-    path = folder / OUR_CHECKPOINT
+    path = folder / CHECKPOINT_FILE
     metadata = read_json(path)
     if name not in metadata or not isinstance(metadata[name], kind):
         raise UserError(f"{path}: damaged ({name!r}); write the checkpoint again")

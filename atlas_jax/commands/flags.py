@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from atlas_jax.config import OUR_CHECKPOINT, READERS, Command, Config, NoEffectConfig, PlanConfig, require
+from atlas_jax.config import CHECKPOINT_FILE, READERS, Command, Config, NoEffectConfig, PlanConfig, require
 from atlas_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _check_inputs(command: Command, config: Config) -> None:
     require(exists, index, "load_index_path", "no such folder; --passages FILE.jsonl builds an index")
     reader = model.reader_model_type
     folder = config.weights_folder
-    if not reader and folder and (folder / OUR_CHECKPOINT).is_file():
+    if not reader and folder and (folder / CHECKPOINT_FILE).is_file():
         return
     _check_reader_model_type(config)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from atlas_jax.commands.flags import Parser, add_flags, find_command, make_config
-from atlas_jax.config import OUR_CHECKPOINT, READERS, Config, IndexConfig, ModelConfig, RunConfig, TextConfig
+from atlas_jax.config import CHECKPOINT_FILE, READERS, Config, IndexConfig, ModelConfig, RunConfig, TextConfig
 from atlas_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from atlas_jax.retrieval.compress import Queries
+    from atlas_jax.retrieval.compress import RecallQueries
     from atlas_jax.retrieval.embedder import Embedder
     from atlas_jax.retrieval.formats.index_folder import Origin
 
@@ -141,11 +141,11 @@ then: atlas evaluate ... --load_index_path index/xxl-sq --index_mode faiss --fai
         raise UserError("--faiss_index_type is missing: choose ivfsq (a quarter of the bytes), or ivfpq or pq (fewer)")
     source, output, config = _source_folder(args), _output_folder(args), _config(args | {"index_mode": "faiss"})
     from atlas_jax.retrieval.compress import compress, from_passages
-    from atlas_jax.retrieval.formats.index_folder import read_about, read_vectors
+    from atlas_jax.retrieval.formats.index_folder import read_metadata, read_vectors
 
     if args["sample"] < 1:
         raise UserError(f"--sample {args['sample']}: must be at least 1")
-    count = len(read_vectors(source, read_about(source)))
+    count = len(read_vectors(source, read_metadata(source)))
     if not 0 < args["k"] < count:
         raise UserError(f"--k {args['k']}: must be 1 to {count - 1}, as the index holds {count} passages")
     if "queries" in args:
@@ -156,8 +156,10 @@ then: atlas evaluate ... --load_index_path index/xxl-sq --index_mode faiss --fai
     recall = f"recall@{args['k']}"
     print(f"{'':10}{'bytes':>16}{'bytes/passage':>16}{recall:>12}{'ms/query':>12}")
     for name, cost in (("before", before), ("after", after)):
-        print(f"{name:10}{cost.bytes:16}{cost.bytes / count:16.1f}{cost.recall:12.4f}{cost.milliseconds:12.3f}")
-    logger.info("%d %s as queries", len(queries.own), "questions" if "queries" in args else "passages")
+        print(
+            f"{name:10}{cost.bytes:16}{cost.bytes / count:16.1f}{cost.recall:12.4f}{cost.milliseconds_per_query:12.3f}"
+        )
+    logger.info("%d %s as queries", len(queries.source_passages), "questions" if "queries" in args else "passages")
 
 
 def _inspect(argv: Sequence[str]) -> None:
@@ -258,7 +260,7 @@ def _required_folder(args: dict[str, Any], flag: str, purpose: str) -> str:
 
 def _load_embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[Embedder, str]":
     """Loads one encoder of the retriever; returns it with the fingerprint of the passage encoder."""
-    if not config.model.reader_model_type and not (Path(config.model.model_path) / OUR_CHECKPOINT).is_file():
+    if not config.model.reader_model_type and not (Path(config.model.model_path) / CHECKPOINT_FILE).is_file():
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
     from atlas_jax.checkpoints.restore import place_on_mesh, restore, retriever_fingerprint
     from atlas_jax.mesh import make_mesh
@@ -274,11 +276,11 @@ def _load_embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[
     return Embedder(retriever, side, tokenizer, mesh, length), retriever_fingerprint(weights.params)
 
 
-def _sample_questions(file: str, sample: int, config: Config, source: Path) -> "Queries":
+def _sample_questions(file: str, sample: int, config: Config, source: Path) -> "RecallQueries":
     """Embeds up to `sample` questions of a file, drawn at random; UserError if a row has none."""
     from atlas_jax.data.jsonl import JsonlRows
     from atlas_jax.retrieval.compress import from_questions
-    from atlas_jax.retrieval.formats.index_folder import check_retriever, read_about
+    from atlas_jax.retrieval.formats.index_folder import check_retriever, read_metadata
 
     rows = JsonlRows(file)
     numbers = sorted(random.Random(config.run.seed).sample(range(len(rows)), min(sample, len(rows))))
@@ -287,7 +289,7 @@ def _sample_questions(file: str, sample: int, config: Config, source: Path) -> "
         if not isinstance(question, str) or not question:
             raise rows.error(number, "no `question`; name a file whose rows have one, or leave --queries out")
     embedder, fingerprint = _load_embedder(config, "query")
-    check_retriever(source, read_about(source), embedder.dim, [fingerprint])
+    check_retriever(source, read_metadata(source), embedder.dim, [fingerprint])
     return from_questions(embedder, questions)
 
 

@@ -13,7 +13,7 @@ class EpochPosition(NamedTuple):
     number: int  # 0-based
 
 
-class Order:
+class ExampleOrder:
     """Endless sequence over `count` examples, epoch after epoch; with `shuffle`, in a new random order every epoch.
 
     A batch may span the end of one epoch and the start of the next, so every example is read exactly once per epoch.

@@ -15,7 +15,7 @@ QUERY = "{query}"
 
 
 @runtime_checkable
-class Tokens(Protocol):
+class TokenLookup(Protocol):
     """Token ids of passages by number."""
 
     def take(self, numbers: Numbers) -> list[np.ndarray]:
@@ -23,17 +23,17 @@ class Tokens(Protocol):
 
 
 @runtime_checkable
-class Store(Protocol):
+class PassageLookup(Protocol):
     """Passages by number, such as `retrieval.passage_store.PassageStore` on disk."""
 
     def take(self, numbers: Numbers) -> list[dict[str, Any]]:
         """Returns the fields of each of these passages."""
 
-    def tokens(self, tokenizer: Tokenizer, format: str, name: str, progress: Any = None) -> Tokens:
+    def tokens(self, tokenizer: Tokenizer, format: str, name: str, progress: Any = None) -> TokenLookup:
         """Returns the ids of `format` filled in with each passage; `name` labels them on disk."""
 
 
-class ReaderText:
+class ReaderInputEncoder:
     """Makes the reader ids of queries with their passages, equal to tokenizing each filled-in `encoder_format` whole.
 
     Only the query is tokenized, and the passage's ids come from the store, where that is exact: with a format that has
@@ -45,13 +45,13 @@ class ReaderText:
         passage_format = passage_part(encoder_format)
         self.passage_format = passage_format if tokenizer.splits_at_spaces else None
 
-    def prepare(self, store: Store, progress: Any = None) -> None:
+    def prepare(self, store: PassageLookup, progress: Any = None) -> None:
         """Tokenizes all passages of the store now, with progress, rather than at the first `encode`."""
         if self.passage_format is not None:
             store.tokens(self.tokenizer, self.passage_format, "reader", progress)
 
     def encode(
-        self, queries: Sequence[str], numbers: Sequence[Sequence[int]] | np.ndarray, store: Store
+        self, queries: Sequence[str], numbers: Sequence[Sequence[int]] | np.ndarray, store: PassageLookup
     ) -> list[list[list[int]]]:
         """Returns ids of each query ("b") with each of its passages ("b n"): special tokens added, cut, not padded."""
         pairs = list(zip(queries, np.asarray(numbers, np.int64), strict=True))
@@ -60,7 +60,7 @@ class ReaderText:
         whole = self._encode_whole([pair for pair, join in zip(pairs, joinable, strict=True) if not join], store)
         return [next(joined if join else whole) for join in joinable]
 
-    def _encode_joined(self, pairs: list[tuple[str, np.ndarray]], store: Store) -> Iterator[list[list[int]]]:
+    def _encode_joined(self, pairs: list[tuple[str, np.ndarray]], store: PassageLookup) -> Iterator[list[list[int]]]:
         """Yields the ids of each query with its passages, joined from the query's ids and the store's."""
         if pairs and self.passage_format is not None:
             tokens = store.tokens(self.tokenizer, self.passage_format, "reader")
@@ -68,11 +68,11 @@ class ReaderText:
             for query, (_, row) in zip(self.tokenizer.ids([query for query, _ in pairs]), pairs, strict=True):
                 yield [join_ids(query, next(passages), self.tokenizer, self.max_length) for _ in row]
 
-    def _encode_whole(self, pairs: list[tuple[str, np.ndarray]], store: Store) -> Iterator[list[list[int]]]:
+    def _encode_whole(self, pairs: list[tuple[str, np.ndarray]], store: PassageLookup) -> Iterator[list[list[int]]]:
         """Yields the ids of each query with its passages, tokenized as whole texts."""
         for query, row in pairs:
             texts = [render(self.encoder_format, passage, query=query) for passage in store.take(row)]
-            yield [self.tokenizer.finish(ids, self.max_length) for ids in self.tokenizer.ids(texts)]
+            yield [self.tokenizer.add_special_tokens(ids, self.max_length) for ids in self.tokenizer.ids(texts)]
 
 
 def passage_part(encoder_format: str) -> str | None:
@@ -91,7 +91,9 @@ def join_ids(
 ) -> list[int]:
     """Returns the reader ids of a query and a passage that were tokenized separately."""
     tail = passage[:max_length]
-    return tokenizer.finish([*query, *(tail.tolist() if isinstance(tail, np.ndarray) else tail)], max_length)
+    return tokenizer.add_special_tokens(
+        [*query, *(tail.tolist() if isinstance(tail, np.ndarray) else tail)], max_length
+    )
 
 
 def render(format: str, passage: Mapping[str, Any], **overrides: str) -> str:

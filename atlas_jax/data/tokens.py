@@ -33,7 +33,7 @@ _PROBES = (  # texts around one space; those that end in an invisible character 
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, used through its Rust core: `ids` has no special tokens, `finish` adds them and cuts.
+    """A Hugging Face tokenizer, used through its Rust core: `ids` has no special tokens, `add_special_tokens` has.
 
     The core is a private copy without truncation or padding, so other users of `hf` cannot change the ids.
     """
@@ -77,7 +77,7 @@ class Tokenizer:
         encoded = (self._core.encode_batch_fast(chunk, add_special_tokens=False) for chunk in chunks)
         return [encoding.ids for chunk in encoded for encoding in chunk]
 
-    def finish(self, ids: Sequence[int] | np.ndarray, max_length: int | None = None) -> list[int]:
+    def add_special_tokens(self, ids: Sequence[int] | np.ndarray, max_length: int | None = None) -> list[int]:
         """Adds the special tokens; ids are cut so that all fit into `max_length`, special tokens never."""
         room = None if max_length is None else max(0, max_length - len(self.prefix) - len(self.suffix))
         cut = ids[:room]
@@ -171,7 +171,9 @@ def pad(
     """Returns ids padded on the right, and a mask that is true where they are not padding."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     if lengths.max(initial=0) > length:
-        raise ValueError(f"a row of {lengths.max()} ids does not fit into {length}: cut it with `finish` first")
+        raise ValueError(
+            f"a row of {lengths.max()} ids does not fit into {length}: cut it with `add_special_tokens` first"
+        )
     mask = np.arange(length) < lengths[:, None]
     ids = np.full(mask.shape, pad_id, np.int32)
     ids[mask] = flatten(rows, np.dtype(np.int32))
@@ -190,6 +192,6 @@ def bucket(longest: int, maximum: int) -> int:
     four for each doubling beyond, and beyond 128 tokens less than a fifth of the longest row is padding.
     """
     if longest > maximum:
-        raise ValueError(f"{longest} tokens, but at most {maximum} are allowed: cut with `finish` first")
+        raise ValueError(f"{longest} tokens, but at most {maximum} are allowed: cut by `add_special_tokens`")
     step = max(32, 2 ** (max(longest, 1) - 1).bit_length() // 8)
     return min(maximum, max(1, -(-longest // step)) * step)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from atlas_jax.config import TextConfig
-from atlas_jax.data.reader_inputs import ReaderText
+from atlas_jax.data.reader_inputs import ReaderInputEncoder
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.step import CHOICE_POSITION
 from atlas_jax.mesh import ArrayOrShape, local_row_indices, put_batch, put_passages
@@ -29,7 +29,7 @@ class ReaderBatcher:
         self.mesh = mesh
         self.size = size
         self.local_rows = local_row_indices(mesh, size)
-        self._reader_text = ReaderText(tokenizer, text.encoder_format, text.text_maxlength)
+        self._reader_text = ReaderInputEncoder(tokenizer, text.encoder_format, text.text_maxlength)
 
     def select_local(
         self, examples: Sequence[Example], retrieved: RetrievedPassages

@@ -71,7 +71,7 @@ class Evaluator:
         # Reference: a prompted decoder generates only tokens that the tokenizer knows; the embedding has a few more
         vocabulary = tokenizer.vocab_size if config.text.decoder_prompt_format else None
         self.generation = generation_settings(config, tokenizer.pad_id, tokenizer.suffix[0], vocabulary)
-        letters = [tokenizer.finish(ids)[0] for ids in tokenizer.ids(list(task.choices))]
+        letters = [tokenizer.add_special_tokens(ids)[0] for ids in tokenizer.ids(list(task.choices))]
         self.choices = replicate(mesh, np.asarray(letters, np.int32))
         self.size = global_batch_size(mesh, config.run.per_gpu_batch_size)
         self.batcher = ReaderBatcher(config.text, tokenizer, mesh, self.size)
@@ -204,7 +204,7 @@ class Evaluator:
     def _finish_row(self, examples: list[ScoredExample], totals: dict[str, list[float]]) -> Record:
         """Adds a row's scores to `totals`; returns the row's line of the predictions file."""
         records = [example.record for example in examples]
-        line, row_scores = self.task.finish(records) if totals else (records[0], {})
+        line, row_scores = self.task.merge_records(records) if totals else (records[0], {})
         for scores in (*(example.scores for example in examples), row_scores):
             for metric, value in scores.items():
                 totals[metric].append(value)

@@ -23,7 +23,7 @@ class AtlasConfig:
     retriever: ContrieverConfig | None  # None: passages come with the questions
     untied: bool = False
 
-    def computing(self, **changes: Any) -> "AtlasConfig":
+    def with_computation(self, **changes: Any) -> "AtlasConfig":
         """Returns a copy with `dtype`, `dropout` or `for_cpu` replaced in both models' configs; no shape changes."""
         reader = dataclasses.replace(self.reader, **changes) if self.reader else None
         retriever = dataclasses.replace(self.retriever, **changes) if self.retriever else None

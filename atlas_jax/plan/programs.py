@@ -18,7 +18,7 @@ from atlas_jax.evaluation.batches import put_reader_batch
 from atlas_jax.evaluation.evaluator import compiled_reader, generation_settings
 from atlas_jax.mesh import global_batch_size, put_parameter, put_rows, replicate
 from atlas_jax.models.atlas import AtlasConfig, AtlasModel, build_model, param_shapes
-from atlas_jax.retrieval.embedder import Side, encoder_program, encoder_rows
+from atlas_jax.retrieval.embedder import Side, compiled_encoder, encoder_rows
 from atlas_jax.retrieval.flat_index import best_rows, chunk_rows, padded_queries, padded_rows
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.tasks import make_task
@@ -124,7 +124,7 @@ def _programs(
         ids_and_mask = tuple(
             put_rows(mesh, ShapeDtypeStruct((texts, length), dtype)) for dtype in (jnp.int32, jnp.bool_)
         )
-        program = encoder_program(atlas.retriever, side, mesh)
+        program = compiled_encoder(atlas.retriever, side, mesh)
         yield _planned_program(program, nnx.state(atlas.retriever), ids_and_mask, ("parameters",), texts * length)
     if index is not None:
         yield _search_program(config, mesh, index, rows, passages_count)

@@ -17,7 +17,7 @@ from atlas_jax.retrieval.formats.index_folder import (
     PASSAGES,
     link_tree,
     origin_from_metadata,
-    read_about,
+    read_metadata,
     read_vectors,
     write_metadata,
 )
@@ -36,41 +36,43 @@ class IndexMetrics:
     """Search quality, speed and size of one index."""
 
     recall: float  # recall@k: mean share of the k best passages by exact search among the k that this index returns
-    milliseconds: float  # wall-clock time per query when all queries are searched in one call
+    milliseconds_per_query: float  # wall-clock time per query when all queries are searched in one call
     bytes: int  # size on disk, without the passages
 
 
 @dataclasses.dataclass(frozen=True)
-class Queries:
+class RecallQueries:
     """Query vectors to measure recall with."""
 
     vectors: Float32[np.ndarray, "q d"]
-    own: Int64[np.ndarray, " q"]  # number of the passage that the query was made from, dropped from results; -1: none
+    source_passages: Int64[np.ndarray, " q"]  # passage that a query was made from, dropped from its results; -1: none
 
 
-def from_passages(folder: Path, count: int, seed: int) -> Queries:
+def from_passages(folder: Path, count: int, seed: int) -> RecallQueries:
     """Draws up to `count` passage vectors of a flat index at random, as a stand-in for questions."""
-    vectors = read_vectors(folder, read_about(folder))
+    vectors = read_vectors(folder, read_metadata(folder))
     rng = np.random.default_rng(seed)
     sample = np.sort(rng.choice(len(vectors), min(count, len(vectors)), replace=False, shuffle=False))
-    return Queries(np.asarray(vectors[sample], np.float32), sample)
+    return RecallQueries(np.asarray(vectors[sample], np.float32), sample)
 
 
-def from_questions(embedder: Embedder, questions: Sequence[str]) -> Queries:
+def from_questions(embedder: Embedder, questions: Sequence[str]) -> RecallQueries:
     """Embeds questions with the query encoder."""
     rows = global_batch_size(embedder.mesh, 8)
     batches = [questions[start : start + rows] for start in range(0, len(questions), rows)]
     vectors = [np.asarray(embedder.embed_queries(batch, rows))[: len(batch)] for batch in batches]
-    return Queries(np.concatenate(vectors), np.full(len(questions), -1))
+    return RecallQueries(np.concatenate(vectors), np.full(len(questions), -1))
 
 
-def compress(source: Path, output: Path, config: Config, queries: Queries, k: int) -> tuple[IndexMetrics, IndexMetrics]:
+def compress(
+    source: Path, output: Path, config: Config, queries: RecallQueries, k: int
+) -> tuple[IndexMetrics, IndexMetrics]:
     """Writes flat index `source` to `output` as the faiss index that the flags ask for; returns the metrics of both.
 
     Passages are hard-linked where the file system allows it. Memory: the training sample, the codes, one chunk of
     vectors.
     """
-    metadata = read_about(source)
+    metadata = read_metadata(source)
     vectors = read_vectors(source, metadata)
     with atomic_folder(output, "choose another --output", replace=True) as draft:
         index = build_faiss_index(vectors, config)
@@ -79,7 +81,7 @@ def compress(source: Path, output: Path, config: Config, queries: Queries, k: in
     logger.info("wrote %s", output)
     expected, exact_milliseconds = exact_search(vectors, queries, k)
     start = time.perf_counter()
-    found = drop_own_passage(index.search(queries.vectors, k + 1).numbers, queries.own)
+    found = drop_own_passage(index.search(queries.vectors, k + 1).numbers, queries.source_passages)
     milliseconds = 1e3 * (time.perf_counter() - start) / len(found)
     recall = float(np.mean([np.isin(a, b).mean() for a, b in zip(found, expected, strict=True)]))
     return (
@@ -89,7 +91,7 @@ def compress(source: Path, output: Path, config: Config, queries: Queries, k: in
 
 
 def exact_search(
-    vectors: Float16[np.ndarray, "p d"], queries: Queries, k: int
+    vectors: Float16[np.ndarray, "p d"], queries: RecallQueries, k: int
 ) -> tuple[Int64[np.ndarray, "q {k}"], float]:
     """Returns the numbers of the k best passages of each query by exact float32 search, and milliseconds per query."""
     start = time.perf_counter()
@@ -104,14 +106,16 @@ def exact_search(
             parts = [(np.take_along_axis(scores, best, axis=1), np.take_along_axis(numbers, best, axis=1))]
             release_pages(vectors)
             advance(len(chunk))
-    return drop_own_passage(parts[0][1], queries.own), 1e3 * (time.perf_counter() - start) / len(queries.own)
+    return drop_own_passage(parts[0][1], queries.source_passages), 1e3 * (time.perf_counter() - start) / len(
+        queries.source_passages
+    )
 
 
 def drop_own_passage(
-    numbers: Int64[np.ndarray, "q found"], own: Int64[np.ndarray, " q"]
+    numbers: Int64[np.ndarray, "q found"], source_passages: Int64[np.ndarray, " q"]
 ) -> Int64[np.ndarray, "q found-1"]:
     """Drops from each query's results the passage that the query was made from, or the last result if it is absent."""
-    order = np.argsort(numbers == own[:, None], axis=1, kind="stable")
+    order = np.argsort(numbers == source_passages[:, None], axis=1, kind="stable")
     return np.take_along_axis(numbers, order[:, :-1], axis=1)
 
 

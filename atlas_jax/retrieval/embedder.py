@@ -29,7 +29,7 @@ class Embedder:
     def __init__(self, retriever: Retriever, side: Side, tokenizer: Tokenizer, mesh: Mesh, max_length: int):
         """`max_length`: tokens of a text, special tokens included; longer texts are cut."""
         self._state = nnx.state(retriever)
-        self.program = encoder_program(retriever, side, mesh)
+        self.program = compiled_encoder(retriever, side, mesh)
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.max_length = max_length
@@ -44,12 +44,12 @@ class Embedder:
         return encoder_rows(self.mesh, length, batch)
 
     def __call__(self, texts: Sequence[Sequence[int] | np.ndarray], length: int, rows: int) -> Array:
-        """Embeds token ids without special tokens, padded to `length`: float32 "rows d", see `encoder_program`.
+        """Embeds token ids without special tokens, padded to `length`: float32 "rows d", see `compiled_encoder`.
 
         Each process passes the texts of its own rows (`local_row_indices`); vectors of rows without a text are
         meaningless.
         """
-        ids_with_specials = [self.tokenizer.finish(text, self.max_length) for text in texts]
+        ids_with_specials = [self.tokenizer.add_special_tokens(text, self.max_length) for text in texts]
         padding = len(local_row_indices(self.mesh, rows, AXES)) - len(texts)
         ids, mask = pad([*ids_with_specials, *[[]] * padding], length, self.tokenizer.pad_id)
         return self.program(self._state, put_rows(self.mesh, ids, rows), put_rows(self.mesh, mask, rows))
@@ -92,7 +92,7 @@ class Embedder:
         return bucket(min(ids + specials, self.max_length), self.max_length)
 
 
-def encoder_program(retriever: Retriever, side: Side, mesh: Mesh) -> CompiledFunction:
+def compiled_encoder(retriever: Retriever, side: Side, mesh: Mesh) -> CompiledFunction:
     """Returns the function (retriever state, ids "b l", mask "b l") -> vectors "b d" of one side.
 
     Rows are sharded over all axes of the mesh; query vectors are then replicated, for `VectorIndex.begin_search`.

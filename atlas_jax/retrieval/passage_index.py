@@ -26,7 +26,7 @@ from atlas_jax.retrieval.formats.index_folder import (
     check_retriever,
     is_index,
     link_tree,
-    read_about,
+    read_metadata,
     read_vectors,
     write_metadata,
 )
@@ -139,7 +139,7 @@ def _open(
     folder: Path, config: Config, dim: int, fingerprints: Sequence[str], mesh: Mesh, scratch: Path
 ) -> PassageIndex:
     """Opens an index in our own format; UserError if none of the fingerprints is the one that it was built with."""
-    metadata = read_about(folder)
+    metadata = read_metadata(folder)
     check_retriever(folder, metadata, dim, fingerprints)
     _warn_of_differences(folder, metadata, config)
     passages = PassageStore.open(folder / PASSAGES)

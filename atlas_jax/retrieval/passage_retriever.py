@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from atlas_jax.config import Config
-from atlas_jax.data.reader_inputs import ReaderText
+from atlas_jax.data.reader_inputs import ReaderInputEncoder
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.mesh import global_batch_size
 from atlas_jax.models.atlas import Retriever
@@ -101,7 +101,7 @@ class PassageRetriever:
 
     def tokenize_for_reader(self, config: Config, tokenizer: Tokenizer) -> None:
         """Tokenizes all passages for the reader now, with progress, rather than when they are first retrieved."""
-        text = ReaderText(tokenizer, config.text.encoder_format, config.text.text_maxlength)
+        text = ReaderInputEncoder(tokenizer, config.text.encoder_format, config.text.text_maxlength)
         count = len(self.index.passages)
         with process_group().process_0_first(), progress("tokenizing for the reader", "passages", count) as advance:
             text.prepare(self.index.passages, advance)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from atlas_jax.data.ragged import Numbers
-from atlas_jax.data.reader_inputs import Store, Tokens, render
+from atlas_jax.data.reader_inputs import PassageLookup, TokenLookup, render
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.tasks import Example
@@ -15,7 +15,7 @@ from atlas_jax.tasks import Example
 class RetrievedPassages(NamedTuple):
     """The passages of a batch of examples, as numbers in a store."""
 
-    store: Store
+    store: PassageLookup
     numbers: np.ndarray  # passage numbers, int64 "b n"
     valid: np.ndarray  # bool "b n"; False where an example has fewer than n passages; the number there is arbitrary
 
@@ -60,7 +60,7 @@ class _InMemoryStore:
     def take(self, numbers: Numbers) -> list[dict[str, Any]]:
         return [self.passages[number] for number in numbers]
 
-    def tokens(self, tokenizer: Tokenizer, format: str, name: str, progress: Any = None) -> Tokens:
+    def tokens(self, tokenizer: Tokenizer, format: str, name: str, progress: Any = None) -> TokenLookup:
         del name, progress
         return _InMemoryTokens(
             [np.asarray(ids, np.int32) for ids in tokenizer.ids([render(format, p) for p in self.passages])]

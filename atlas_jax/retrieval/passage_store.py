@@ -118,7 +118,7 @@ class PassageStore:
         """Returns the fields of each passage, in the order of `numbers`; IndexError if there is no such passage."""
         return [json.loads(str(row.data, "utf-8")) for row in self._text.take(numbers)]
 
-    def texts(self) -> Iterator[bytes]:
+    def passages_json(self) -> Iterator[bytes]:
         """Yields the JSON of every passage, in order, as `write` takes it."""
         for start in range(0, len(self), _BATCH):
             for row in self._text.take(np.arange(start, min(start + _BATCH, len(self)))):

@@ -35,14 +35,14 @@ class Interrupts:
     """Within the block, in the main thread, SIGTERM, SIGUSR1 and Ctrl-C (SIGINT) raise `Interrupted` at once.
 
     Only the first signal does; further ones are logged, but a second Ctrl-C raises KeyboardInterrupt. Ctrl-C stays
-    ignored if it was, as in a shell's background job. With `later=True` no `Interrupted` is raised; the caller
+    ignored if it was, as in a shell's background job. With `deferred=True` no `Interrupted` is raised; the caller
     polls `first()`.
     """
 
-    def __init__(self, *, later: bool = False) -> None:
+    def __init__(self, *, deferred: bool = False) -> None:
         self._received: list[int] = []
         self._is_due = False  # whether `Interrupted` is yet to be raised
-        self._hold_depth = int(later)
+        self._hold_depth = int(deferred)
         self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> "Interrupts":

@@ -13,8 +13,10 @@ from atlas_jax.runtime.prefetch import map_in_order
 from atlas_jax.storage.files import WritebackLimiter
 from atlas_jax.storage.mapped_file import read_view, release_pages
 
-PART = 24 << 20  # bytes read and written at a time; malloc keeps freed blocks below 32 MB for the next chunk
-SHARDED_PART = 4 << 20  # bytes of a chunk of a sharded array; smaller, as reading one layer reads chunks of many layers
+CHUNK_BYTES = 24 << 20  # bytes read and written at a time; malloc keeps freed blocks below 32 MB for the next chunk
+SHARDED_CHUNK_BYTES = (
+    4 << 20
+)  # bytes of a chunk of a sharded array; smaller, as reading one layer reads chunks of many layers
 READ_AHEAD = 2  # arrays that are read while one is written
 TILE = (256, 64)  # rows and columns of a matrix that are transposed together
 
@@ -101,8 +103,8 @@ class LocalShards(LazyArray):
 
     def __init__(self, array: Any):
         self.shape, self.dtype = array.shape, np.dtype(array.dtype)
-        self.piece: tuple[int, ...] = array.sharding.shard_shape(array.shape)  # the shape of each shard
-        self.pieces: list[tuple[Slices, np.ndarray]] = [  # the index of each shard in the array, and its values
+        self.shard_shape: tuple[int, ...] = array.sharding.shard_shape(array.shape)  # the shape of each shard
+        self.shards: list[tuple[Slices, np.ndarray]] = [  # the index of each shard in the array, and its values
             (
                 tuple(slice(*part.indices(n)[:2]) for part, n in zip(shard.index, array.shape, strict=True)),
                 np.array(shard.data),
@@ -113,10 +115,10 @@ class LocalShards(LazyArray):
 
     def read(self, index: Slices = ()) -> np.ndarray:
         """Reads a part if this process has all shards; otherwise raises `ValueError`."""
-        if sum(shard.size for _, shard in self.pieces) < self.size:
+        if sum(shard.size for _, shard in self.shards) < self.size:
             raise ValueError("other processes have pieces of this array")
         array = np.empty(self.shape, self.dtype)
-        for shard_index, shard in self.pieces:
+        for shard_index, shard in self.shards:
             array[shard_index] = shard
         return array[index]
 
@@ -198,13 +200,13 @@ def arrays_equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, target_bytes: int = 0) -> tuple[int, ...]:
-    """Returns the shape of equal chunks of about `target_bytes` (default `PART`).
+    """Returns the shape of equal chunks of about `target_bytes` (default `CHUNK_BYTES`).
 
     A chunk is some rows of the first axis; where one such row is larger than that, a chunk of this row.
     """
     if not shape:
         return ()
-    target_bytes = target_bytes or PART
+    target_bytes = target_bytes or CHUNK_BYTES
     row = math.prod(shape[1:]) * itemsize
     if row > target_bytes and len(shape) > 1:
         return 1, *chunk_shape(shape[1:], itemsize, target_bytes)
@@ -212,14 +214,14 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, target_bytes: int = 0) ->
     return max(1, -(-shape[0] // count)), *(max(1, n) for n in shape[1:])
 
 
-def piece_chunk(piece: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Returns the chunk shape of an array of `shape` that is sharded into shards of the shape `piece`.
+def shard_chunk_shape(piece: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Returns the chunk shape of an array of `shape` that is sharded into shards of the shape `shard_shape`.
 
     No two shards share a chunk, so several processes can write at the same time.
     """
     if piece == shape:
         return chunk_shape(shape, itemsize)
-    fits = chunk_shape(piece, itemsize, SHARDED_PART)
+    fits = chunk_shape(piece, itemsize, SHARDED_CHUNK_BYTES)
     return tuple(step if n == whole else _divisor(n, step) for n, whole, step in zip(piece, shape, fits, strict=True))
 
 

@@ -38,7 +38,7 @@ class Task(Protocol):
         ...
 
     @property
-    def per_row(self) -> int:
+    def examples_per_row(self) -> int:
         """Number of examples made of each row."""
         ...
 
@@ -47,14 +47,14 @@ class Task(Protocol):
         ...
 
     def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
-        """Returns the `per_row` examples of a row; `number` seeds random choices, `tokenizer` is the reader's."""
+        """Returns `examples_per_row` examples; `number` seeds random choices, `tokenizer` is the reader's."""
         ...
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
         """Returns the scores, 0 to 1, of one generated text."""
         ...
 
-    def finish(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
+    def merge_records(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
         """Merges the records of a row's examples into the one to write; returns it with the scores that need all."""
         ...
 
@@ -89,7 +89,7 @@ class Base:
 
     metrics: tuple[str, ...] = ("accuracy", "eval_loss")
     choices: tuple[str, ...] = ()
-    per_row: int = 1
+    examples_per_row: int = 1
 
     def check(self, row: Row) -> None:
         """Raises ValueError unless `query` and `target` are texts."""
@@ -107,6 +107,6 @@ class Base:
         """Returns the accuracy: 1 if the text is exactly an answer."""
         return {"accuracy": exact_match(prediction, answers)}
 
-    def finish(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
+    def merge_records(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
         """Returns the record of the one example."""
         return records[0], {}

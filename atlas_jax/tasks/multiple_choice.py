@@ -44,7 +44,7 @@ class MultipleChoice:
         return string.ascii_uppercase[: self.num_options]
 
     @functools.cached_property
-    def per_row(self) -> int:
+    def examples_per_row(self) -> int:
         """Number of orders of the options."""
         return len(option_orders(self.num_options, self.permutations))
 
@@ -73,7 +73,7 @@ class MultipleChoice:
             return f"question: {question.strip()} options: {listed} answer: <extra_id_0>"
 
         def tokens(text: str) -> list[int]:
-            return tokenizer.finish(tokenizer.ids([text])[0])
+            return tokenizer.add_special_tokens(tokenizer.ids([text])[0])
 
         if len(tokens(fill(question))) > MAX_PROMPT_TOKENS:
             # Reference: a negative budget (the options alone are too long) cuts tokens off the start, as the slice does
@@ -105,7 +105,7 @@ class MultipleChoice:
         """Returns the accuracy: 1 if the text is exactly the right letter."""
         return {"accuracy": exact_match(prediction, answers)}
 
-    def finish(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
+    def merge_records(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
         """Averages each option's probability over the orders; returns the row's record and its debiased accuracy."""
         probs_by_option: list[list[float]] = [[] for _ in self.choices]
         probs_by_text: dict[str, list[float]] = {}

@@ -16,7 +16,7 @@ class QA:
     prompt: str = "question: {question} answer: <extra_id_0>"
     metrics: tuple[str, ...] = ("exact_match", "f1", "eval_loss")
     choices: tuple[str, ...] = ()
-    per_row: int = 1
+    examples_per_row: int = 1
 
     def check(self, row: Row) -> None:
         """Raises ValueError unless the row has `question`, and `answers` or `target`."""
@@ -46,6 +46,6 @@ class QA:
         """Returns SQuAD's exact match and F1."""
         return {"exact_match": exact_match(prediction, answers, normalize), "f1": f1(prediction, answers)}
 
-    def finish(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
+    def merge_records(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
         """Returns the record of the one example."""
         return records[0], {}

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from atlas_jax.config import Config
 from atlas_jax.data.jsonl import JsonlRows
-from atlas_jax.data.order import Order
+from atlas_jax.data.order import ExampleOrder
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.batches import ReaderBatcher
 from atlas_jax.mesh import ArrayOrShape, global_batch_size, put_batch, put_passages
@@ -29,11 +29,11 @@ class TrainingExamples:
         self._task, self._files, self._tokenizer = task, files, tokenizer
         self._starts = list(itertools.accumulate(map(len, files), initial=0))
         self._rows = self._starts[-1]
-        self.order = Order(self._rows * task.per_row, config.run.seed, shuffle=config.run.shuffle)
+        self.order = ExampleOrder(self._rows * task.examples_per_row, config.run.seed, shuffle=config.run.shuffle)
 
     def __getitem__(self, position: int) -> Example:
         epoch, number = self.order[position]
-        row, which = divmod(number, self._task.per_row)
+        row, which = divmod(number, self._task.examples_per_row)
         file = bisect.bisect_right(self._starts, row) - 1
         fields = self._files[file][row - self._starts[file]]
         return self._task.examples(fields, epoch * self._rows + row, self._tokenizer)[which]
@@ -83,8 +83,11 @@ class TrainingBatcher:
         stored = retrieved.store.tokens(tokenizer, text.retriever_format, "retriever")
         longest = text.retriever_maxlength
         return (
-            [tokenizer.finish(ids, longest) for ids in tokenizer.ids(list(queries))],
-            [tokenizer.finish(np.asarray(ids), longest) for ids in stored.take(retrieved.numbers.reshape(-1))],
+            [tokenizer.add_special_tokens(ids, longest) for ids in tokenizer.ids(list(queries))],
+            [
+                tokenizer.add_special_tokens(np.asarray(ids), longest)
+                for ids in stored.take(retrieved.numbers.reshape(-1))
+            ],
         )
 
 

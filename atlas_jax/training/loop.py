@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atlas_jax.checkpoints.restore import model_shapes
+from atlas_jax.checkpoints.restore import model_config
 from atlas_jax.checkpoints.run_checkpoints import RunCheckpoints
 from atlas_jax.checkpoints.store import ResumeState
 from atlas_jax.config import Config, to_dict
@@ -48,13 +48,13 @@ def train(config: Config, run: Path) -> None:
     check_passage_index(config)
     enable_compilation_cache(config.run.compile_cache)
     with contextlib.ExitStack() as stack:
-        interrupts = stack.enter_context(Interrupts(later=process_group().count > 1))
+        interrupts = stack.enter_context(Interrupts(deferred=process_group().count > 1))
         process_group().stop_signal = interrupts.first
         stack.push(_requeue)
         stack.enter_context(_exclusive_lock(run))
         scratch = stack.enter_context(shared_scratch(config.run_folder, SCRATCH))
         checkpoints = stack.enter_context(RunCheckpoints(config.run_folder / "checkpoint", config.run.keep))
-        mesh = training_mesh(config, model_shapes(config))
+        mesh = training_mesh(config, model_config(config))
         start, state = restore_or_init(config, checkpoints, mesh)
         done, total = start.progress, config.optim.total_steps
         if done.step >= total:
@@ -65,8 +65,8 @@ def train(config: Config, run: Path) -> None:
             Trainer(config, run, setup, start, state, eval_rows, reporter, checkpoints, interrupts).run()
         if config.run.keep == 0:
             checkpoints.remove()
-    if checkpoints.failed:
-        raise UserError(checkpoints.failed)
+    if checkpoints.save_error:
+        raise UserError(checkpoints.save_error)
 
 
 class Trainer:
@@ -154,7 +154,7 @@ class Trainer:
     def save(self) -> None:
         """Copies the state to the host and starts to write it as a checkpoint, while training continues."""
         progress, index = self.progress, self.setup.index
-        if self.saved_step == progress.step and not self.checkpoints.failed:
+        if self.saved_step == progress.step and not self.checkpoints.save_error:
             return
         with self.timed("save"), self.interrupts.held():
             self.metrics.flush()

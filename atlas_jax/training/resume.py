@@ -53,7 +53,7 @@ class RunStart:
     @property
     def progress(self) -> Progress:
         """The progress that the checkpoint holds; that of a new run is at step 0."""
-        return Progress(**self.resume_state.about["progress"]) if self.resume_state else Progress()
+        return Progress(**self.resume_state.metadata["progress"]) if self.resume_state else Progress()
 
     @property
     def index_params(self) -> dict[str, np.ndarray]:
@@ -98,7 +98,7 @@ def _verify(restored: tuple[RunStart, TrainState]) -> None:
 def check_same_run(start: RunStart, config: Config, folder: Path, queries: int) -> None:
     """`DifferentRun` if flags that must stay the same have changed, or the number of queries in a step has."""
     flags, rules = to_dict(config), resume_rules()
-    saved_flags = start.resume_state.about["flags"] if start.resume_state else {}
+    saved_flags = start.resume_state.metadata["flags"] if start.resume_state else {}
     changed = {
         flag: value
         for flag, value in saved_flags.items()
@@ -109,7 +109,7 @@ def check_same_run(start: RunStart, config: Config, folder: Path, queries: int) 
             "--%s was %s until step %d, now it is %s", flag, changed.pop(flag), start.weights.step, flags[flag]
         )
     # Checkpoints of older versions do not hold the number of queries
-    saved_queries = start.resume_state.about.get("queries", queries) if start.resume_state else queries
+    saved_queries = start.resume_state.metadata.get("queries", queries) if start.resume_state else queries
     if saved_queries != queries:
         raise DifferentRun(
             f"{folder}: a run of {saved_queries} queries a step, not {queries}; go on with "

@@ -90,7 +90,7 @@ def step_config(config: Config, model: AtlasConfig, mesh: Mesh, pad_id: int, eos
     """The constants of the compiled step, from the flags, the shapes of the models and the reader's special tokens."""
     rate = config.model.dropout
     return StepConfig(
-        model.computing(dtype=compute_dtype(config), dropout=rate, for_cpu=is_single_cpu(mesh)),
+        model.with_computation(dtype=compute_dtype(config), dropout=rate, for_cpu=is_single_cpu(mesh)),
         config.optim,
         config.distill.gold,
         config.distill.temperature_score,

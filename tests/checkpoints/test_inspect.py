@@ -30,7 +30,11 @@ def fail_on_array_reads(monkeypatch):
     def fail(*_):
         raise AssertionError("an array is read")
 
-    for module, name in ((orbax_arrays.Stored, "read"), (lazy_array.StackedViews, "read"), (lazy_array, "copy_into")):
+    for module, name in (
+        (orbax_arrays.StoredArray, "read"),
+        (lazy_array.StackedViews, "read"),
+        (lazy_array, "copy_into"),
+    ):
         monkeypatch.setattr(module, name, fail)
 
 

@@ -34,7 +34,7 @@ def read_step(folder: Path) -> int:
     weights, resume_state = store.load(folder), store.load_resume_state(folder)
     assert resume_state
     assert folder.name == f"step-{weights.step}"
-    assert resume_state.about == {"position": weights.step * 64}
+    assert resume_state.metadata == {"position": weights.step * 64}
     assert all((array == weights.step).all() for array in weights.params.values())
     assert all((array.read() == -weights.step).all() for array in resume_state.arrays.values())
     return weights.step

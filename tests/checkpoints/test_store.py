@@ -97,7 +97,7 @@ def test_sharded_arrays_are_saved_the_same(saved, tmp_path, tiny_weights, spec):
     """Sharded arrays are saved bit-exact with the same checksums, in chunks that no two shards have in common."""
     mesh = make_mesh(spec)
     sharded = {path: LocalShards(put_parameter(mesh, path, array)) for path, array in tiny_weights.params.items()}
-    assert any(len(array.pieces) > 1 for array in sharded.values())
+    assert any(len(array.shards) > 1 for array in sharded.values())
     store.save(tmp_path / "spread", dataclasses.replace(tiny_weights, params=sharded, step=7))
     for path, array in store.load(tmp_path / "spread").params.items():
         np.testing.assert_array_equal(array.view(np.uint32), tiny_weights.params[path].view(np.uint32))
@@ -108,7 +108,8 @@ def test_sharded_arrays_are_saved_the_same(saved, tmp_path, tiny_weights, spec):
     for path, array in sharded.items():
         chunk = json.loads((tmp_path / "spread/params" / path / ".zarray").read_text())["chunks"]
         assert all(
-            piece == whole or piece % n == 0 for piece, whole, n in zip(array.piece, array.shape, chunk, strict=True)
+            piece == whole or piece % n == 0
+            for piece, whole, n in zip(array.shard_shape, array.shape, chunk, strict=True)
         )
 
 
@@ -127,7 +128,7 @@ def test_a_saved_checkpoint_is_loaded_bit_exact(saved, tiny_weights):
     pairs = ((loaded.tokenizer, tiny_weights.tokenizer), (loaded.retriever_tokenizer, tiny_weights.retriever_tokenizer))
     for tokenizer, expected in pairs:
         assert tokenizer.ids(TEXTS) == expected.ids(TEXTS)
-        assert tokenizer.finish([5, 6]) == expected.finish([5, 6])
+        assert tokenizer.add_special_tokens([5, 6]) == expected.add_special_tokens([5, 6])
         assert tokenizer.fingerprint == expected.fingerprint  # else an index's passages would be tokenized again
     assert loaded.tokenizer.ids(TEXTS) != loaded.retriever_tokenizer.ids(TEXTS)
 
@@ -158,7 +159,7 @@ def test_a_reader_or_a_retriever_alone_is_saved(tmp_path, tiny_weights, model):
 
 def test_run_fields_are_not_saved(tmp_path, tiny_weights):
     """A checkpoint saved in a bfloat16 run with dropout has a float32 config without dropout."""
-    cfg = tiny_weights.cfg.computing(dtype=jnp.bfloat16, dropout=0.1, for_cpu=True)
+    cfg = tiny_weights.cfg.with_computation(dtype=jnp.bfloat16, dropout=0.1, for_cpu=True)
     store.save(tmp_path / "half", dataclasses.replace(tiny_weights, cfg=cfg))
     assert store.load_config(tmp_path / "half") == (tiny_weights.cfg, 0)
 
@@ -284,7 +285,7 @@ def test_a_resume_state_is_loaded_bit_exact(trained, saved, resume_state, tiny_w
     state = store.load_resume_state(trained)
     assert state
     assert arrays_are_equal(load_all(state).arrays, resume_state.arrays)
-    assert state.about == resume_state.about
+    assert state.metadata == resume_state.metadata
     assert store.load(trained).index == "5eed"
     assert store.load_resume_state(saved) is None
     store.save(tmp_path / "counters", tiny_weights, ResumeState({}, {"position": 1}))  # Orbax keeps no empty folder
@@ -325,7 +326,7 @@ def test_a_flipped_bit_in_any_file_is_detected(trained, resume_state, tmp_path):
             assert arrays_are_equal(result[0], params), file
             assert result[1], file
             assert arrays_are_equal(result[1].arrays, resume_state.arrays), file
-            assert result[1].about == resume_state.about, file
+            assert result[1].metadata == resume_state.metadata, file
         with contextlib.suppress(Exception):
             silent += not (
                 arrays_are_equal(restore_with_orbax(folder / "params"), params)
@@ -344,14 +345,14 @@ def test_changed_values_and_files_are_refused_by_name(folder, trained, tmp_path)
     about["checksums"]["params"][name] = about["checksums"]["params"][name][::-1]
     edit(folder, **about)
     refusal(lambda: store.load(folder), f"{folder}/params: {name} is not what was saved; copy the checkpoint again")
-    assert store.is_whole(folder)  # its file sizes are right
+    assert store.is_complete(folder)  # its file sizes are right
     for name in ("training.json", "training/_METADATA"):
         damaged = Path(shutil.copytree(trained, tmp_path / name.replace("/", "-")))
         (damaged / name).write_bytes((damaged / name).read_bytes()[:-3])
         refusal(lambda damaged=damaged: store.load_resume_state(damaged), f"{damaged}/{name}", "bytes, not")
         (damaged / name).unlink()
         refusal(lambda damaged=damaged: store.load(damaged), f"{damaged}/{name}: missing")
-        assert not store.is_whole(damaged)
+        assert not store.is_complete(damaged)
 
 
 def test_everything_is_synced_before_the_folder_appears(tmp_path, tiny_weights, resume_state, monkeypatch):

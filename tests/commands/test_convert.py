@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from atlas_jax.checkpoints import store
-from atlas_jax.checkpoints.export import exported
+from atlas_jax.checkpoints.export import export_arrays
 from atlas_jax.checkpoints.formats import orbax_arrays
 from atlas_jax.checkpoints.formats.checksum import checksum
 from atlas_jax.checkpoints.formats.safetensors_file import open_safetensors, write_safetensors
@@ -215,7 +215,7 @@ def test_weights_are_read_in_parts(converted, golden, tmp_path, monkeypatch):
         read_sizes.append(part.nbytes)
         return part
 
-    monkeypatch.setattr(lazy_array, "PART", 2048)
+    monkeypatch.setattr(lazy_array, "CHUNK_BYTES", 2048)
     monkeypatch.setattr(StackedViews, "read_once", recorded)
     lazy = map_weights(source, whole.cfg, where="FILE")
     assert read_sizes == []
@@ -307,7 +307,7 @@ def test_every_published_model_is_mapped_both_ways(name, untied):
     assert {path: x.shape for path, x in params.items()} == {path: s.shape for path, s in shapes.items()}
     arrays_per_path = Counter(e.path for e in weight_entries(cfg) if not e.alias)
     assert arrays_per_path == {path: len(x.views) for path, x in params.items()}
-    back = exported(params, cfg, aliases=True)
+    back = export_arrays(params, cfg, aliases=True)
     assert {name: x.shape for name, x in back.items()} == {name: x.shape for name, x in source.items()}
     distinct = {id(x): x for x in back.values()}.values()
     assert sum(x.size for x in distinct) == sum(s.size for s in shapes.values()) == parameter_count(cfg)
@@ -333,13 +333,13 @@ def parameter_count(cfg: AtlasConfig) -> int:
 def test_loading_reads_each_array_once(converted, monkeypatch):
     """`store.load` reads array by array, each array exactly once."""
     read_names: list[str] = []
-    original_read = orbax_arrays.Stored.read
+    original_read = orbax_arrays.StoredArray.read
 
     def recorded(self, index=()):
         read_names.append(self.name)
         return original_read(self, index)
 
-    monkeypatch.setattr(orbax_arrays.Stored, "read", recorded)
+    monkeypatch.setattr(orbax_arrays.StoredArray, "read", recorded)
     weights = store.load(converted["initial"])
     assert isinstance(weights, Weights)
     assert len(read_names) == len(set(read_names)) == len(weights.params)

@@ -12,11 +12,11 @@ from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.commands.main import USAGE, main
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval import compress as compressing
-from atlas_jax.retrieval.compress import Queries, drop_own_passage, exact_search
+from atlas_jax.retrieval.compress import RecallQueries, drop_own_passage, exact_search
 from atlas_jax.retrieval.faiss_index import FaissIndex
 from atlas_jax.retrieval.formats import inspection
 from atlas_jax.retrieval.formats.convert import FlatIndexFolder, convert
-from atlas_jax.retrieval.formats.index_folder import Origin, read_about, read_vectors
+from atlas_jax.retrieval.formats.index_folder import Origin, read_metadata, read_vectors
 from tests.commands.sample_evaluation import SAMPLE, evaluate_argv
 
 COUNT, DIM = 600, 16
@@ -65,7 +65,7 @@ class TopicPassages:
     def read(self, start, stop):
         return self.vectors[start:stop]
 
-    def texts(self):
+    def passages_json(self):
         return (b'{"id": "%d", "title": "%d", "text": "", "section": ""}' % (i, i) for i in range(COUNT))
 
 
@@ -116,15 +116,15 @@ def test_convert_stores_the_fingerprint_of_the_model(run_index, index_fails, fin
     """The fingerprint is the one that `build` writes; an index with another model's fingerprint is refused."""
     source = ["convert", "--load_index_path", golden / "index_1shard"]
     run_index(*source, *MODEL_FLAGS, "--text_maxlength", 512, "--output", tmp_path / "bound")
-    about = read_about(tmp_path / "bound")
-    assert about["retriever"] == read_about(finished_run / "index")["retriever"]
+    about = read_metadata(tmp_path / "bound")
+    assert about["retriever"] == read_metadata(finished_run / "index")["retriever"]
     assert (about["retriever_format"], about["max_length"]) == (None, 512)
     file = tmp_path / "bound" / "index.json"
     file.write_text(json.dumps(about | {"retriever": "r2"}))
     argv = ["convert", "--load_index_path", tmp_path / "bound", *MODEL_FLAGS, "--output", tmp_path / "no"]
     index_fails(argv, "bound: built by another retriever than this one")
     run_index("convert", "--load_index_path", tmp_path / "bound", "--output", tmp_path / "copy")
-    assert read_about(tmp_path / "copy") == about | {"retriever": "r2"}
+    assert read_metadata(tmp_path / "copy") == about | {"retriever": "r2"}
 
 
 @pytest.mark.parametrize("source", ["ours", "published"])
@@ -171,7 +171,7 @@ def test_compress_prints_recall_and_bytes_of_every_type(run_index, flat, tmp_pat
     assert float(after[3]) <= {"flat": 1, "ivfflat": 1}.get(kind, 0.95)
     assert not (tmp_path / "small" / "embeddings.npy").exists()
     monkeypatch.setattr(inspection, "read_vectors", pytest.fail)
-    about = read_about(tmp_path / "small")
+    about = read_metadata(tmp_path / "small")
     assert (about["retriever"], about["max_length"]) == ("r1", 200)
     loaded = FaissIndex.load(tmp_path / "small", about)
     assert loaded.search(np.ones((1, DIM), np.float32), 3).numbers.shape == (1, 3)
@@ -204,7 +204,7 @@ def test_recall_is_measured_with_questions_of_a_file(run_index, index_fails, gol
     out = run_index(*argv, "--queries", SAMPLE / "mmlu.jsonl", *query_flags)
     assert float(out.splitlines()[2].split()[3]) > 0.99
     index_fails([*argv, "--queries", golden / "passages.jsonl", *query_flags], "passages.jsonl:", "no `question`")
-    (tmp_path / "flat" / "index.json").write_text(json.dumps(read_about(tmp_path / "flat") | {"retriever": "r2"}))
+    (tmp_path / "flat" / "index.json").write_text(json.dumps(read_metadata(tmp_path / "flat") | {"retriever": "r2"}))
     index_fails([*argv, "--queries", SAMPLE / "mmlu.jsonl", *query_flags], "built by another retriever than this one")
 
 
@@ -217,7 +217,7 @@ def test_exact_search_finds_the_best_of_all_chunks_but_the_own_passage(monkeypat
     scores = queries @ vectors.T.astype(np.float32)
     scores[np.arange(3), own] = -np.inf
     expected = np.argsort(-scores, axis=1)[:, :10]
-    np.testing.assert_array_equal(exact_search(vectors, Queries(queries, own), 10)[0], expected)
+    np.testing.assert_array_equal(exact_search(vectors, RecallQueries(queries, own), 10)[0], expected)
     numbers = np.array([[4, 5, 6], [4, 5, 6]])
     np.testing.assert_array_equal(drop_own_passage(numbers, np.array([5, -1])), [[4, 6], [4, 5]])
 
@@ -273,7 +273,7 @@ def test_merge_concatenates_indexes(run_index, index_fails, flat, golden, tmp_pa
     assert merged.store.take([COUNT + 7])[0]["id"] == "7"
     index_fails(["merge", flat, tmp_path / "twice", "--output", tmp_path / "twice"], "is the folder that is read")
     index_fails(["merge", flat, golden / "index_1shard", "--output", tmp_path / "no"], "no index of ours", "convert")
-    assert len(read_vectors(tmp_path / "twice", read_about(tmp_path / "twice"))) == 2 * COUNT
+    assert len(read_vectors(tmp_path / "twice", read_metadata(tmp_path / "twice"))) == 2 * COUNT
 
 
 def test_bad_arguments_are_refused(index_fails, flat, golden, tmp_path):

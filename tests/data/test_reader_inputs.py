@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlas_jax.data.reader_inputs import ReaderText, join_ids, passage_part, render
+from atlas_jax.data.reader_inputs import ReaderInputEncoder, join_ids, passage_part, render
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.passage_store import build_passages
@@ -35,7 +35,7 @@ def store(tmp_path_factory):
 
 def ids_of_whole_text(tokenizer, format, query, passage, max_length):
     """Returns the ids as the reference makes them: of the filled-in format as one text."""
-    return tokenizer.finish(tokenizer.ids([format.format(query=query, **passage)])[0], max_length)
+    return tokenizer.add_special_tokens(tokenizer.ids([format.format(query=query, **passage)])[0], max_length)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_encode_equals_tokenizing_whole_texts(store, tokenizer, format):
     """For formats and queries that can be joined and others: the ids of the filled-in format, cut alike."""
     numbers = np.random.default_rng(0).integers(0, len(store), (len(QUERIES), 4))
     for max_length in (12, 40, 512):
-        encoded = ReaderText(tokenizer, format, max_length).encode(QUERIES, numbers, store)
+        encoded = ReaderInputEncoder(tokenizer, format, max_length).encode(QUERIES, numbers, store)
         for query, row, ids in zip(QUERIES, numbers, encoded, strict=True):
             assert ids == [
                 ids_of_whole_text(tokenizer, format, query, passage, max_length) for passage in store.take(row)
@@ -78,20 +78,20 @@ def test_encode_equals_tokenizing_whole_texts(store, tokenizer, format):
 @given(st.text(), st.integers(0, 239), st.integers(3, 200))
 def test_encode_equals_tokenizing_the_whole_text_for_any_query(store, query, number, max_length):
     """The query is any Unicode text, the passage any golden one, cut at any length."""
-    [[ids]] = ReaderText(READER, FORMAT, max_length).encode([query], [[number]], store)
+    [[ids]] = ReaderInputEncoder(READER, FORMAT, max_length).encode([query], [[number]], store)
     assert ids == ids_of_whole_text(READER, FORMAT, query, store.take([number])[0], max_length)
 
 
 def test_prepared_passages_are_not_tokenized_again(store, monkeypatch):
     """`encode` then tokenizes one text per query; without `splits_at_spaces`, one per passage, with equal ids."""
-    text = ReaderText(READER, FORMAT, 512)
+    text = ReaderInputEncoder(READER, FORMAT, 512)
     text.prepare(store)
     tokenized, ids = [], READER.ids
     monkeypatch.setattr(READER, "ids", lambda texts: tokenized.extend(texts) or ids(texts))
     joined = text.encode(["what?", "who?"], [[0, 1], [2, 3]], store)
     assert tokenized == ["what?", "who?"]
     monkeypatch.setattr(READER, "splits_at_spaces", False)
-    assert ReaderText(READER, FORMAT, 512).encode(["what?", "who?"], [[0, 1], [2, 3]], store) == joined
+    assert ReaderInputEncoder(READER, FORMAT, 512).encode(["what?", "who?"], [[0, 1], [2, 3]], store) == joined
     assert len(tokenized) == 6
     assert text.encode([], [], store) == []
     assert text.encode(["what?"], [[]], store) == [[]]
@@ -112,6 +112,6 @@ def test_every_golden_passage_joins(store):
     stored = store.tokens(READER, passage_format, "reader").take(numbers)
     [query_ids] = READER.ids([query])
     assert all([*query_ids, *row.tolist()] == ids for row, ids in zip(stored, expected, strict=True))
-    encoded = ReaderText(READER, FORMAT, 128).encode([query], [numbers], store)[0]
-    assert encoded == [READER.finish(ids, 128) for ids in expected]
+    encoded = ReaderInputEncoder(READER, FORMAT, 128).encode([query], [numbers], store)[0]
+    assert encoded == [READER.add_special_tokens(ids, 128) for ids in expected]
     assert len(store) == 240

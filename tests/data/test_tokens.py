@@ -47,7 +47,9 @@ def test_batch_equals_the_reference(golden):
     reader, retriever = TOKENIZERS["reader"], TOKENIZERS["retriever"]
 
     def padded(tokenizer, texts, length=160):
-        return pad([tokenizer.finish(ids, length) for ids in tokenizer.ids(texts)], length, tokenizer.pad_id)
+        return pad(
+            [tokenizer.add_special_tokens(ids, length) for ids in tokenizer.ids(texts)], length, tokenizer.pad_id
+        )
 
     pairs = [(query, p) for query, passages in zip(text["query"], text["passages"], strict=True) for p in passages]
     whole = padded(reader, ["{query} title: {title} context: {text}".format(query=q, **p) for q, p in pairs])
@@ -61,12 +63,14 @@ def test_batch_equals_the_reference(golden):
 
 @names
 @given(text=awkward, max_length=st.integers(2, 40))
-def test_finish_equals_hugging_face(name, text, max_length):
-    """`ids`, then `finish`: the ids of the Hugging Face tokenizer, for any text and length and without a limit."""
+def test_ids_with_special_tokens_equal_hugging_face(name, text, max_length):
+    """`ids` and `add_special_tokens` equal the Hugging Face tokenizer for any text and length, and without a limit."""
     tokenizer, hf = TOKENIZERS[name], HF[name]
     [ids] = tokenizer.ids([text])
-    assert tokenizer.finish(ids, max_length) == hf(text, max_length=max_length, truncation=True)["input_ids"]
-    assert tokenizer.finish(np.array(ids, np.uint16)) == hf(text)["input_ids"]
+    assert (
+        tokenizer.add_special_tokens(ids, max_length) == hf(text, max_length=max_length, truncation=True)["input_ids"]
+    )
+    assert tokenizer.add_special_tokens(np.array(ids, np.uint16)) == hf(text)["input_ids"]
 
 
 @names

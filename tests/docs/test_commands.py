@@ -24,7 +24,7 @@ def blocks(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A folder with the repository's files as links, and `atlas`, `python` and `make` as a clone after `make setup` has."""
+    """A folder with links to the repository's files, and the commands `atlas`, `python` and `make` of a clone."""
     folder = tmp_path_factory.mktemp("clone")
     for path in ROOT.iterdir():
         if path.name not in ("runs", ".git", ".venv"):
@@ -34,7 +34,7 @@ def clone(tmp_path_factory) -> Path:
     for name, line in {
         "atlas": f'exec "{sys.executable}" -m atlas_jax "$@"',
         "python": f'exec "{sys.executable}" "$@"',
-        "make": 'exec /usr/bin/env -i HOME="$HOME" PATH="/usr/bin:/bin" PYTHONPATH="$PYTHONPATH" make --old-file=setup "$@"',
+        "make": 'exec /usr/bin/make --old-file=setup "$@"',
     }.items():
         (commands / name).write_text(f"#!/bin/sh\n{line}\n")
         (commands / name).chmod(0o755)
@@ -50,7 +50,12 @@ def run(clone: Path, block: str) -> None:
         "XLA_FLAGS": "",
     }
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block], cwd=clone, env=environment, capture_output=True, text=True, check=False
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=clone,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 

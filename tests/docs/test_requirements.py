@@ -6,7 +6,10 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-FAISS = {"faiss-cpu", "faiss-gpu"}  # one module; pyproject.toml asks for the one, requirements.txt for either by platform
+FAISS = {
+    "faiss-cpu",
+    "faiss-gpu",
+}  # one module; pyproject.toml asks for the one, requirements.txt for either by platform
 
 
 def requirements(lines: list[str]) -> dict[str, str]:

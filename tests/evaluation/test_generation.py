@@ -16,7 +16,7 @@ from atlas_jax.models.fid import FiD
 
 
 def load(folder, **how) -> FiD:
-    cfg = AtlasConfig(reader_config(str(folder)), None).computing(**how)
+    cfg = AtlasConfig(reader_config(str(folder)), None).with_computation(**how)
     source = {f"reader.{name}": array for name, array in folder_weights(str(folder)).items()}
     return build_model(import_weights(source, cfg, where=str(folder)), cfg, lambda _, array: jnp.asarray(array)).reader
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from atlas_jax.commands.main import main
-from tests.runtime.processes import ends
+from tests.runtime.processes import exit_lines
 
 
 def read_lines(text: str) -> list[dict]:
@@ -104,7 +104,7 @@ def test_processes_share_the_rows_that_are_checked(processes):
         assert [line for line in said if line.startswith("question")] == [f"question {n}" for n in range(index, 7, 3)]
     lines[6], lines[4], lines[5] = '{"question": "6", "answers": []}', "{", '{"question": "5"}'
     rows.write_text("\n".join(lines))
-    ended = ends(processes.start("rows", range(3), 3, timeout=20))
+    ended = exit_lines(processes.start("rows", range(3), 3, timeout=20))
     assert {status for status, _ in ended.values()} == {2}
     assert {line[: len("atlas: rows.jsonl:5: not valid JSON")] for _, line in ended.values()} == {
         "atlas: rows.jsonl:5: not valid JSON"

@@ -81,7 +81,7 @@ def test_a_pretrained_encoder_gives_pytorchs_vectors(golden):
     retriever, tokenizer = load(folder), Tokenizer.load(folder)
     lines = (golden / "passages.jsonl").read_text(encoding="utf-8").splitlines()[:24]
     passages = [json.loads(line)["text"] for line in lines]
-    ids, mask = pad([tokenizer.finish(row, 128) for row in tokenizer.ids(passages)], 128, tokenizer.pad_id)
+    ids, mask = pad([tokenizer.add_special_tokens(row, 128) for row in tokenizer.ids(passages)], 128, tokenizer.pad_id)
     expected = np.load(golden / "minilm.npz")["vectors"]
     np.testing.assert_allclose(embed(retriever, ids, mask), expected, atol=1e-5)
     atlas_norm = embed(load(folder, norm="atlas"), ids, mask)

@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
 
 def load(folder, dtype=jnp.float32, **changes) -> FiD:
-    cfg = AtlasConfig(reader_config(str(folder)), None).computing(dtype=dtype, **changes)
+    cfg = AtlasConfig(reader_config(str(folder)), None).with_computation(dtype=dtype, **changes)
     source = {f"reader.{name}": array for name, array in folder_weights(str(folder)).items()}
     params = import_weights(source, cfg, where=str(folder))
     return build_model(params, cfg, lambda _, array: jnp.asarray(array)).reader

@@ -99,7 +99,7 @@ def test_rows_are_kept_however_their_json_is_written(tmp_path, case):
     built = build_passages([path], tmp_path / "store")
     assert built.take([0]) == [expected]
     assert b"\\u" not in (tmp_path / "store" / "text.bin").read_bytes()
-    assert list(built.texts()) == [(tmp_path / "store" / "text.bin").read_bytes()]
+    assert list(built.passages_json()) == [(tmp_path / "store" / "text.bin").read_bytes()]
 
 
 def test_plain_rows_are_copied_without_serializing(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ class Process:
         return status, self._output.read_text().splitlines()
 
 
-def ends(processes: dict[int, Process]) -> dict[int, tuple[int, str]]:
+def exit_lines(processes: dict[int, Process]) -> dict[int, tuple[int, str]]:
     """Waits for all processes; returns the exit status and the last line of each, by index."""
     ended = {index: process.end() for index, process in processes.items()}
     return {index: (status, lines[-1]) for index, (status, lines) in ended.items()}

@@ -22,7 +22,7 @@ from atlas_jax.runtime.cluster import (
     task_devices,
     tasks_per_node,
 )
-from tests.runtime.processes import ends, free_port
+from tests.runtime.processes import exit_lines, free_port
 
 STEP = {
     "SLURM_JOB_ID": "1234",
@@ -46,7 +46,7 @@ def gpus(tmp_path, monkeypatch):
 @pytest.mark.parametrize("missing", [0, 2])
 def test_a_missing_process_is_named(processes, missing):
     """The processes that are present end in time, with the same line, and without JAX's abort."""
-    ended = ends(processes.start("sleep", {0, 1, 2} - {missing}, 3))
+    ended = exit_lines(processes.start("sleep", {0, 1, 2} - {missing}, 3))
     assert {status for status, _ in ended.values()} == {2}
     assert all(line.startswith(f"atlas: process {missing} ") and "did not come" in line for _, line in ended.values())
 
@@ -82,7 +82,7 @@ def test_a_connection_of_another_program_is_closed(processes):
 @pytest.mark.parametrize("mode", ["version", "devices"])
 def test_a_process_of_another_version_or_device_count_is_named(processes, mode):
     """Every process names the one that differs, and the value of process 0."""
-    ended = ends(processes.start(mode, range(2), 2))
+    ended = exit_lines(processes.start(mode, range(2), 2))
     expected = {"version": "has jax 9.9, process 0", "devices": "has devices 2 x cpu, process 0"}[mode]
     assert all(status == 2 and "process 1" in line and expected in line for status, line in ended.values()), ended
 
@@ -96,7 +96,7 @@ def test_a_lost_process_is_named(processes, signum, victim):
         process.until("up")
     lost = started.pop(victim)
     lost.signal(signum)
-    ended = ends(started)
+    ended = exit_lines(started)
     lost.signal(signal.SIGKILL)
     lost.end()
     reason = "is gone" if signum == signal.SIGKILL else "has been silent for 2 s"
@@ -108,7 +108,7 @@ def test_a_lost_process_is_named(processes, signum, victim):
 @pytest.mark.parametrize("stuck", [0, 2])
 def test_a_stuck_process_is_named(processes, stuck):
     """A process that sends heartbeats, but whose call does not return; those that wait for it do not count as stuck."""
-    ended = ends(processes.start("stuck", range(3), 3, target=stuck))
+    ended = exit_lines(processes.start("stuck", range(3), 3, target=stuck))
     start = f"atlas: process {stuck} "
     assert all(status == 75 and line.startswith(start) and "is stuck" in line for status, line in ended.values()), ended
     assert all("worker.py, line " in line for _, line in ended.values())
@@ -116,14 +116,14 @@ def test_a_stuck_process_is_named(processes, stuck):
 
 def test_a_slow_process_is_not_stuck(processes):
     """The counter-case: a process that sleeps as long in total, but wakes up now and then."""
-    ended = ends(processes.start("slow", range(2), 2, seconds=4))
+    ended = exit_lines(processes.start("slow", range(2), 2, seconds=4))
     assert [status for status, _ in ended.values()] == [0, 0], ended
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_one_process_ends_all(processes, failing):
     """The failing process prints its error and has its own exit status; the others repeat the error."""
-    ended = ends(processes.start("error", range(2), 2, target=failing))
+    ended = exit_lines(processes.start("error", range(2), 2, target=failing))
     assert ended.pop(failing) == (2, "atlas: bad.jsonl, line 3: no question")
     assert all(
         status == 75 and f"process {failing} " in line and "no question" in line for status, line in ended.values()
@@ -148,7 +148,7 @@ def test_a_process_that_leaves_early_is_named(processes):
     for process in started.values():
         process.until("up")
     started[0].signal(signal.SIGTERM)
-    ended = ends(started)
+    ended = exit_lines(started)
     assert ended[0] == (143, "atlas: interrupted by SIGTERM")
     assert ended[1][0] == 75
     assert "process 0 (" in ended[1][1]

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from atlas_jax.runtime.process_group import ProcessGroup
-from tests.runtime.processes import ends
+from tests.runtime.processes import exit_lines
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -35,7 +35,7 @@ def test_a_process_that_does_not_answer_is_named(processes):
     """Every process that waits for it names it."""
     started = processes.start("late", range(3), 3)
     late = started.pop(1)
-    ended = ends(started)
+    ended = exit_lines(started)
     late.end()
     message = "did not answer within 0.5 s (main)"
     assert all("process 1 (" in line and message in line for _, line in ended.values()), ended

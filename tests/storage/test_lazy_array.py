@@ -23,11 +23,11 @@ from atlas_jax.storage.mapped_file import MappedFile
 
 @given(st.lists(st.integers(0, 7), max_size=4), st.integers(1, 400))
 def test_chunks_cover_an_array_once(shape, limit):
-    """Every element is in one chunk, chunks come in C order, and a chunk is less than twice `PART` or one element."""
+    """Each element is in one chunk, chunks come in C order and have less than twice CHUNK_BYTES, or one element."""
     shape = tuple(shape)
     whole = np.arange(math.prod(shape)).reshape(shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lazy_array, "PART", limit)
+        patch.setattr(lazy_array, "CHUNK_BYTES", limit)
         chunk = chunk_shape(shape, whole.itemsize)
     indices = list(chunk_slices(shape, chunk))
     flat = [np.asarray(whole[index]).reshape(-1) for index in indices]
@@ -72,7 +72,7 @@ def test_stacked_views_read_like_one_array(mapped):
 
 def test_chunks_of_stacked_views_are_contiguous_in_the_file(mapped, monkeypatch):
     """A transposed matrix is divided along what are its rows in the file; `read_once` of all chunks gives the whole."""
-    monkeypatch.setattr(lazy_array, "PART", 4000)
+    monkeypatch.setattr(lazy_array, "CHUNK_BYTES", 4000)
     for views, is_stacked in (([mapped[:3].T, mapped[3:].T], True), ([mapped], False), ([mapped.T], False)):
         stacked = StackedViews(views, np.dtype(np.float32), stacked=is_stacked)
         whole = np.stack(views) if is_stacked else views[0]
@@ -80,14 +80,14 @@ def test_chunks_of_stacked_views_are_contiguous_in_the_file(mapped, monkeypatch)
         for index in chunk_slices(stacked.shape, stacked.chunk):
             part = whole[index][0] if is_stacked else whole[index]
             low, high = np.lib.array_utils.byte_bounds(part)
-            assert high - low == part.nbytes <= 2 * lazy_array.PART
+            assert high - low == part.nbytes <= 2 * lazy_array.CHUNK_BYTES
             result[index] = stacked.read_once(index)
         np.testing.assert_array_equal(result, whole)
 
 
 def test_arrays_equal_sees_one_changed_element(mapped, monkeypatch):
     """Equal arrays compare equal in any memory layout; arrays that differ in one element, or transposed, do not."""
-    monkeypatch.setattr(lazy_array, "PART", 64)
+    monkeypatch.setattr(lazy_array, "CHUNK_BYTES", 64)
     assert arrays_equal(mapped, mapped)
     assert arrays_equal(mapped.T, mapped.copy().T)
     assert not arrays_equal(mapped, mapped.T)

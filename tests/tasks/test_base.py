@@ -34,7 +34,7 @@ def test_accuracy_is_an_exact_match_with_any_answer():
 def test_finish_returns_the_only_record():
     """Unchanged, and with no scores over several examples."""
     record = {"query": "q"}
-    assert Base().finish([record]) == (record, {})
+    assert Base().merge_records([record]) == (record, {})
     assert Base().metrics == ("accuracy", "eval_loss")
 
 

@@ -36,7 +36,7 @@ def predictions(golden):
 
 def token_count(tokenizer, text):
     """Returns the number of tokens of a text, including `</s>`."""
-    return len(tokenizer.finish(tokenizer.ids([text])[0]))
+    return len(tokenizer.add_special_tokens(tokenizer.ids([text])[0]))
 
 
 def make_row(*texts, answer="A", question="Why?"):
@@ -73,7 +73,7 @@ def test_merged_records_equal_the_reference(rows, predictions):
     """
     task, ties = MultipleChoice(permutations="cyclic"), 0
     for row, golden in zip(rows, predictions, strict=True):
-        line, scores = task.finish(copy.deepcopy(golden["permutations"]))
+        line, scores = task.merge_records(copy.deepcopy(golden["permutations"]))
         assert list(line) == list(golden)
         assert line["choice_probs"] == pytest.approx(golden["choice_probs"], abs=1e-6)
         assert list(line["all_probs"]) == list(golden["all_probs"])
@@ -93,10 +93,10 @@ def test_merged_records_equal_the_reference(rows, predictions):
 def test_the_first_of_tied_options_is_chosen(margin, chosen):
     """C wins over A only by more than TIE_MARGIN, so rounding decides nothing; NaN logits give the first option."""
     logits = {letter: math.log(p) for letter, p in zip("ABCD", (0.3, 0.3, 0.3 + margin, 0.1 - margin), strict=True)}
-    line, scores = MultipleChoice().finish([{"metadata": ROW, "choice_logits": logits}])
+    line, scores = MultipleChoice().merge_records([{"metadata": ROW, "choice_logits": logits}])
     assert line["generation"] == chosen
     assert scores == {"debiased_accuracy": 0.0}
-    line, _ = MultipleChoice().finish([{"metadata": ROW, "choice_logits": dict.fromkeys("ABCD", math.nan)}])
+    line, _ = MultipleChoice().merge_records([{"metadata": ROW, "choice_logits": dict.fromkeys("ABCD", math.nan)}])
     assert line["generation"] == "A"  # a reader that has diverged is still scored
 
 
@@ -156,7 +156,7 @@ def test_options_with_equal_texts_are_averaged_separately(tokenizer):
     for order, example in zip(option_orders(4, "cyclic"), task.examples(row, 0, tokenizer), strict=True):
         logits = {letter: math.log([0.1, 0.2, 0.1, 0.6][option]) for letter, option in zip("ABCD", order, strict=True)}
         records.append({"metadata": example.metadata, "choice_logits": logits})
-    line, scores = task.finish(records)
+    line, scores = task.merge_records(records)
     assert line["choice_probs"] == pytest.approx({"A": 0.1, "B": 0.2, "C": 0.1, "D": 0.6})
     assert (line["generation"], scores) == ("D", {"debiased_accuracy": 1.0})
     # Reference: probabilities are listed by text, so "2" has those of both options
@@ -178,7 +178,7 @@ def test_averaged_probabilities_sum_to_1(logits, texts):
         options = {letter: texts[option] for letter, option in zip("ABC", order, strict=True)}
         choice_logits = dict(zip("ABC", values, strict=True))
         records.append({"metadata": {"options": options, "answer": "A"}, "choice_logits": choice_logits})
-    line, _ = task.finish(records)
+    line, _ = task.merge_records(records)
     assert sum(line["choice_probs"].values()) == pytest.approx(1)
     assert line["choice_probs"][line["generation"]] == pytest.approx(max(line["choice_probs"].values()), abs=TIE_MARGIN)
     assert sum(map(len, line["all_probs"].values())) == 9
@@ -189,7 +189,7 @@ def test_a_merged_record_keeps_the_fields_of_the_first_record():
     records = [
         {"query": "q", "passages": [], "metadata": ROW, "choice_logits": dict.fromkeys("ABCD", 0.0), "id": 7},
     ]
-    line, _ = MultipleChoice().finish(records)
+    line, _ = MultipleChoice().merge_records(records)
     assert list(line) == [
         "query",
         "passages",
@@ -219,7 +219,7 @@ def test_a_long_question_loses_its_start(tokenizer):
     question = f"first words of it {fits} and the last"
     query = task.prompt(question, ROW["options"], tokenizer)
     kept_question = query.removeprefix("question: ").removesuffix(f" options: {listed} answer: <extra_id_0>")
-    ids = tokenizer.finish(tokenizer.ids([question])[0])
+    ids = tokenizer.add_special_tokens(tokenizer.ids([question])[0])
     assert kept_question == tokenizer.decode(ids[-(MAX_PROMPT_TOKENS - tokens_of_empty_prompt) :]).strip()
     assert question.endswith(kept_question)
     assert "first" not in kept_question
@@ -237,7 +237,7 @@ def test_options_over_the_limit_cut_the_start_of_the_question(tokenizer, excess)
     option = " ".join(["the"] * (1 + MAX_PROMPT_TOKENS + excess - length("the")))
     assert length(option) == MAX_PROMPT_TOKENS + excess
     query = MultipleChoice(2).prompt("one two three four five", {"A": option, "B": "no"}, tokenizer)
-    ids = tokenizer.finish(tokenizer.ids(["one two three four five"])[0])
+    ids = tokenizer.add_special_tokens(tokenizer.ids(["one two three four five"])[0])
     kept_ids = {-1: ids[-1:], 0: ids, 1: ids[1:], 3: ids[3:]}[excess]
     assert query.startswith(f"question: {tokenizer.decode(kept_ids).strip()} options: (A) the the")
     assert query.endswith(f"{option} (B) no answer: <extra_id_0>")

@@ -76,7 +76,7 @@ def keeps_no_whole_layers(text: str, params) -> None:
 
 def test_dropout_does_not_depend_on_the_mesh(tiny_weights, batch):
     """Equal losses with dropout on one device and on eight; the counter-case is another key."""
-    cfg = config(tiny_weights, dropout=True, model=tiny_weights.cfg.computing(dropout=0.1))
+    cfg = config(tiny_weights, dropout=True, model=tiny_weights.cfg.with_computation(dropout=0.1))
 
     def noisy(params, batch, key):
         return joint_loss(build_model(params, cfg.model), batch, nnx.Rngs(dropout=key), cfg)[1]

@@ -101,8 +101,8 @@ RULES = [
 @pytest.mark.parametrize(("changes", "refusal"), RULES)
 def test_flags_may_change_on_resume_as_config_says(tiny_config, tiny_weights, tmp_path, caplog, changes, refusal):
     """A flag that affects what is learnt is refused by name; `warned` flags are logged, `changeable` ones are not."""
-    about = json.loads(json.dumps({"progress": {}, "flags": to_dict(tiny_config), "queries": 4}))
-    start = RunStart(tiny_weights, store.ResumeState({}, about))
+    metadata = json.loads(json.dumps({"progress": {}, "flags": to_dict(tiny_config), "queries": 4}))
+    start = RunStart(tiny_weights, store.ResumeState({}, metadata))
     config = tiny_config
     for group in ("run", "optim"):
         known = {field.name for field in dataclasses.fields(getattr(config, group))}

@@ -126,7 +126,7 @@ def step(state, batch, key, cfg, update=True):
 def test_a_step_is_a_pure_function_of_state_batch_and_key(tiny_weights, batch):
     """Equal keys give equal bits; another key drops other activations, but only with dropout."""
     keys = [jax.random.key(n) for n in (0, 0, 1)]
-    noisy = config(tiny_weights, dropout=True, model=tiny_weights.cfg.computing(dropout=0.1))
+    noisy = config(tiny_weights, dropout=True, model=tiny_weights.cfg.with_computation(dropout=0.1))
     quiet = config(tiny_weights)
     for cfg, alike in ((noisy, False), (quiet, True)):
         ends = [step(fresh(tiny_weights, cfg), batch, key, cfg)[0].params for key in keys]

@@ -32,9 +32,9 @@ from atlas_jax.storage.lazy_array import (
     Slices,
     chunk_shape,
     chunk_slices,
-    piece_chunk,
     read_once,
     relative_slices,
+    shard_chunk_shape,
     start_indices,
 )
 
@@ -102,7 +102,7 @@ def combine_checksums(arrays: Mapping[str, ArrayLike], partial_sums: Sequence[Pa
 
 def _chunk_shape(array: ArrayLike) -> tuple[int, ...]:
     if isinstance(array, LocalShards):
-        return piece_chunk(array.piece, array.shape, array.dtype.itemsize)
+        return shard_chunk_shape(array.shard_shape, array.shape, array.dtype.itemsize)
     return array.chunk if isinstance(array, LazyArray) else chunk_shape(array.shape, array.itemsize)
 
 
@@ -118,7 +118,7 @@ class ChunkWrite(NamedTuple):
 def _chunk_writes(arrays: Mapping[str, ArrayLike]) -> Iterator[ChunkWrite]:
     for name, array in arrays.items():
         if isinstance(array, LocalShards):
-            for target, piece in array.pieces:
+            for target, piece in array.shards:
                 for index in chunk_slices(piece.shape, _chunk_shape(array)):
                     yield ChunkWrite(name, tuple(map(_add_offset, target, index)), piece, index)
         else:
@@ -138,7 +138,7 @@ def _add_offset(base: slice, index: slice) -> slice:
     return slice(base.start + index.start, base.start + index.stop)
 
 
-def open_arrays(folder: Path, checksums: Mapping[str, str]) -> dict[str, "Stored"]:
+def open_arrays(folder: Path, checksums: Mapping[str, str]) -> dict[str, "StoredArray"]:
     """Opens the arrays of a folder without reading them; UserError if the folder is damaged.
 
     Values that are read later are compared with `checksums`.
@@ -152,10 +152,10 @@ def open_arrays(folder: Path, checksums: Mapping[str, str]) -> dict[str, "Stored
         raise UserError(f"{folder}: damaged or incomplete ({first_line(error)}); write it again") from None
     for name in sorted(stores.keys() ^ checksums.keys()):
         raise damaged_error(f"{folder}: {name}")
-    return {name: Stored(folder, name, store, checksums[name]) for name, store in stores.items()}
+    return {name: StoredArray(folder, name, store, checksums[name]) for name, store in stores.items()}
 
 
-class Stored(LazyArray):
+class StoredArray(LazyArray):
     """An array in an Orbax folder, verified once `read` has returned all of its elements: UserError if one differs.
 
     What several processes read with `read_shard` is verified by `verify_shards`.
@@ -208,7 +208,7 @@ def verify_shards(arrays: Mapping[str, ArrayLike]) -> None:
 
     UserError on every process if an array differs.
     """
-    sharded = {name: array for name, array in arrays.items() if isinstance(array, Stored) and array.shard_checksum}
+    sharded = {name: array for name, array in arrays.items() if isinstance(array, StoredArray) and array.shard_checksum}
     local_sums = {name: array.shard_checksum.sums.tolist() for name, array in sharded.items() if array.shard_checksum}
     for name, found in combine_checksums(sharded, process_group().run_on_all(lambda: local_sums)).items():
         if found != sharded[name].expected:

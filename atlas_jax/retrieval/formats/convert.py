@@ -15,7 +15,7 @@ from atlas_jax.retrieval.formats.index_folder import (
     VECTORS,
     Origin,
     origin_from_metadata,
-    read_about,
+    read_metadata,
     read_vectors,
     write_metadata,
 )
@@ -41,7 +41,7 @@ class IndexSource(Protocol):
         """Returns the vectors of passages `start` to `stop` (exclusive); safe to call from several threads."""
         ...
 
-    def texts(self) -> Iterator[bytes]:
+    def passages_json(self) -> Iterator[bytes]:
         """Yields the JSON of every passage, in order."""
         ...
 
@@ -50,7 +50,7 @@ class FlatIndexFolder:
     """`IndexSource` of a flat index in our own format."""
 
     def __init__(self, folder: Path):
-        self.metadata = read_about(folder)
+        self.metadata = read_metadata(folder)
         self.origin = origin_from_metadata(self.metadata)
         self.count, self.dim = self.metadata["count"], self.metadata["dim"]
         self.store = PassageStore.open(folder / PASSAGES)
@@ -62,9 +62,9 @@ class FlatIndexFolder:
         release_pages(self._vectors)
         return rows
 
-    def texts(self) -> Iterator[bytes]:
+    def passages_json(self) -> Iterator[bytes]:
         """Yields the JSON of every passage as the store holds it, without parsing."""
-        return self.store.texts()
+        return self.store.passages_json()
 
 
 def convert(source: IndexSource, output: Path, origin: Origin) -> None:
@@ -77,7 +77,7 @@ def write_flat_index(source: IndexSource, folder: Path) -> dict[str, Any]:
     """Writes the vectors and passages of a flat index; returns the fields of index.json that describe the vectors."""
     write_vectors(source, folder / VECTORS)
     with progress("writing passages", "passages", source.count) as advance:
-        PassageStore.write(source.texts(), folder / PASSAGES, advance)
+        PassageStore.write(source.passages_json(), folder / PASSAGES, advance)
     return {"index_mode": "flat", "kind": "flat", "count": source.count, "dim": source.dim}
 
 

@@ -31,7 +31,7 @@ def export_torch_shards(source: IndexSource, output: Path, shards: int) -> None:
             for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
                 _write_vectors(source, start, stop, draft / f"embeddings.{n}.pt", advance)
         with progress("writing passages", "passages", source.count) as advance:
-            texts = source.texts()
+            texts = source.passages_json()
             for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
                 _write_passages(itertools.islice(texts, stop - start), draft / f"passages.{n}.pt")
                 advance(stop - start)

@@ -41,7 +41,7 @@ def is_index(folder: Path) -> bool:
     return (folder / METADATA).is_file()
 
 
-def read_about(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """Reads index.json; UserError if its format version is another one or it lacks `count` or `dim`."""
     metadata = read_json(folder / METADATA)
     if metadata.get("format") != FORMAT:

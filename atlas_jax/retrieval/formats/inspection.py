@@ -6,7 +6,7 @@ from typing import Any
 
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.faiss_index import map_arrays
-from atlas_jax.retrieval.formats.index_folder import PASSAGES, is_index, read_about, read_vectors
+from atlas_jax.retrieval.formats.index_folder import PASSAGES, is_index, read_metadata, read_vectors
 from atlas_jax.retrieval.formats.torch_shards import TorchShards
 from atlas_jax.retrieval.passage_store import PassageStore
 
@@ -29,7 +29,7 @@ def inspect(folder: Path) -> dict[str, Any]:
 
 def _inspect_index(folder: Path) -> dict[str, Any]:
     """Inspects an index in our own format, flat or faiss."""
-    metadata = read_about(folder)
+    metadata = read_metadata(folder)
     if metadata.get("index_mode") == "flat":
         read_vectors(folder, metadata)
     else:

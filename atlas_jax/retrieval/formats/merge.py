@@ -33,9 +33,9 @@ class MergedIndexes:
         ranges = split_range([part.count for part in self.parts], start, stop)
         return np.concatenate([self.parts[n].read(begin, end) for n, begin, end, _ in ranges])
 
-    def texts(self) -> Iterator[bytes]:
+    def passages_json(self) -> Iterator[bytes]:
         """Yields the JSON of every passage, part after part, without parsing."""
-        return itertools.chain.from_iterable(part.texts() for part in self.parts)
+        return itertools.chain.from_iterable(part.passages_json() for part in self.parts)
 
 
 def _check_compatible(first: Path, expected: Mapping[str, Any], folder: Path, metadata: Mapping[str, Any]) -> None:

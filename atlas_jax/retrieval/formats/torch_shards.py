@@ -54,7 +54,7 @@ class TorchShards:
                 release_pages(array)
         return out
 
-    def texts(self) -> Iterator[bytes]:
+    def passages_json(self) -> Iterator[bytes]:
         """Yields the JSON of every passage, in order."""
         return serialize_passages(self._passages())
 

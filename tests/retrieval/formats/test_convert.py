@@ -13,7 +13,7 @@ import pytest
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.formats import convert as module
 from atlas_jax.retrieval.formats.convert import FlatIndexFolder, convert, write_vectors
-from atlas_jax.retrieval.formats.index_folder import Origin, read_about, read_vectors
+from atlas_jax.retrieval.formats.index_folder import Origin, read_metadata, read_vectors
 from atlas_jax.retrieval.formats.merge import MergedIndexes
 from atlas_jax.retrieval.formats.npy_files import create_array
 from atlas_jax.retrieval.formats.torch_shards import TorchShards, split_range, transpose
@@ -61,7 +61,7 @@ def test_any_number_of_shards_gives_the_same_index(tmp_path, small_chunks, count
     np.testing.assert_array_equal(found.read(0, 500), vectors)
     np.testing.assert_array_equal(found.read(123, 456), vectors[123:456])
     assert [row["text"] for row in found.store.take(range(500))] == [f"t {i}" for i in range(500)]
-    metadata = read_about(tmp_path / "ours")
+    metadata = read_metadata(tmp_path / "ours")
     assert (metadata["count"], metadata["dim"], metadata["retriever"]) == (500, DIM, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "shards"]
 
@@ -71,7 +71,7 @@ def test_hosts_memory_map_their_own_rows(tmp_path, hosts):
     """The memory-mapped slices of any number of hosts add up to all vectors."""
     vectors = write_shards(tmp_path / "shards", 300, 200)
     convert(TorchShards(tmp_path / "shards"), tmp_path / "ours", Origin())
-    metadata = read_about(tmp_path / "ours")
+    metadata = read_metadata(tmp_path / "ours")
     bounds = [500 * host // hosts for host in range(hosts + 1)]
     slices = [read_vectors(tmp_path / "ours", metadata)[a:b] for a, b in itertools.pairwise(bounds)]
     np.testing.assert_array_equal(np.concatenate(slices), vectors)
@@ -144,7 +144,7 @@ def test_an_interrupted_conversion_keeps_the_old_index(tmp_path, small_chunks, m
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(*((TorchShards, "read") if at == "vectors" else (TorchShards, "texts")), interrupt)
+    monkeypatch.setattr(*((TorchShards, "read") if at == "vectors" else (TorchShards, "passages_json")), interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(TorchShards(tmp_path / "shards"), tmp_path / "ours", Origin())
     np.testing.assert_array_equal(FlatIndexFolder(tmp_path / "ours").read(0, 60), before)
