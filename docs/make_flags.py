@@ -7,14 +7,14 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from atlas_jax.commands.flags import GROUPS, field_comments
-from atlas_jax.config import PlanConfig
+from atlas_jax.plan.plan_config import PlanConfig
 
 PAGE = Path(__file__).with_name("flags.md")
 INTRODUCTION = """# Flags
 
-Every flag of `atlas train` and `atlas evaluate`, which take the same ones. Names, defaults and meaning are the
-reference's, but for flags that JAX needs. `atlas plan` takes them too, with those at the end; `atlas index` and `atlas convert` list
-theirs with `--help`. Made from `atlas_jax/config.py` by `make docs`.
+Every flag of `atlas train` and `atlas evaluate`, which take the same ones. Names, defaults and meaning are those of the
+reference, but for flags that JAX needs. `atlas plan` takes them too, with those at the end; `atlas index` and
+`atlas convert` list theirs with `--help`. Made from `atlas_jax/config.py` by `make docs`.
 
 The column *resume* says what happens if a run is started again with another value: nothing (`may change`), a warning
 (`warns`), or, if it is empty, the run is refused, because it would learn something else.

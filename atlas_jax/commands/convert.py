@@ -11,7 +11,6 @@ from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.export import write_huggingface, write_reference
 from atlas_jax.checkpoints.inspection import inspect, lines
 from atlas_jax.checkpoints.restore import PUBLISHED, open_weights
-from atlas_jax.checkpoints.store import Weights
 from atlas_jax.commands.flags import Parser, field_comments
 from atlas_jax.config import READERS, Config, ModelConfig, RetrievalConfig, TaskConfig
 from atlas_jax.errors import UserError
@@ -53,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
             write_reference(output, weights, advance)
         else:
             store.save(output, weights, on_bytes=advance)
-    logger.info("wrote %s%s", output, _usage_hint(args.to, output, weights))
+    logger.info("wrote %s%s", output, _usage_hint(args.to, output))
 
 
 def _parser() -> Parser:
@@ -88,7 +87,7 @@ def _check_args(args: argparse.Namespace, output: Path) -> None:
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
 
 
-def _usage_hint(output_format: str, output: Path, weights: Weights) -> str:
+def _usage_hint(output_format: str, output: Path) -> str:
     """End of the log line about the written folder: what loads it."""
     if output_format == "reference":
         return "; the reference's --model_path takes it, torch.load opens it with weights_only=True"

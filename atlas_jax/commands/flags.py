@@ -16,8 +16,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from atlas_jax.config import CHECKPOINT_FILE, READERS, Command, Config, NoEffectConfig, PlanConfig, require
+from atlas_jax.config import CHECKPOINT_FILE, READERS, Command, Config, NoEffectConfig, require
 from atlas_jax.errors import UserError
+from atlas_jax.plan.plan_config import PlanConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas_jax.commands.flags import parse_plan
-from atlas_jax.config import Config, PlanConfig
+from atlas_jax.config import Config
 from atlas_jax.errors import UserError
+from atlas_jax.plan.plan_config import PlanConfig
 from atlas_jax.plan.topology import Topology, configure_jax, has_compiler, parse_topology, topology_devices
 
 if TYPE_CHECKING:

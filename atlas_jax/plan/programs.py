@@ -36,8 +36,7 @@ class PlannedProgram(NamedTuple):
 
     name: str
     compile: Callable[[], jax.stages.Compiled]
-    uses: tuple[str, ...]  # the keys of `Plan.resident` that are among its arguments
-    batch_bytes: int  # per device, of its other arguments
+    batch_bytes: int  # per device, of the arguments that are not resident
     tokens: int  # that the reader's encoder or the retriever reads in one call, on all devices together
 
 
@@ -46,8 +45,6 @@ class Plan(NamedTuple):
 
     resident: dict[str, int]  # bytes per device, by kind of array: parameters, optimizer, index
     programs: tuple[PlannedProgram, ...]
-    parameters: int  # number of parameters of both models, on all devices together
-    largest: int  # number of elements of the largest parameter, with its layers stacked
 
     @property
     def resident_bytes(self) -> int:
@@ -69,12 +66,7 @@ def make_plan(config: Config, mesh: Mesh, passages_count: int) -> Plan:
     }
     if index is not None:
         resident["index"] = _bytes_per_device(index)
-    return Plan(
-        resident,
-        tuple(_programs(config, mesh, cfg, state, atlas, index, passages_count)),
-        sum(math.prod(shape.shape) for shape in params.values()),
-        max(math.prod(shape.shape) for shape in params.values()),
-    )
+    return Plan(resident, tuple(_programs(config, mesh, cfg, state, atlas, index, passages_count)))
 
 
 def planned_mesh(config: Config, devices: Sequence[Any]) -> Mesh:
@@ -104,16 +96,16 @@ def _programs(
     arguments = batch, key, replicate(mesh, ShapeDtypeStruct((), jnp.int32))
     tokens = math.prod(batch.reader.passages.shape)
     update = compiled_step(cfg, mesh, update=True)
-    yield _planned_program(update, state, arguments, ("parameters", "optimizer"), tokens)
+    yield _planned_program(update, state, arguments, tokens)
     if config.optim.accumulation_steps > 1:
         gradient = compiled_step(cfg, mesh, update=False)
-        yield _planned_program(gradient, state, arguments, ("parameters", "optimizer"), tokens)
+        yield _planned_program(gradient, state, arguments, tokens)
     assert atlas.reader is not None
     reader_batch = _largest_batch(config, mesh, config.retrieval.n_context).reader
     choices = replicate(mesh, ShapeDtypeStruct((len(make_task(config).choices),), jnp.int32))
     reader = compiled_reader(atlas.reader, generation_settings(config, PAD_ID, EOS_ID), mesh)
     tokens = math.prod(reader_batch.passages.shape)
-    yield _planned_program(reader, nnx.state(atlas.reader), (reader_batch, choices, None), ("parameters",), tokens)
+    yield _planned_program(reader, nnx.state(atlas.reader), (reader_batch, choices, None), tokens)
     if atlas.retriever is None:
         return
     length = config.text.retriever_maxlength
@@ -125,16 +117,14 @@ def _programs(
             put_rows(mesh, ShapeDtypeStruct((texts, length), dtype)) for dtype in (jnp.int32, jnp.bool_)
         )
         program = compiled_encoder(atlas.retriever, side, mesh)
-        yield _planned_program(program, nnx.state(atlas.retriever), ids_and_mask, ("parameters",), texts * length)
+        yield _planned_program(program, nnx.state(atlas.retriever), ids_and_mask, texts * length)
     if index is not None:
         yield _search_program(config, mesh, index, rows, passages_count)
 
 
-def _planned_program(
-    program: CompiledFunction, state: Any, arguments: tuple[Any, ...], uses: tuple[str, ...], tokens: int
-) -> PlannedProgram:
+def _planned_program(program: CompiledFunction, state: Any, arguments: tuple[Any, ...], tokens: int) -> PlannedProgram:
     compile_program = functools.partial(program.compile_for, state, *arguments)
-    return PlannedProgram(program.name, compile_program, uses, _bytes_per_device(arguments), tokens)
+    return PlannedProgram(program.name, compile_program, _bytes_per_device(arguments), tokens)
 
 
 def _search_program(
@@ -149,7 +139,7 @@ def _search_program(
     def compile_search() -> jax.stages.Compiled:
         return best_rows.lower(index, queries, count, k=k, chunk=chunk, mesh=mesh).compile()
 
-    return PlannedProgram("search", compile_search, ("index",), _bytes_per_device((queries, count)), 0)
+    return PlannedProgram("search", compile_search, _bytes_per_device((queries, count)), 0)
 
 
 def _largest_batch(config: Config, mesh: Mesh, n: int = 0) -> Batch:

@@ -1,7 +1,6 @@
 """Reports of compiled programs: memory per device, FLOPs, collectives, the least possible time and what bounds it."""
 
 import dataclasses
-import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,8 +11,6 @@ from atlas_jax.plan import hlo
 from atlas_jax.plan.hlo import Collective, Counts
 from atlas_jax.plan.programs import Plan, PlannedProgram
 from atlas_jax.plan.topology import Topology
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_MEMORY_FRACTION = 0.75  # of a GPU's memory, which JAX allocates unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 GB = 1e9

@@ -243,7 +243,7 @@ with RunCheckpoints(folder, keep=1) as checkpoints:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         checkpoints.save(step, *weights_at_step(weights, step))
         succeeded = checkpoints.wait()
-        assert (checkpoints.failed is None) == succeeded
+        assert (checkpoints.save_error is None) == succeeded
         print(succeeded, file_names(folder), flush=True)
 """
 
