@@ -52,7 +52,7 @@ def main() -> None:
             index=IndexConfig(passages=(args.passages,), save_index_path=str(flat_folder)),
         )
         weights, mesh = restore(config), make_mesh()
-        model = place_on_mesh(weights, config, mesh)
+        model = place_on_mesh(weights, config.model, mesh)
         query_embedder, passage_embedder = (
             Embedder(model.retriever, side, weights.retriever_tokenizer, mesh, args.max_length)
             for side in ("query", "passage")

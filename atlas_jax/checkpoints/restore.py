@@ -20,7 +20,7 @@ from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.checkpoints.pretrained import folder_weights, reader_config, retriever_config, weights_file
 from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.weights import is_untied, map_weights, strip_module_prefix
-from atlas_jax.config import Config
+from atlas_jax.config import Config, ModelConfig, RetrievalConfig
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.mesh import in_host_memory, is_matrix, is_single_cpu, put_parameter
@@ -39,7 +39,7 @@ def restore(config: Config) -> Weights:
     weights lack a model that the run uses.
     """
     folder = config.weights_folder
-    weights = _drop_unused_models(open_weights(config), config)
+    weights = _drop_unused_models(open_weights(config), config.retrieval)
     if not (weights.cfg.retriever or config.retrieval.use_file_passages):
         raise UserError(f"{folder}: has no retriever; pass --use_file_passages or --closed_book, or take another")
     if not (weights.cfg.reader or config.retrieval.retrieve_only):
@@ -61,7 +61,7 @@ def open_weights(config: Config) -> Weights:
     if folder is None:
         return _open_pretrained(config)
     if store.is_checkpoint(folder):
-        return _open_checkpoint(folder, config)
+        return _open_checkpoint(folder, config.model.reader_model_type)
     if (folder / PUBLISHED).is_file():
         return _open_reference(folder / PUBLISHED, config)
     raise UserError(f"{folder}: neither {PUBLISHED} nor a checkpoint of ours (atlas.json) in this folder")
@@ -124,11 +124,11 @@ def _open_reference(file: Path, config: Config) -> Weights:
     return Weights(map_weights(source, cfg, where=str(file)), cfg, *tokenizers, step=step)
 
 
-def _open_checkpoint(folder: Path, config: Config) -> Weights:
-    """Opens one of our checkpoints; UserError if `--reader_model_type` names a reader of another shape."""
+def _open_checkpoint(folder: Path, reader_model_type: str) -> Weights:
+    """Opens one of our checkpoints; UserError if --reader_model_type names a reader of another shape."""
     reader = store.load_config(folder)[0].reader
-    if config.model.reader_model_type:
-        expected = reader_config(config.model.reader_model_type)
+    if reader_model_type:
+        expected = reader_config(reader_model_type)
         fields = [field.name for field in dataclasses.fields(expected)]
         differing = [name for name in fields if getattr(reader, name, None) != getattr(expected, name)]
         if differing:
@@ -136,7 +136,7 @@ def _open_checkpoint(folder: Path, config: Config) -> Weights:
                 f"{name} is {getattr(reader, name, None)}, not {getattr(expected, name)}" for name in differing
             )
             raise UserError(
-                f"{folder}: its reader is not --reader_model_type {config.model.reader_model_type}: {differences}; "
+                f"{folder}: its reader is not --reader_model_type {reader_model_type}: {differences}; "
                 "leave the flag out or name the right one"
             )
     return store.open_checkpoint(folder)
@@ -169,12 +169,12 @@ def _pretrained_params(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> M
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
 
 
-def _drop_unused_models(weights: Weights, config: Config) -> Weights:
+def _drop_unused_models(weights: Weights, retrieval: RetrievalConfig) -> Weights:
     """Returns a copy without the reader or the retriever if the run does not use it."""
     cfg = weights.cfg
-    if config.retrieval.retrieve_only:
+    if retrieval.retrieve_only:
         cfg = dataclasses.replace(cfg, reader=None)
-    if config.retrieval.use_file_passages:
+    if retrieval.use_file_passages:
         cfg = dataclasses.replace(cfg, retriever=None)
     models = [model for model in ("reader", "retriever") if getattr(cfg, model)]
     params = {path: array for path, array in weights.params.items() if path.split("/")[0] in models}
@@ -191,12 +191,12 @@ def _untie_encoders(weights: Weights) -> Weights:
     return dataclasses.replace(weights, params=params, cfg=dataclasses.replace(weights.cfg, untied=True))
 
 
-def compute_dtype(config: Config) -> Any:
+def compute_dtype(config: ModelConfig) -> Any:
     """Returns the dtype of matrix products and residuals that --precision names."""
-    return {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.model.precision]
+    return {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.precision]
 
 
-def place_on_mesh(weights: Weights, config: Config, mesh: Mesh) -> AtlasModel:
+def place_on_mesh(weights: Weights, config: ModelConfig, mesh: Mesh) -> AtlasModel:
     """Builds the model with its parameters sharded over the mesh: matrices in the --precision dtype, others in float32.
 
     Each parameter keeps its path and global shape from `weights.params`, and `PARAM_SPECS` says how it is sharded. A

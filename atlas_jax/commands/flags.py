@@ -16,7 +16,16 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from atlas_jax.config import CHECKPOINT_FILE, READERS, Command, Config, NoEffectConfig, require
+from atlas_jax.config import (
+    CHECKPOINT_FILE,
+    READERS,
+    Command,
+    Config,
+    ModelConfig,
+    NoEffectConfig,
+    RetrievalConfig,
+    require,
+)
 from atlas_jax.errors import UserError
 from atlas_jax.plan.plan_config import PlanConfig
 
@@ -55,8 +64,8 @@ def parse_plan(argv: Sequence[str]) -> tuple[Config, PlanConfig]:
         **{field.name: values.pop(field.name) for field in fields(PlanConfig) if field.name in values}
     )
     config = make_config({"task": "qa"} | values)
-    _refuse_retrieve_only(config)
-    _check_reader_model_type(config)
+    _refuse_retrieve_only(config.retrieval)
+    _check_reader_model_type(config.model)
     return config, plan_config
 
 
@@ -93,7 +102,7 @@ def _check_inputs(command: Command, config: Config) -> None:
         kind = command.removesuffix("uate")
         raise UserError(f"no {kind} file: pass --{kind}_data FILE.jsonl")
     if command == "train":
-        _refuse_retrieve_only(config)
+        _refuse_retrieve_only(config.retrieval)
     if not (index.load_index_path or index.passages or retrieval.use_file_passages):
         raise UserError("no passages: pass --load_index_path, --passages, --use_file_passages or --closed_book")
     for flag, files in (("train_data", run.train_data), ("eval_data", run.eval_data), ("passages", index.passages)):
@@ -108,18 +117,18 @@ def _check_inputs(command: Command, config: Config) -> None:
     folder = config.weights_folder
     if not reader and folder and (folder / CHECKPOINT_FILE).is_file():
         return
-    _check_reader_model_type(config)
+    _check_reader_model_type(config.model)
 
 
-def _refuse_retrieve_only(config: Config) -> None:
+def _refuse_retrieve_only(retrieval: RetrievalConfig) -> None:
     """Refuses --retrieve_only, which has no reader to train or to plan for."""
-    if config.retrieval.retrieve_only:
+    if retrieval.retrieve_only:
         raise UserError("--retrieve_only: is for atlas evaluate; training needs the reader")
 
 
-def _check_reader_model_type(config: Config) -> None:
+def _check_reader_model_type(model: ModelConfig) -> None:
     """Refuses a --reader_model_type that is neither one of READERS nor a folder with config.json."""
-    model, reader = config.model, config.model.reader_model_type
+    reader = model.reader_model_type
     if not reader:
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
     known = reader in READERS or (Path(reader) / "config.json").is_file()

@@ -269,7 +269,7 @@ def _load_embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[
 
     enable_compilation_cache(config.run.compile_cache)
     mesh, weights = make_mesh(config.run.mesh), restore(config)
-    retriever, tokenizer = place_on_mesh(weights, config, mesh).retriever, weights.retriever_tokenizer
+    retriever, tokenizer = place_on_mesh(weights, config.model, mesh).retriever, weights.retriever_tokenizer
     assert retriever is not None
     assert tokenizer is not None
     length = min(config.text.retriever_maxlength, retriever.encoder_of("query").cfg.max_positions)

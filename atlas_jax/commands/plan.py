@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas_jax.commands.flags import parse_plan
-from atlas_jax.config import Config
+from atlas_jax.config import Config, GenerationConfig
 from atlas_jax.errors import UserError
 from atlas_jax.plan.plan_config import PlanConfig
 from atlas_jax.plan.topology import Topology, configure_jax, has_compiler, parse_topology, topology_devices
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     mesh = planned_mesh(config, devices)
     plan = make_plan(config, mesh, plan_config.passages_count)
     resident_fits = plan.resident_bytes <= topology.device.memory
-    reports = list(_compile_reports(config, plan, topology))
+    reports = list(_compile_reports(config.generation, plan, topology))
     too_large = [report.name for report in reports if not report.fits and not report.broken]
     attempts: list[Attempt] = []
     advice = ""
@@ -95,7 +95,7 @@ def _exec_in_plan_environment(topology: Topology, argv: Sequence[str]) -> None:
 
 
 def _compile_reports(
-    config: Config, plan: "Plan", topology: Topology, names: Sequence[str] = ()
+    generation: GenerationConfig, plan: "Plan", topology: Topology, names: Sequence[str] = ()
 ) -> Iterator["ProgramReport"]:
     """Compiles the programs of a plan, or only those in `names`, one after the other, and yields their reports."""
     from atlas_jax.plan.report import compile_and_report
@@ -104,7 +104,7 @@ def _compile_reports(
     for number, program in enumerate(programs, 1):
         if plan.resident_bytes <= topology.device.memory:
             logger.info("compiling %s for %s (%d of %d)", program.name, topology.text, number, len(programs))
-        yield compile_and_report(program, plan, topology, config.generation.generation_max_length - 1)
+        yield compile_and_report(program, plan, topology, generation.generation_max_length - 1)
 
 
 def _try_memory_saving(
@@ -124,7 +124,7 @@ def _try_memory_saving(
             mesh, names = planned_mesh(changed, devices), ()
         config = changed
         plan = make_plan(config, mesh, plan_config.passages_count)
-        reports = list(_compile_reports(config, plan, topology, names))
+        reports = list(_compile_reports(config.generation, plan, topology, names))
         fits = all(report.fits for report in reports)
         totals = {report.name: report.refused or f"{report.total / 1e9:.2f} GB" for report in reports}
         yield Attempt(flags, fits, totals)

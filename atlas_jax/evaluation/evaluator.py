@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from atlas_jax.config import Config
+from atlas_jax.config import Config, GenerationConfig
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.evaluation.batches import ReaderBatcher
@@ -70,7 +70,7 @@ class Evaluator:
         self.mesh = mesh
         # Reference: a prompted decoder generates only tokens that the tokenizer knows; the embedding has a few more
         vocabulary = tokenizer.vocab_size if config.text.decoder_prompt_format else None
-        self.generation = generation_settings(config, tokenizer.pad_id, tokenizer.suffix[0], vocabulary)
+        self.generation = generation_settings(config.generation, tokenizer.pad_id, tokenizer.suffix[0], vocabulary)
         letters = [tokenizer.add_special_tokens(ids)[0] for ids in tokenizer.ids(list(task.choices))]
         self.choices = replicate(mesh, np.asarray(letters, np.int32))
         self.size = global_batch_size(mesh, config.run.per_gpu_batch_size)
@@ -211,9 +211,10 @@ class Evaluator:
         return line
 
 
-def generation_settings(config: Config, pad_id: int, eos_id: int, vocabulary: int | None = None) -> GenerationSettings:
+def generation_settings(
+    flags: GenerationConfig, pad_id: int, eos_id: int, vocabulary: int | None = None
+) -> GenerationSettings:
     """The settings of generation that the flags name; only tokens below `vocabulary`, if given."""
-    flags = config.generation
     return GenerationSettings(
         flags.generation_max_length,
         flags.generation_min_length or 0,

@@ -38,14 +38,14 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
 
     Predictions and scores go to the folder `run`, files that all processes use to --checkpoint_dir.
     """
-    task = make_task(config)
+    task = make_task(config.task)
     files = checked_files(config.run.eval_data, task)
     check_passage_index(config)
     enable_compilation_cache(config.run.compile_cache)
     check_mesh(config.run.mesh)  # before the weights are read
     weights = restore(config)
     mesh = evaluation_mesh(config, weights)
-    model = place_on_mesh(weights, config, mesh)
+    model = place_on_mesh(weights, config.model, mesh)
     with shared_scratch(config.run_folder, SCRATCH) as scratch:
         source = passage_source(config, weights, model, mesh, scratch)
         evaluator = Evaluator(config, task, source, weights.tokenizer, mesh)
@@ -88,7 +88,7 @@ def evaluation_mesh(config: Config, weights: Weights) -> Mesh:
     if weights.cfg.reader:
         widths |= {"passages": {config.retrieval.n_context}}
     count = sum(array.size for array in weights.params.values())
-    return make_mesh(config.run.mesh, widths=widths, nbytes=count * np.dtype(compute_dtype(config)).itemsize)
+    return make_mesh(config.run.mesh, widths=widths, nbytes=count * np.dtype(compute_dtype(config.model)).itemsize)
 
 
 def passage_source(config: Config, weights: Weights, model: AtlasModel, mesh: Mesh, scratch: Path) -> PassageSource:
@@ -98,7 +98,7 @@ def passage_source(config: Config, weights: Weights, model: AtlasModel, mesh: Me
     fingerprints = [retriever_fingerprint(weights.params), *([weights.index] if weights.index else [])]
     retriever = PassageRetriever.open(config, model.retriever, weights.retriever_tokenizer, mesh, scratch, fingerprints)
     if model.reader is not None:
-        retriever.tokenize_for_reader(config, weights.tokenizer)
+        retriever.tokenize_for_reader(config.text, weights.tokenizer)
     return retriever
 
 

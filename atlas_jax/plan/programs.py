@@ -102,8 +102,8 @@ def _programs(
         yield _planned_program(gradient, state, arguments, tokens)
     assert atlas.reader is not None
     reader_batch = _largest_batch(config, mesh, config.retrieval.n_context).reader
-    choices = replicate(mesh, ShapeDtypeStruct((len(make_task(config).choices),), jnp.int32))
-    reader = compiled_reader(atlas.reader, generation_settings(config, PAD_ID, EOS_ID), mesh)
+    choices = replicate(mesh, ShapeDtypeStruct((len(make_task(config.task).choices),), jnp.int32))
+    reader = compiled_reader(atlas.reader, generation_settings(config.generation, PAD_ID, EOS_ID), mesh)
     tokens = math.prod(reader_batch.passages.shape)
     yield _planned_program(reader, nnx.state(atlas.reader), (reader_batch, choices, None), tokens)
     if atlas.retriever is None:

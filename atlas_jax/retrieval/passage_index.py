@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from atlas_jax.config import Config
+from atlas_jax.config import Config, IndexConfig, RetrievalConfig, TextConfig
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.embedder import Embedder, embed_corpus
 from atlas_jax.retrieval.faiss_index import FaissIndex, FaissKind
@@ -80,7 +80,7 @@ def build_passage_index(config: Config, embedder: Embedder, fingerprint: str, fo
         return
     process_group().run_on_first(lambda: check_replaceable(folder))
     with atomic_shared_folder(folder, _REMEDY) as draft:
-        process_group().run_on_first(lambda: _write_passages(config, draft))
+        process_group().run_on_first(lambda: _write_passages(config.index, draft))
         _embed(config, embedder, fingerprint, draft)
 
 
@@ -91,7 +91,9 @@ def _convert_shards(config: Config, dim: int, fingerprint: str, folder: Path) ->
     check_replaceable(folder)
     with atomic_folder(folder, _REMEDY, replace=True) as draft:
         metadata = write_flat_index(shards, draft)
-        write_metadata(draft, _write_arrays(read_vectors(draft, metadata), config, draft), _origin(config, fingerprint))
+        write_metadata(
+            draft, _write_arrays(read_vectors(draft, metadata), config, draft), _origin(config.text, fingerprint)
+        )
 
 
 def rebuild_passage_index(
@@ -115,22 +117,22 @@ def is_built_by(folder: str | None, fingerprint: str) -> bool:
     return folder is not None and path.is_file() and read_json(path).get("retriever") == fingerprint
 
 
-def _origin(config: Config, fingerprint: str) -> Origin:
-    return Origin(fingerprint, config.text.retriever_format, config.text.retriever_maxlength)
+def _origin(text: TextConfig, fingerprint: str) -> Origin:
+    return Origin(fingerprint, text.retriever_format, text.retriever_maxlength)
 
 
 def check_passage_index(config: Config) -> None:
     """Checks index flags before weights are loaded; UserError if the index is too small or the save path is taken."""
     folder = Path(config.index.load_index_path or "")
     if config.index.load_index_path and is_index(folder):
-        check_count(config, read_json(folder / METADATA).get("count"))
+        check_count(config.retrieval, read_json(folder / METADATA).get("count"))
     elif config.index.save_index_path:
         check_replaceable(Path(os.path.abspath(config.index.save_index_path)))
 
 
-def check_count(config: Config, count: Any) -> None:
+def check_count(retrieval: RetrievalConfig, count: Any) -> None:
     """UserError if the flags ask to retrieve more passages per query than `count`, the size of the index."""
-    flag, wanted = config.retrieval.searched
+    flag, wanted = retrieval.searched
     if isinstance(count, int) and wanted > count:
         raise UserError(f"--{flag} {wanted}: the index holds {count} passages; ask for at most that many")
 
@@ -147,7 +149,7 @@ def _open(
         raise UserError(
             f"{folder}: {metadata.get('count')} vectors, but {len(passages)} passages; build the index again"
         )
-    check_count(config, len(passages))
+    check_count(config.retrieval, len(passages))
     return PassageIndex(
         _load_vectors(folder, metadata, config, mesh, scratch), passages, metadata["retriever"] or fingerprints[0]
     )
@@ -175,7 +177,7 @@ def _load_vectors(folder: Path, metadata: dict[str, Any], config: Config, mesh: 
         if mode == "flat":
             return FlatIndex.load(folder, metadata, mesh)
         return _build_faiss_from_flat(folder, metadata, config, scratch / "faiss")
-    if (metadata.get("index_mode"), kind, code_size) == (mode, *_requested_faiss_kind(config)):
+    if (metadata.get("index_mode"), kind, code_size) == (mode, *_requested_faiss_kind(config.index)):
         return FaissIndex.load(folder, metadata) if process_group().count == 1 else ShardedFaissIndex(folder, metadata)
     flags = f"--index_mode faiss --faiss_index_type {kind}" + (f" --faiss_code_size {code_size}" if code_size else "")
     raise UserError(f"{folder}: holds {flags}, and no vectors to make another index from; ask for that one")
@@ -208,23 +210,23 @@ def _write_arrays(vectors: np.ndarray, config: Config, folder: Path) -> dict[str
     return metadata
 
 
-def _requested_faiss_kind(config: Config) -> tuple[FaissKind, int | None]:
+def _requested_faiss_kind(config: IndexConfig) -> tuple[FaissKind, int | None]:
     """Returns the kind of faiss index that the flags ask for and its code size, None for kinds without "pq"."""
-    kind = config.index.faiss_index_type
-    return kind, config.index.faiss_code_size if "pq" in kind else None
+    kind = config.faiss_index_type
+    return kind, config.faiss_code_size if "pq" in kind else None
 
 
 def build_faiss_index(vectors: np.ndarray, config: Config) -> FaissIndex:
     """Builds the faiss index that the flags ask for from vectors "p d", with progress."""
-    kind, code_size = _requested_faiss_kind(config)
+    kind, code_size = _requested_faiss_kind(config.index)
     with progress(f"filling faiss {kind}", "vectors", len(vectors)) as advance:
         return FaissIndex.build(vectors, kind, code_size, seed=config.run.seed, progress=advance)
 
 
-def _write_passages(config: Config, folder: Path) -> None:
+def _write_passages(config: IndexConfig, folder: Path) -> None:
     """Writes the store of the passages in the --passages files."""
     with progress("reading passages", "passages") as advance:
-        build_passages(config.index.passages, folder / PASSAGES, config.index.max_passages, advance)
+        build_passages(config.passages, folder / PASSAGES, config.max_passages, advance)
 
 
 def _embed(config: Config, embedder: Embedder, fingerprint: str, folder: Path) -> None:
@@ -244,6 +246,6 @@ def _embed(config: Config, embedder: Embedder, fingerprint: str, folder: Path) -
 
     def write_index() -> None:
         written = read_array(folder / VECTORS, np.float16, (count, embedder.dim))
-        write_metadata(folder, _write_arrays(written, config, folder), _origin(config, fingerprint))
+        write_metadata(folder, _write_arrays(written, config, folder), _origin(config.text, fingerprint))
 
     process_group().run_on_first(write_index)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from atlas_jax.config import Config
+from atlas_jax.config import Config, TextConfig
 from atlas_jax.data.reader_inputs import ReaderInputEncoder
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.mesh import global_batch_size
@@ -99,12 +99,12 @@ class PassageRetriever:
         result = self.reranker(on_host, candidates, k)
         return lambda: result
 
-    def tokenize_for_reader(self, config: Config, tokenizer: Tokenizer) -> None:
+    def tokenize_for_reader(self, text: TextConfig, tokenizer: Tokenizer) -> None:
         """Tokenizes all passages for the reader now, with progress, rather than when they are first retrieved."""
-        text = ReaderInputEncoder(tokenizer, config.text.encoder_format, config.text.text_maxlength)
+        encoder = ReaderInputEncoder(tokenizer, text.encoder_format, text.text_maxlength)
         count = len(self.index.passages)
         with process_group().process_0_first(), progress("tokenizing for the reader", "passages", count) as advance:
-            text.prepare(self.index.passages, advance)
+            encoder.prepare(self.index.passages, advance)
 
     def update(self, retriever: Retriever) -> None:
         """Takes the retriever's present parameters, for queries and for passages embedded from now on."""

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from atlas_jax.config import Config
+from atlas_jax.config import Config, RunConfig
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.order import ExampleOrder
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
@@ -25,11 +25,11 @@ NOT_LOCAL = Example(query="", target=None, answers=[])  # stands for an example 
 class TrainingExamples:
     """The examples of all training files by their position in training, of which they are a pure function."""
 
-    def __init__(self, config: Config, task: Task, files: Sequence[JsonlRows], tokenizer: Tokenizer):
+    def __init__(self, config: RunConfig, task: Task, files: Sequence[JsonlRows], tokenizer: Tokenizer):
         self._task, self._files, self._tokenizer = task, files, tokenizer
         self._starts = list(itertools.accumulate(map(len, files), initial=0))
         self._rows = self._starts[-1]
-        self.order = ExampleOrder(self._rows * task.examples_per_row, config.run.seed, shuffle=config.run.shuffle)
+        self.order = ExampleOrder(self._rows * task.examples_per_row, config.seed, shuffle=config.shuffle)
 
     def __getitem__(self, position: int) -> Example:
         epoch, number = self.order[position]

@@ -99,7 +99,7 @@ class RefreshableIndex:
         elif start.resume_state is None and trains_passage_encoder(config):
             self._built = encoder
         self.fingerprint = retriever.index.fingerprint
-        retriever.tokenize_for_reader(config, weights.tokenizer)
+        retriever.tokenize_for_reader(config.text, weights.tokenizer)
         return retriever
 
     def _check_count(self, count: int) -> None:

@@ -43,8 +43,8 @@ def train(config: Config, run: Path) -> None:
 
     `run` is the folder that this process alone writes to; all processes write checkpoints, to --checkpoint_dir.
     """
-    training_rows = [checked_rows(path, make_task(config, train=True)) for path in config.run.train_data]
-    eval_rows = checked_files(config.run.eval_data, make_task(config))
+    training_rows = [checked_rows(path, make_task(config.task, train=True)) for path in config.run.train_data]
+    eval_rows = checked_files(config.run.eval_data, make_task(config.task))
     check_passage_index(config)
     enable_compilation_cache(config.run.compile_cache)
     with contextlib.ExitStack() as stack:

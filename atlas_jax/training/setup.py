@@ -52,7 +52,7 @@ def build_setup(
     steps = {update: compiled_step(cfg, mesh, update=update) for update in (True, False)}
     compiled = (*steps.values(), *index.source.programs)
     clock = Clock(lambda: sum(function.compile_seconds for function in compiled))
-    examples = TrainingExamples(config, make_task(config, train=True), training_rows, tokenizer)
+    examples = TrainingExamples(config.run, make_task(config.task, train=True), training_rows, tokenizer)
     return TrainingSetup(
         mesh,
         cfg,
@@ -61,7 +61,7 @@ def build_setup(
         index=index,
         batcher=batcher,
         lookahead=Lookahead(config, examples, index, batcher, clock, start.progress.position),
-        evaluator=Evaluator(config, make_task(config), index.source, tokenizer, mesh),
+        evaluator=Evaluator(config, make_task(config.task), index.source, tokenizer, mesh),
         clock=clock,
         key=replicate(mesh, jax.random.key(config.run.seed)),
     )
@@ -90,7 +90,7 @@ def step_config(config: Config, model: AtlasConfig, mesh: Mesh, pad_id: int, eos
     """The constants of the compiled step, from the flags, the shapes of the models and the reader's special tokens."""
     rate = config.model.dropout
     return StepConfig(
-        model.with_computation(dtype=compute_dtype(config), dropout=rate, for_cpu=is_single_cpu(mesh)),
+        model.with_computation(dtype=compute_dtype(config.model), dropout=rate, for_cpu=is_single_cpu(mesh)),
         config.optim,
         config.distill.gold,
         config.distill.temperature_score,

@@ -138,7 +138,7 @@ def test_the_folder_holds_weights_and_tokenizers_only(saved):
     assert sorted(path.name for path in saved.iterdir()) == ["atlas.json", "params", "reader", "retriever"]
     about = json.loads((saved / "atlas.json").read_text())
     assert set(about) == {"format", "step", "index", "untied", "reader", "retriever", "files", "checksums"}
-    assert not {"dropout", "dtype", "row_by_row"} & {*about["reader"], *about["retriever"]}
+    assert not {"dropout", "dtype", "for_cpu"} & {*about["reader"], *about["retriever"]}
     assert list(saved.parent.iterdir()) == [saved]
     assert store.is_checkpoint(saved)
     assert not store.is_checkpoint(saved / "reader")

@@ -168,3 +168,19 @@ def test_a_process_that_gets_ctrl_c_exits_with_status_130(tmp_path):
     assert errors[-1] == "atlas: interrupted"
     assert unfinished_files(tmp_path) == []
     assert not list((tmp_path / "runs" / "run").glob("eval-step-1*"))
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "plan"])
+def test_a_wrong_flag_is_refused_before_jax_is_imported(command):
+    """Importing JAX takes seconds. The counter-case: the command's own module imports it later."""
+    code = f"""
+import sys
+from atlas_jax.commands.main import main
+assert main([{command!r}, "--no_such_flag"]) == 2
+assert "jax" not in sys.modules
+import atlas_jax.training.loop
+assert "jax" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("atlas: --no_such_flag: no such flag")

@@ -38,7 +38,7 @@ def model(golden):
     """The reference's initial weights on eight devices."""
     config = config_of(golden, "qa", length=160)
     weights, mesh = restore(config), make_mesh()
-    return weights, place_on_mesh(weights, config, mesh), mesh
+    return weights, place_on_mesh(weights, config.model, mesh), mesh
 
 
 class ReferencePassages:
@@ -67,7 +67,7 @@ def evaluate(config, model, source, rows):
     """Returns the result and the written lines."""
     weights, atlas, mesh = model
     lines: list[dict] = []
-    evaluator = Evaluator(config, make_task(config), source, weights.tokenizer, mesh)
+    evaluator = Evaluator(config, make_task(config.task), source, weights.tokenizer, mesh)
     return evaluator(rows, atlas.reader, lambda line: lines.append(json.loads(line))), lines
 
 
@@ -137,7 +137,7 @@ def test_predictions_do_not_depend_on_the_mesh(golden, model, mmlu, tmp_path, sp
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b"".join((golden / "mmlu_eval.jsonl").read_bytes().splitlines(keepends=True)[:6]))
     source = ReferencePassages(golden, tmp_path / "passages")
-    _, lines = evaluate(config, (weights, place_on_mesh(weights, config, mesh), mesh), source, JsonlRows(rows))
+    _, lines = evaluate(config, (weights, place_on_mesh(weights, config.model, mesh), mesh), source, JsonlRows(rows))
     assert len(lines) == 6
     for line, other in zip(lines, mmlu[1], strict=False):
         assert line["generation"] == other["generation"]

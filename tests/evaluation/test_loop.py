@@ -2,13 +2,11 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from atlas_jax.commands.main import main
-from tests.runtime.processes import exit_lines
 
 
 def read_lines(text: str) -> list[dict]:
@@ -91,21 +89,3 @@ def test_flags_of_evaluation_have_their_effect(golden, tmp_path):
     assert [line["passages"] for line in found] == [line["passages"] for line in plain]
     assert "generation" not in found[0]
     assert "eval_loss" not in only
-
-
-def test_processes_share_the_rows_that_are_checked(processes):
-    """Each of three processes checks every third row; all report the first bad row, whichever process found it."""
-    rows = Path(processes.folder.name, "rows.jsonl")
-    lines = [json.dumps({"question": str(number), "answers": ["a"]}) for number in range(7)]
-    rows.write_text("\n".join(lines))
-    for index, process in processes.start("rows", range(3), 3, timeout=20).items():
-        status, said = process.end()
-        assert status == 0
-        assert [line for line in said if line.startswith("question")] == [f"question {n}" for n in range(index, 7, 3)]
-    lines[6], lines[4], lines[5] = '{"question": "6", "answers": []}', "{", '{"question": "5"}'
-    rows.write_text("\n".join(lines))
-    ended = exit_lines(processes.start("rows", range(3), 3, timeout=20))
-    assert {status for status, _ in ended.values()} == {2}
-    assert {line[: len("atlas: rows.jsonl:5: not valid JSON")] for _, line in ended.values()} == {
-        "atlas: rows.jsonl:5: not valid JSON"
-    }
