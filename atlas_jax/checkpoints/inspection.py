@@ -74,7 +74,7 @@ def _inspect_checkpoint(folder: Path) -> Facts:
         "parameters": sum(shape.size for shape in shapes.values()),
         "dtype": sorted({str(shape.dtype) for shape in shapes.values()}),
         "tokenizers": [name for name in ("reader", "retriever") if _has_tokenizer(folder / name)],
-        "optimizer": (folder / store.TRAINING_FILE).is_file(),
+        "optimizer": store.has_optimizer(folder),
         "whole": store.is_complete(folder),
         "bytes": _folder_bytes(folder),
     }

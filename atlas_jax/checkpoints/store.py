@@ -226,6 +226,12 @@ def load_resume_state(folder: Path) -> ResumeState | None:
     return ResumeState(arrays, read_json(folder / TRAINING_FILE))
 
 
+def has_optimizer(folder: Path) -> bool:
+    """True if the checkpoint holds optimizer moments; a finished run may have saved its weights only."""
+    training = _metadata_field(folder, "checksums", dict).get("training", {})
+    return any(name.startswith(("reader/", "retriever/")) for name in training)
+
+
 def _open_tree(folder: Path, tree: str, expected: Mapping[str, Any] | None = None) -> dict[str, StoredArray]:
     """Opens the arrays of one Orbax folder; UserError unless they have the `expected` names and shapes, if given."""
     arrays = open_arrays(folder / tree, _metadata_field(folder, "checksums", dict).get(tree, {}))
