@@ -183,22 +183,22 @@ def test_rows_with_their_own_passages_equal_the_reference(golden, model, tmp_pat
     config, rows = config_of(golden, "qa", length=160), with_passages(golden, tmp_path)
     losses: list[float] = []
 
-    class Listening(Evaluator):
-        def _total(self, orders, totals):
-            losses.extend(one.scores["eval_loss"] for one in orders)
-            return super()._total(orders, totals)
+    class RecordingEvaluator(Evaluator):
+        def _finish_row(self, examples, totals):
+            losses.extend(example.scores["eval_loss"] for example in examples)
+            return super()._finish_row(examples, totals)
 
-    monkeypatch.setitem(globals(), "Evaluator", Listening)
+    monkeypatch.setitem(globals(), "Evaluator", RecordingEvaluator)
     result, found = evaluate(config, model, RowPassages(), rows)
     assert found == read_lines((golden / "exp/qa/qa-step-1.jsonl").read_text())
-    theirs = json.loads((golden / "meta.json").read_text())["qa_metrics"]
-    assert result.scores == pytest.approx(theirs | {"eval_loss": np.mean(losses)}, rel=1e-6)
+    expected = json.loads((golden / "meta.json").read_text())["qa_metrics"]
+    assert result.scores == pytest.approx(expected | {"eval_loss": np.mean(losses)}, rel=1e-6)
     # The reference averages over the tokens of a batch, then over batches; it ran with 4 questions in each
     targets = model[0].tokenizer.target_ids([f"<extra_id_0> {row['target']}" for row in rows], 16)
     tokens = np.asarray([len(ids) for ids in targets]).reshape(-1, 4)
     batches = (np.reshape(losses, (-1, 4)) * tokens).sum(1) / tokens.sum(1)
-    assert batches.mean() == pytest.approx(theirs["eval_loss"], rel=1e-6)
-    assert np.ptp(tokens) > 0  # so the two differ
+    assert batches.mean() == pytest.approx(expected["eval_loss"], rel=1e-6)
+    assert np.ptp(tokens) > 0  # so that the two means differ
 
 
 @pytest.mark.parametrize(("batch", "length"), [(2, 160), (3, 152)])

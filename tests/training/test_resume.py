@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler_in_subprocesses")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The folder of an uninterrupted run with its compilation cache, and the seconds of a run with a warm cache."""
-    folder = killing.compile_for(tmp_path_factory.mktemp("runs"))
+    folder = killing.prepare(tmp_path_factory.mktemp("runs"))
     killing.finish("first", folder)
     seconds = killing.finish("whole", folder)
     assert killing.same(folder / "first", folder / "whole")
