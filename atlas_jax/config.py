@@ -290,7 +290,7 @@ class DistillConfig:
         """(start, end, every): in steps [start, end) the index is built at start and every `every` steps after it."""
         text = self.refresh_index.replace(" ", "")
         if text == "-1" or text.isdecimal():
-            text = f"0-{FOREVER}:{FOREVER if text == '-1' else text}"  # Reference: -1 still builds at step 0
+            text = f"0-{FOREVER}:{FOREVER if text == '-1' else text}"  # Reference: -1 too refreshes at step 0
         pieces = [re.fullmatch(r"(\d+)-(\d+):(\d+)", piece) for piece in text.split(",")]
         return tuple((int(p[1]), int(p[2]), int(p[3])) for p in pieces if p) if all(pieces) else ()
 

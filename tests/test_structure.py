@@ -14,14 +14,14 @@ MODULES = {
 }
 
 
-def floors() -> list[str]:
-    """The packages and modules of docs/architecture.md from the top floor to the bottom."""
+def layers() -> list[str]:
+    """The packages and modules of docs/architecture.md from the top layer to the bottom."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     return re.findall(r"^\| `atlas_jax/(\w+)(?:/|\.py)` \|", page, re.MULTILINE)
 
 
-def floor_of(module: str) -> str:
-    """ "atlas_jax.training.loop" is on the floor "training"."""
+def layer_of(module: str) -> str:
+    """ "atlas_jax.training.loop" is in the layer "training"."""
     return module.split(".")[1]
 
 
@@ -53,15 +53,15 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
     return next((found for module in graph if (found := visit(module, []))), [])
 
 
-def test_every_package_has_a_floor():
+def test_every_package_has_a_layer():
     """docs/architecture.md lists each package and each module beside the packages, once."""
-    listed = floors()
+    listed = layers()
     assert len(listed) == len(set(listed))
-    assert set(listed) == {floor_of(module) for module in MODULES if module not in ("atlas_jax", "atlas_jax.__main__")}
+    assert set(listed) == {layer_of(module) for module in MODULES if module not in ("atlas_jax", "atlas_jax.__main__")}
 
 
 def test_imports_point_downwards():
-    """No module imports one of a higher floor. The counter-case: upside down, the same imports are refused."""
+    """No module imports one of a higher layer. The counter-case: in reversed order the same imports are refused."""
 
     def upward(order: list[str]) -> list[str]:
         return [
@@ -69,15 +69,15 @@ def test_imports_point_downwards():
             for module, path in MODULES.items()
             if module not in ("atlas_jax", "atlas_jax.__main__")
             for imported in sorted(imports(path))
-            if order.index(floor_of(imported)) < order.index(floor_of(module))
+            if order.index(layer_of(imported)) < order.index(layer_of(module))
         ]
 
-    assert upward(floors()) == []
-    assert len(upward(floors()[::-1])) > 100
+    assert upward(layers()) == []
+    assert len(upward(layers()[::-1])) > 100
 
 
 def test_there_is_no_import_cycle():
-    """Not within a floor either, nor by an import inside a function. The counter-case: a cycle is found."""
+    """Not within a layer either, nor by an import inside a function. The counter-case: a cycle is found."""
     graph = {module: imports(path) for module, path in MODULES.items() if module != "atlas_jax"}
     packages = {module for module, path in MODULES.items() if path.name == "__init__.py"}
     # `from atlas_jax.mesh.layout import x` runs the package's __init__ too, which is no cycle of names

@@ -23,7 +23,7 @@ from atlas_jax.checkpoints.weights import is_untied, map_weights, strip_module_p
 from atlas_jax.config import Config, ModelConfig, RetrievalConfig
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
-from atlas_jax.mesh import in_host_memory, is_matrix, is_single_cpu, put_parameter
+from atlas_jax.mesh import in_host_memory, is_single_cpu, put_parameter, uses_compute_dtype
 from atlas_jax.models.atlas import AtlasConfig, AtlasModel, build_model
 from atlas_jax.storage.lazy_array import ArrayLike, read
 
@@ -205,7 +205,7 @@ def place_on_mesh(weights: Weights, config: ModelConfig, mesh: Mesh) -> AtlasMod
     dtype = compute_dtype(config)
 
     def place(path: str, array: ArrayLike) -> jax.Array:
-        placed: jax.Array = put_parameter(mesh, path, array, dtype if is_matrix(path) else None)
+        placed: jax.Array = put_parameter(mesh, path, array, dtype if uses_compute_dtype(path) else None)
         return placed
 
     model = build_model(weights.params, weights.cfg.with_computation(dtype=dtype, for_cpu=is_single_cpu(mesh)), place)

@@ -38,7 +38,7 @@ from atlas_jax.storage.lazy_array import ArrayLike, LocalShards, read
 from atlas_jax.storage.shared_files import atomic_shared_folder
 
 FORMAT = 2
-CHANNEL = "checkpoint"  # the process group's channel for saves, which run beside the main thread
+CHANNEL = "checkpoint"  # the process group's channel for saves, which run in a background thread
 TREES = ("params", "training")  # folders that Orbax writes
 TRAINING_FILE = "training.json"
 REMEDY = "free some space there or choose a folder that can be written"

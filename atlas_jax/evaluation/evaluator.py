@@ -29,7 +29,7 @@ from atlas_jax.tasks import Example, Record, Task
 
 
 class PendingBatch(NamedTuple):
-    """A batch before reading: its examples, the number of the row of each, and the arrays of fixed shapes."""
+    """A batch before reading: its examples, their row indices, and the arrays of fixed shapes."""
 
     rows: list[int]
     examples: list[Example]
@@ -40,7 +40,7 @@ class PendingBatch(NamedTuple):
 
 
 class ScoredExample(NamedTuple):
-    """An example after reading: the number of its row, its record for the predictions file, its scores."""
+    """An example after reading: its row index, its record for the predictions file, its scores."""
 
     row: int
     record: Record
@@ -52,8 +52,8 @@ class Result:
     """The result of evaluating a file."""
 
     scores: dict[str, float]  # accuracies in percent, eval_loss in nats per token
-    examples: int  # rows of the file
-    prompts: int  # examples read: multiple choice reads a row once for each order of its options
+    rows: int  # of the file
+    examples: int  # read by the reader: multiple choice makes one for each order of a row's options
     seconds: float  # without compilation
     compile_seconds: float
     programs: int  # compiled so far
@@ -68,7 +68,7 @@ class Evaluator:
         self.source = source
         self.tokenizer = tokenizer
         self.mesh = mesh
-        # Reference: a prompted decoder generates only tokens that the tokenizer knows; the embedding has a few more
+        # Reference: a prompted decoder generates only ids that the tokenizer knows; the embedding has more rows
         vocabulary = tokenizer.vocab_size if config.text.decoder_prompt_format else None
         self.generation = generation_settings(config.generation, tokenizer.pad_id, tokenizer.suffix[0], vocabulary)
         letters = [tokenizer.add_special_tokens(ids)[0] for ids in tokenizer.ids(list(task.choices))]
@@ -104,7 +104,7 @@ class Evaluator:
         )
 
     def _reader_program(self, reader: FiD | None) -> tuple[CompiledFunction | None, Any]:
-        """The compiled reader, the same object in each call, and the reader's present parameters."""
+        """The compiled reader, the same object in each call, and the reader's current parameters."""
         if reader is None:
             return None, None
         if self._compiled_reader is None:
@@ -144,7 +144,7 @@ class Evaluator:
             yield dispatch(ready)
 
     def _examples(self, rows: JsonlRows) -> Iterator[tuple[list[int], list[Example]]]:
-        """Batches of examples in the order of the rows, with the number of the row of each."""
+        """Batches of examples in the order of the rows, with their row indices."""
         pending: list[tuple[int, Example]] = []
         for number in range(len(rows)):
             pending += [(number, example) for example in self.task.examples(rows[number], number, self.tokenizer)]

@@ -114,18 +114,18 @@ def _predictions(path: Path, *, write: bool) -> Iterator[Callable[[str], object]
 
 def report(path: Path, name: str, result: Result) -> None:
     """Writes and logs the result of an evaluation."""
-    rate = result.examples / result.seconds
+    rate = result.rows / result.seconds
     write_json(
         path,
         result.scores
         | {
-            "examples": result.examples,
-            "prompts": result.prompts,
+            "examples": result.rows,
+            "prompts": result.examples,
             "examples_per_second": rate,
             "compile_seconds": result.compile_seconds,
             "programs": result.programs,
         },
     )
     scores = " | ".join(f"{value:.3f} {metric}" for metric, value in result.scores.items())
-    logger.info("%s: %s", name, scores or f"passages found for {result.examples} rows")
-    logger.info("%s: %d rows at %.2f/s, and %.1f s of compilation", name, result.examples, rate, result.compile_seconds)
+    logger.info("%s: %s", name, scores or f"passages found for {result.rows} rows")
+    logger.info("%s: %d rows at %.2f/s, and %.1f s of compilation", name, result.rows, rate, result.compile_seconds)

@@ -26,7 +26,7 @@ def eval_step(
     reader: FiD, batch: ReaderBatch, choices: Int[Array, " c"], prompt: Prompt, cfg: GenerationSettings
 ) -> ReaderOutput:
     """Loss of the targets, logits of the choices, and generated answers of a batch."""
-    reader, source = reader.gather(reader.encode(batch.passages, batch.mask))
+    reader, source = reader.gather_params(reader.encode(batch.passages, batch.mask))
     with params_gathered():
         logits, _ = reader.decode(shift_right(batch.target, cfg.pad_id), source)
         generated = generate(reader, source, cfg, prompt)

@@ -22,9 +22,9 @@ from atlas_jax.mesh.param_specs import (
     PARAM_AXES,
     PARAM_SPECS,
     ROW_AXES,
-    is_matrix,
     param_spec,
     sharded_sizes,
+    uses_compute_dtype,
 )
 from atlas_jax.mesh.placement import (
     ArrayOrShape,
@@ -55,7 +55,6 @@ __all__ = [
     "gather_params",
     "global_batch_size",
     "in_host_memory",
-    "is_matrix",
     "is_single_cpu",
     "local_row_indices",
     "local_rows",
@@ -72,4 +71,5 @@ __all__ = [
     "save_all_but_gathered",
     "sharded_sizes",
     "to_host",
+    "uses_compute_dtype",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from atlas_jax.mesh.param_specs import MODEL_AXIS, PARAM_AXES, fit_spec, is_matrix, param_spec
+from atlas_jax.mesh.param_specs import MODEL_AXIS, PARAM_AXES, fit_spec, param_spec, uses_compute_dtype
 
 _params_gathered = contextvars.ContextVar("params_gathered", default=False)
 
@@ -34,7 +34,7 @@ def gather_params(path: str, x: Array, dtype: Any) -> Array:
 
     def gather(x: Array) -> Array:
         # The barrier keeps XLA from converting after the all-gather, which would send float32
-        x = jax.lax.optimization_barrier(x.astype(dtype) if is_matrix(path) else x)
+        x = jax.lax.optimization_barrier(x.astype(dtype) if uses_compute_dtype(path) else x)
         return constrain(constrain(x, *stored), *used)  # in two steps: XLA would otherwise gather earlier
 
     def scatter(g: Array) -> Array:

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 AXES = ("data", "fsdp", "passages", "model")
 BATCH_AXES = ("data", "fsdp")  # shard the queries of a batch
-ROW_AXES = (*BATCH_AXES, "passages")  # shard rows of which each query has one for each of its passages
+ROW_AXES = (*BATCH_AXES, "passages")  # shard rows of (query, passage) pairs
 PARAM_AXES = ("fsdp", "passages")  # shard parameters; they are gathered before use
 MODEL_AXIS = "model"  # shards parameters and the products that use them
 
@@ -47,7 +47,7 @@ def param_spec(path: str, ndim: int) -> Spec:
 
 
 def sharded_sizes(shapes: Mapping[str, Any]) -> dict[str, set[int]]:
-    """The sizes of all parameter axes that `fsdp` and that `model` shard, and so should divide.
+    """The sizes that `fsdp` (for all of PARAM_AXES) and `model` should divide: those of the parameter axes they shard.
 
     `shapes` maps paths to arrays or shapes.
     """
@@ -59,15 +59,15 @@ def sharded_sizes(shapes: Mapping[str, Any]) -> dict[str, set[int]]:
     return dict(sizes)
 
 
-def is_matrix(path: str) -> bool:
-    """Whether a parameter is used in the type of --precision; norms, biases and other embeddings stay float32."""
+def uses_compute_dtype(path: str) -> bool:
+    """Whether a parameter is used in the type of --precision, as matrices are but for the retriever's embeddings."""
     return path.endswith(("kernel", "reader/embed/embedding"))
 
 
 def fit_spec(spec: Spec, shape: tuple[int, ...], mesh_sizes: Mapping[str, int]) -> PartitionSpec:
     """The spec without the mesh axes that do not divide a dimension.
 
-    Of several axes for one dimension the first stay as long as their product divides it. Dimensions that the spec does
+    Of several axes for one dimension the longest prefix whose product divides it is kept. Dimensions that the spec does
     not name are replicated.
     """
     named = zip(spec, shape, strict=False)

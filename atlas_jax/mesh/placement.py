@@ -26,13 +26,13 @@ def global_batch_size(mesh: Mesh, per_device: int) -> int:
 def local_row_indices(mesh: Mesh, rows: int, axes: tuple[str, ...] = BATCH_AXES) -> np.ndarray:
     """Indices of the rows, out of `rows` sharded over `axes`, that this process's devices hold.
 
-    A row that devices of several processes hold is in the result of each of these.
+    A row replicated over several processes is in the result of each of them.
     """
     return _local_row_indices(_sharding(mesh, (rows,), (axes,)), (rows,))
 
 
 def row_owners(mesh: Mesh, rows: int) -> np.ndarray:
-    """The process index of each of `rows` rows sharded over all devices, whose number must divide `rows`."""
+    """The process index of each of `rows` rows sharded over all devices; the number of devices must divide `rows`."""
     owners = np.empty(rows, np.int64)
     slices: Mapping[Any, Any] = _sharding(mesh, (rows,), (AXES,)).devices_indices_map((rows,))
     for device, index in slices.items():
@@ -74,8 +74,8 @@ def replicate(mesh: Mesh, array: ArrayOrShape) -> Any:
 def put_parameter(mesh: Mesh, path: str, array: ArrayOrShape | LazyArray, dtype: Any = None) -> Any:
     """Puts a parameter, or an array of its shape such as an AdamW moment, on the mesh as PARAM_SPECS says.
 
-    An array of the host is converted to `dtype`, if given. Of a LazyArray each process reads the shards of its own
-    devices; call `checkpoints.formats.orbax_arrays.verify_shards` when all are read.
+    A NumPy array is converted to `dtype`, if given. From a LazyArray each process reads the shards of its own devices;
+    call `checkpoints.formats.orbax_arrays.verify_shards` when all are read.
     """
     spec = param_spec(path, len(array.shape))
     if isinstance(array, LazyArray):
@@ -100,7 +100,7 @@ def local_rows(array: Array) -> np.ndarray:
 
 @contextlib.contextmanager
 def in_host_memory() -> Iterator[None]:
-    """Creates new arrays on the CPU, which has room for a whole model; on a device if JAX_PLATFORMS has no CPU."""
+    """Allocates new arrays on the CPU, which has room for a whole model, unless JAX_PLATFORMS excludes the CPU."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(RuntimeError):
             stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
@@ -118,7 +118,7 @@ def _read_shards(mesh: Mesh, array: LazyArray, spec: Spec, dtype: Any) -> Any:
     process = jax.process_index()
     local = [bounds for bounds, processes in owners.items() if process in processes]
     box = tuple(slice(min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*local, strict=True))
-    # Each shard counts for the checksum of one process only
+    # Each shard is checksummed by exactly one process
     verified = [tuple(slice(*axis) for axis in bounds) for bounds in local if min(owners[bounds]) == process]
     part = array.read_shard(box, [box] if len(verified) == len(owners) else verified)
     part = part.astype(dtype or part.dtype, copy=False)

@@ -95,7 +95,7 @@ class FiD(nnx.Module):
         x, present = self.decoder(self._embed_tokens(inputs), source, past=past, position=position)
         return self._logits(x), present
 
-    def gather(self, source: EncodedSource) -> tuple["FiD", EncodedSource]:
+    def gather_params(self, source: EncodedSource) -> tuple["FiD", EncodedSource]:
         """Returns reader and source with all-gathered parameters, for use within `mesh.params_gathered`."""
         if not params_are_sharded():
             return self, source

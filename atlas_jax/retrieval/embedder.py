@@ -36,7 +36,7 @@ class Embedder:
         self.dim = retriever.encoder_of(side).cfg.d_model
 
     def update(self, retriever: Retriever) -> None:
-        """Takes the retriever's present parameters; nothing is compiled again."""
+        """Takes the retriever's current parameters; nothing is compiled again."""
         self._state = nnx.state(retriever)
 
     def batch_rows(self, length: int, batch: int) -> int:

@@ -101,7 +101,7 @@ def rebuild_passage_index(
 ) -> PassageIndex:
     """Embeds the passages of an index again; writes to --save_index_path, or into the folder `scratch`, and opens that.
 
-    `fingerprint`: of the passage encoder, with its present parameters.
+    `fingerprint`: of the passage encoder, with its current parameters.
     """
     folder = Path(os.path.abspath(config.index.save_index_path or scratch / "index"))
     copy = config.index.save_index_path is not None

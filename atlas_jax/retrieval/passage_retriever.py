@@ -25,22 +25,22 @@ from atlas_jax.tasks import Example
 class PassageRetriever:
     """A `PassageSource` that searches an index.
 
-    Queries are embedded with the present parameters; the index may have been built by older ones.
+    Queries are embedded with the current parameters; the index may have been built by older ones.
     """
 
     def __init__(
         self,
         index: PassageIndex,
-        queries: Embedder,
-        passages: Embedder,
-        rows: int,
+        query_embedder: Embedder,
+        passage_embedder: Embedder,
+        query_batch_size: int,
         reranker: Reranker | None = None,
     ):
-        """`rows`: the size of every batch of queries; smaller batches are padded to it."""
+        """`query_batch_size`: the size of every batch of queries; smaller batches are padded to it."""
         self.index = index
-        self.queries = queries
-        self.passages = passages
-        self.rows = rows
+        self.query_embedder = query_embedder
+        self.passage_embedder = passage_embedder
+        self.query_batch_size = query_batch_size
         self.reranker = reranker
 
     @classmethod
@@ -73,7 +73,11 @@ class PassageRetriever:
     @property
     def programs(self) -> Sequence[CompiledFunction]:
         """The encoders' compiled functions."""
-        return (self.queries.program, self.passages.program) if self.reranker else (self.queries.program,)
+        return (
+            (self.query_embedder.program, self.passage_embedder.program)
+            if self.reranker
+            else (self.query_embedder.program,)
+        )
 
     def begin_retrieval(self, examples: Sequence[Example], n: int) -> Callable[[], RetrievedPassages]:
         """See `PassageSource.begin_retrieval`: the n best passages of each example's query."""
@@ -91,7 +95,7 @@ class PassageRetriever:
         Work on the devices is dispatched before this returns, ahead of any later work. With reranking the search
         itself is over when this returns.
         """
-        vectors = self.queries.embed_queries(queries, self.rows)
+        vectors = self.query_embedder.embed_queries(queries, self.query_batch_size)
         if self.reranker is None:
             return self.index.vectors.begin_search(vectors, len(queries), k)
         on_host = np.asarray(vectors)[: len(queries)]
@@ -107,10 +111,12 @@ class PassageRetriever:
             encoder.prepare(self.index.passages, advance)
 
     def update(self, retriever: Retriever) -> None:
-        """Takes the retriever's present parameters, for queries and for passages embedded from now on."""
-        self.queries.update(retriever)
-        self.passages.update(retriever)
+        """Replaces the parameters of both embedders by those of `retriever`."""
+        self.query_embedder.update(retriever)
+        self.passage_embedder.update(retriever)
 
     def rebuild(self, config: Config, fingerprint: str, scratch: Path) -> None:
-        """Embeds all passages again with the present parameters, which have this fingerprint."""
-        self.index = rebuild_passage_index(self.index, config, self.passages, fingerprint, self.passages.mesh, scratch)
+        """Embeds all passages again with the current parameters, which have this fingerprint."""
+        self.index = rebuild_passage_index(
+            self.index, config, self.passage_embedder, fingerprint, self.passage_embedder.mesh, scratch
+        )

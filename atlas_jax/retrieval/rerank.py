@@ -15,7 +15,7 @@ class Reranker:
 
     def __init__(self, passages: Embedder, tokens: PassageTokens, candidates: int, batch: int):
         """`tokens`: of all passages, for the retriever; `batch`: passages embedded at a time per device, at most."""
-        self.passages = passages
+        self.passage_embedder = passages
         self.tokens = tokens
         self.candidates = candidates  # passages that the search must find for each query
         self.batch = batch
@@ -32,10 +32,10 @@ class Reranker:
     def _embed(self, numbers: Int64[np.ndarray, " p"]) -> Float32[np.ndarray, "p d"]:
         """Embeds passages by number; one that occurs several times is embedded once."""
         unique, inverse = np.unique(numbers, return_inverse=True)
-        out = np.empty((len(unique), self.passages.dim), np.float32)
+        out = np.empty((len(unique), self.passage_embedder.dim), np.float32)
         parts = np.array_split(unique, process_group().count)
         # list(): all batches are dispatched before the first is waited for
-        for part, vectors in list(self.passages.batches(self.tokens, parts, self.batch)):
+        for part, vectors in list(self.passage_embedder.batches(self.tokens, parts, self.batch)):
             valid = part >= 0
             out[np.searchsorted(unique, part[valid])] = to_host(vectors)[valid]
         return out[inverse]

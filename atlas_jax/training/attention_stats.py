@@ -11,14 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.fid import ReaderBatch
 from atlas_jax.models.t5 import CrossAttention
-from atlas_jax.training.losses import PASSAGE_TOKENS
+from atlas_jax.training.losses import ATTENTION_NORMALIZER
 
 TOP = (5, 10, 20)  # tokens of a passage with the largest values
 
 
 def correlations(
     cross_attention: CrossAttention,
-    read: ReaderBatch,
+    reader_batch: ReaderBatch,
     query_lengths: Int[Array, " b"],
     gold: Float[Array, "b n"],
     *,
@@ -31,12 +31,12 @@ def correlations(
     Reference: its 24 statistics. `cross_attention` is summed over the decoder's layers.
     """
     n = gold.shape[1]
-    ids, mask = read.passages[:, :n], read.mask[:, :n]
+    ids, mask = reader_batch.passages[:, :n], reader_batch.mask[:, :n]
     metrics = {}
     for kind, values in cross_attention._asdict().items():
         by_passage = values.reshape(*values.shape[:2], -1, mask.shape[-1])[:, :, :n]
         for name, summed in _sums(
-            by_passage, ids, mask, read.target_mask, query_lengths, layers, eos_id, text_maxlength
+            by_passage, ids, mask, reader_batch.target_mask, query_lengths, layers, eos_id, text_maxlength
         ):
             metrics[f"corr/{kind}{name}"] = jnp.nan_to_num(jnp.corrcoef(gold.reshape(-1), summed.reshape(-1))[0, 1])
     return metrics
@@ -63,8 +63,8 @@ def _sums(
     by_token = values.sum(1)
     tokens = mask.sum(-1)
     beyond = jnp.arange(ids.shape[-1])[None, None, :] >= query_lengths[:, None, None]
-    yield "nosep", jnp.where(ids == eos_id, by_token, 0.0).sum(-1) / (PASSAGE_TOKENS * targets)
+    yield "nosep", jnp.where(ids == eos_id, by_token, 0.0).sum(-1) / (ATTENTION_NORMALIZER * targets)
     yield "first", first.sum(-1) / (layers * tokens)
-    yield "sum", by_token.sum(-1) / (PASSAGE_TOKENS * targets)
+    yield "sum", by_token.sum(-1) / (ATTENTION_NORMALIZER * targets)
     yield "avg", by_token.sum(-1) / (tokens * targets)
-    yield "woquery", jnp.where(beyond, by_token, 0.0).sum(-1) / (PASSAGE_TOKENS * targets)
+    yield "woquery", jnp.where(beyond, by_token, 0.0).sum(-1) / (ATTENTION_NORMALIZER * targets)

@@ -1,4 +1,4 @@
-"""The index of a training run: searched with the present query encoder, built again as --refresh_index says."""
+"""The index of a training run: searched with the current query encoder, rebuilt as --refresh_index says."""
 
 import dataclasses
 import functools
@@ -26,13 +26,13 @@ PASSAGE_ENCODER = ("retriever/encoder/", "retriever/passage_encoder/")
 
 
 class RefreshableIndex:
-    """The passages of training and evaluation: from an index that can be built again, or from the rows themselves."""
+    """The passages of a run: from an index that can be rebuilt, or, without a retriever, from the rows."""
 
     def __init__(self, config: Config, start: RunStart, mesh: Mesh, scratch: Path):
         self.config, self._scratch = config, scratch
         self.fingerprint: str | None = None  # of the passage encoder that built the index
-        self.loaded_fingerprint: str | None = None  # of the one that built --load_index_path
-        self._built: dict[str, np.ndarray] = {}  # that encoder's parameters, if a later run could not load them
+        self.loaded_fingerprint: str | None = None  # of the encoder that built the index of --load_index_path
+        self._index_encoder: dict[str, np.ndarray] = {}  # its parameters, if a resumed run cannot load them
         self._retriever = self._open(start, mesh) if start.weights.cfg.retriever else None
         self.source: PassageSource = self._retriever or RowPassages()
         self._n = config.passages_a_query
@@ -45,7 +45,7 @@ class RefreshableIndex:
         return self.source.begin_retrieval(examples, self._n)
 
     def update(self, model: AtlasModel) -> None:
-        """Takes the retriever's present parameters."""
+        """Replaces the retriever's parameters by those of `model`."""
         if self._retriever and model.retriever:
             self._retriever.update(model.retriever)
 
@@ -55,28 +55,28 @@ class RefreshableIndex:
         return self._retriever is not None
 
     @property
-    def begin_blocks(self) -> bool:
+    def begin_retrieval_blocks(self) -> bool:
         """Whether `begin_retrieval` waits for the devices before it returns."""
         return self.config.retrieval.retrieve_with_rerank
 
     def refresh(self, model: AtlasModel, params: Mapping[str, Array]) -> None:
-        """Embeds all passages again with the present parameters, which `params` holds by path."""
+        """Embeds all passages again with the current parameters, which `params` holds by path."""
         assert self._retriever is not None
         encoder = passage_encoder_params(params)
         self.update(model)
         fingerprint = retriever_fingerprint(encoder)
         self._retriever.rebuild(self.config, fingerprint, self._scratch)
-        self.fingerprint, self._built = fingerprint, encoder
+        self.fingerprint, self._index_encoder = fingerprint, encoder
 
     def resume_arrays(self) -> dict[str, np.ndarray]:
-        """What a checkpoint must hold so that a resumed run can build the same index."""
-        return {INDEX_PREFIX + path: array for path, array in self._built.items()}
+        """The arrays that a checkpoint needs for a resumed run to rebuild the same index."""
+        return {INDEX_PREFIX + path: array for path, array in self._index_encoder.items()}
 
     def _open(self, start: RunStart, mesh: Mesh) -> PassageRetriever:
-        """Opens the index as the run left it, else the one of the flags; builds it again where that is needed."""
+        """Opens the index of the resumed run, else that of the flags; rebuilds it if it was refreshed and not saved."""
         weights, progress, config = start.weights, start.progress, self.config
-        self._built = start.index_params
-        encoder = self._built or passage_encoder_params(weights.params)
+        self._index_encoder = start.index_params
+        encoder = self._index_encoder or passage_encoder_params(weights.params)
         cfg = dataclasses.replace(weights.cfg, reader=None)
         model = build_model({**weights.params, **encoder}, cfg, functools.partial(put_parameter, mesh))
         saved_is_current = progress.index is not None and process_group().run_on_first(
@@ -90,14 +90,14 @@ class RefreshableIndex:
         assert weights.retriever_tokenizer is not None
         retriever = PassageRetriever.open(
             *(config, model.retriever, weights.retriever_tokenizer, mesh, self._scratch),
-            [one for one in accepted if one],
+            [fingerprint for fingerprint in accepted if fingerprint],
         )
         if self.config.index.load_index_path:
             self.loaded_fingerprint = progress.loaded or retriever.index.fingerprint
-            if self._built and not saved_is_current:  # the run has refreshed the index that it had loaded
+            if self._index_encoder and not saved_is_current:  # the run has refreshed the index that it had loaded
                 retriever.rebuild(self.config, accepted[0] or "", self._scratch)
         elif start.resume_state is None and trains_passage_encoder(config):
-            self._built = encoder
+            self._index_encoder = encoder
         self.fingerprint = retriever.index.fingerprint
         retriever.tokenize_for_reader(config.text, weights.tokenizer)
         return retriever

@@ -39,9 +39,10 @@ SCRATCH = ".scratch-train-"
 
 
 def train(config: Config, run: Path) -> None:
-    """Trains until --total_steps, resuming from the run's newest whole checkpoint. `Interrupted` leaves a checkpoint.
+    """Trains until --total_steps, resuming from the newest complete checkpoint. Saves on `Interrupted`.
 
-    `run` is the folder that this process alone writes to; all processes write checkpoints, to --checkpoint_dir.
+    `run` is the run's folder on process 0 and a temporary folder on the others; checkpoints, which all processes write,
+    go to --checkpoint_dir.
     """
     training_rows = [checked_rows(path, make_task(config.task, train=True)) for path in config.run.train_data]
     eval_rows = checked_files(config.run.eval_data, make_task(config.task))
@@ -56,12 +57,14 @@ def train(config: Config, run: Path) -> None:
         checkpoints = stack.enter_context(RunCheckpoints(config.run_folder / "checkpoint", config.run.keep))
         mesh = training_mesh(config, model_config(config))
         start, state = restore_or_init(config, checkpoints, mesh)
-        done, total = start.progress, config.optim.total_steps
-        if done.step >= total:
-            logger.info("step %d of %d: the run is finished", done.step, total)
-        if done.step < total or config.index.save_index_path or _unscored(run, eval_rows, done.step):
+        progress, total = start.progress, config.optim.total_steps
+        if progress.step >= total:
+            logger.info("step %d of %d: the run is finished", progress.step, total)
+        if progress.step < total or config.index.save_index_path or _missing_evaluations(run, eval_rows, progress.step):
             setup = build_setup(config, start, training_rows, mesh, scratch)
-            reporter = stack.enter_context(MetricsReporter(run, total, config.run.log_freq, done.step, done.pending))
+            reporter = stack.enter_context(
+                MetricsReporter(run, total, config.run.log_freq, progress.step, progress.pending)
+            )
             Trainer(config, run, setup, start, state, eval_rows, reporter, checkpoints, interrupts).run()
         if config.run.keep == 0:
             checkpoints.remove()
@@ -70,7 +73,7 @@ def train(config: Config, run: Path) -> None:
 
 
 class Trainer:
-    """A run in progress: its state, how far it is, and the parts it works with."""
+    """A run: its state, its progress and its components."""
 
     def __init__(
         self,
@@ -102,16 +105,18 @@ class Trainer:
                     step = self.progress.step + 1
                     if is_refresh_due(self.config, step - 1):
                         self.refresh_index()
-                    if batch is None:  # the step before changed the retriever or the index, so nothing was looked ahead
-                        batch = self.begin_batch(step, after_last_step=True)()
+                    if batch is None:  # the step before changed the retriever or the index, so nothing was prefetched
+                        batch = self.begin_batch(step, wait_for_previous_step=True)()
                     finish_next_batch = None
                     if step < total and can_look_ahead(self.config, step):
-                        finish_next_batch = self.begin_batch(step + 1, after_last_step=self.setup.index.begin_blocks)
+                        finish_next_batch = self.begin_batch(
+                            step + 1, wait_for_previous_step=self.setup.index.begin_retrieval_blocks
+                        )
                     self.update(step, batch)
                     batch = finish_next_batch() if finish_next_batch else None  # while the devices compute the step
 
                     if self.metrics.skipped_in_a_row >= config.max_bad_steps:
-                        self.give_up()
+                        self.stop_after_bad_steps()
                     if step % config.save_freq == 0 or step == total:
                         self.save()
                     if step % config.eval_freq == 0 or step == total:
@@ -122,17 +127,17 @@ class Trainer:
             raise
 
     def model(self) -> AtlasModel:
-        """The model with the present parameters."""
+        """The model with the current parameters."""
         return build_model(self.state.params, self.setup.cfg.model)
 
-    def begin_batch(self, step: int, *, after_last_step: bool) -> Callable[[], ReadyBatch]:
-        """Starts to search the passages of a step, if asked after the devices have computed the last one."""
-        if after_last_step and self.setup.index.uses_devices:
+    def begin_batch(self, step: int, *, wait_for_previous_step: bool) -> Callable[[], ReadyBatch]:
+        """Starts to search the passages of a step, if asked after the devices have finished the previous one."""
+        if wait_for_previous_step and self.setup.index.uses_devices:
             self.metrics.wait_for_devices()
         return self.setup.lookahead.begin(self.model(), step)
 
     def update(self, step: int, ready: ReadyBatch) -> None:
-        """Dispatches one training step; a signal that comes while the state changes waits until it is consistent."""
+        """Dispatches one training step; signals are deferred until the state is consistent."""
         setup = self.setup
         step_function = setup.update_step
         if step % self.config.optim.accumulation_steps:
@@ -147,7 +152,7 @@ class Trainer:
             self.metrics.push(step, metrics, ready.seconds)
 
     def refresh_index(self) -> None:
-        """Embeds all passages again with the present parameters."""
+        """Embeds all passages again with the current parameters."""
         with self.timed("refresh_index"):
             self.setup.index.refresh(self.model(), self.state.params)
 
@@ -163,14 +168,14 @@ class Trainer:
             weights, arrays = snapshot(self.state, self.weights, weights_only=weights_only)
             progress.skipped, progress.pending = self.metrics.skipped, self.reporter.pending()
             progress.index, progress.loaded = index.fingerprint, index.loaded_fingerprint
-            facts = {"progress": dataclasses.asdict(progress), "flags": to_dict(self.config)}
-            resume_state = ResumeState(arrays | index.resume_arrays(), facts | {"queries": self.setup.batcher.size})
+            metadata = {"progress": dataclasses.asdict(progress), "flags": to_dict(self.config)}
+            resume_state = ResumeState(arrays | index.resume_arrays(), metadata | {"queries": self.setup.batcher.size})
             weights = dataclasses.replace(weights, index=progress.index)
             self.checkpoints.save(progress.step, weights, resume_state)
             self.saved_step = progress.step
 
     def evaluate(self, names: list[str]) -> None:
-        """Scores files of --eval_data with the present parameters, and reports the scores."""
+        """Scores files of --eval_data with the current parameters, and reports the scores."""
         with self.timed("evaluate"):
             with self.interrupts.held():
                 self.metrics.flush()
@@ -186,20 +191,20 @@ class Trainer:
                 self.reporter.scores(step, Path(rows.path).name, result.scores)
 
     def evaluate_missing(self) -> None:
-        """After a resume: makes up for an evaluation of this step that the interruption cut short."""
+        """After a resume: evaluates what the interruption left without scores at this step."""
         step = self.progress.step
         if step and (step % self.config.run.eval_freq == 0 or step == self.config.optim.total_steps):
-            self.evaluate(_unscored(self.run_folder, self.eval_rows, step))
+            self.evaluate(_missing_evaluations(self.run_folder, self.eval_rows, step))
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Reports the seconds of the block with the next step, without those of a step that is still computed."""
+        """Reports the seconds of the block with the next step; first waits, to leave out the pending step."""
         if self.setup.index.uses_devices:
             self.metrics.wait_for_devices()
         with self.metrics.timed(name):
             yield
 
-    def give_up(self) -> None:
+    def stop_after_bad_steps(self) -> None:
         """Saves, and ends the run with a UserError: --max_bad_steps steps in a row were not finite."""
         skipped, step = self.metrics.skipped_in_a_row, self.progress.step
         self.save()
@@ -211,7 +216,7 @@ class Trainer:
 
 
 def _requeue(_: object, error: BaseException | None, __: object) -> None:
-    """Puts an interrupted SLURM job back into the queue, after everything is saved, while signals are only logged."""
+    """Requeues an interrupted SLURM job, after everything is saved; further signals are only logged by now."""
     if isinstance(error, Interrupted):
         requeue(error.signum)
 
@@ -232,7 +237,7 @@ def _result_stem(name: str, step: int) -> str:
     return f"{name}-step-{step}"
 
 
-def _unscored(run: Path, eval_rows: Mapping[str, JsonlRows], step: int) -> list[str]:
+def _missing_evaluations(run: Path, eval_rows: Mapping[str, JsonlRows], step: int) -> list[str]:
     """The files of --eval_data without scores of this step in the run's folder; the same on every process."""
     missing = [name for name in eval_rows if not (run / f"{_result_stem(name, step)}.metrics.json").exists()]
     names: list[str] = process_group().run_on_first(lambda: missing)

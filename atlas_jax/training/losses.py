@@ -1,4 +1,4 @@
-"""Gold scores, by which the reader says how much each passage helps, and the losses that teach them to the retriever.
+"""Gold scores, by which the reader rates passages, and the losses that distil them into the retriever.
 
 Axes: `b` queries, `n` passages of a query, `l` tokens of a passage, `t` target, `v` vocabulary. The formulas are those
 of arXiv 2208.03299, section 2.2. Gold scores are computed without dropout, and no gradient flows through them.
@@ -12,7 +12,7 @@ from atlas_jax.mesh import ROW_AXES, constrain
 from atlas_jax.models.fid import FiD, fuse, shift_right, token_losses
 from atlas_jax.models.t5 import EncoderStates
 
-PASSAGE_TOKENS = 256  # Reference: cross-attention sums are divided by this, however long a passage is
+ATTENTION_NORMALIZER = 256  # Reference: cross-attention sums are divided by this, however long a passage is
 
 
 def mean_loss(losses: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, " b"]:
@@ -41,15 +41,17 @@ def perplexity_gold(
 
 
 def attention_gold(
-    value_norms: Float[Array, "b t s"], mask: Bool[Array, "b n l"], target_mask: Bool[Array, "b t"], layers: int
+    weighted_norms: Float[Array, "b t s"], mask: Bool[Array, "b n l"], target_mask: Bool[Array, "b t"], layers: int
 ) -> Float[Array, "b n"]:
     """ADist (`evalnormsum`): cross-attention weights times the norms of values, summed over a passage's tokens.
 
-    `value_norms` are such products, summed over the decoder's `layers` and averaged over heads.
+    `weighted_norms` are these products, summed over the decoder's `layers` and averaged over heads.
     """
-    by_passage = jnp.where(mask[:, None], value_norms.reshape(*value_norms.shape[:2], *mask.shape[1:]), 0.0).sum(-1)
+    by_passage = jnp.where(mask[:, None], weighted_norms.reshape(*weighted_norms.shape[:2], *mask.shape[1:]), 0.0).sum(
+        -1
+    )
     total = jnp.where(target_mask[:, :, None], by_passage, 0.0).sum(1)
-    return total / (PASSAGE_TOKENS * layers * target_mask.sum(-1, keepdims=True))
+    return total / (ATTENTION_NORMALIZER * layers * target_mask.sum(-1, keepdims=True))
 
 
 def leave_one_out_gold(
@@ -63,8 +65,8 @@ def leave_one_out_gold(
     """LOOP (`loop`): the mean loss of the target given all passages but this one."""
     (b, n, length), t = mask.shape, target.shape[1]
     others = mask[:, None] & ~jnp.eye(n, dtype=bool)[None, :, :, None]  # "b left_out n l"
-    per_target = jnp.broadcast_to(others.reshape(b, n, 1, n * length), (b, n, t, n * length))
-    source = EncoderStates(fuse(states), per_target.reshape(b, n * t, n * length))
+    source_mask = jnp.broadcast_to(others.reshape(b, n, 1, n * length), (b, n, t, n * length))
+    source = EncoderStates(fuse(states), source_mask.reshape(b, n * t, n * length))
     inputs, targets, target_masks = (
         jnp.repeat(x, n, axis=0) for x in (shift_right(target, pad_id), target, target_mask)
     )
@@ -75,7 +77,7 @@ def leave_one_out_gold(
 def kl_to_gold(
     scores: Float[Array, "b n"], gold: Float[Array, "b n"], temperature_score: float, temperature_gold: float
 ) -> Float[Array, ""]:
-    """KL divergence of the retriever's distribution over a query's passages from the gold distribution.
+    """KL(gold || retriever) between distributions over a query's passages.
 
     Reference: the mean over all elements (queries x passages), not over queries alone.
     """
@@ -92,7 +94,7 @@ def emdr_loss(
     temperature_score: float,
     temperature_gold: float,
 ) -> Float[Array, ""]:
-    """EMDR2 (arXiv 2106.05346): minus the log-likelihood per token, with the passage as a latent variable.
+    """EMDR2 (arXiv 2106.05346): minus the log-likelihood per token, marginalised over passages at each token.
 
     `logits` are those of `single_passage_logits`.
     """

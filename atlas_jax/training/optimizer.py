@@ -28,7 +28,7 @@ class TrainableParams(NamedTuple):
 def schedule(cfg: OptimConfig, update: Any, xp: Any = jnp) -> Any:
     """The learning rate of an update relative to its peak, 0 to 1; `update` counts from 0.
 
-    Reference: the formulas are its own; `cosine` and `fixed` start at 0. `xp` is the array module: numpy computes the
+    Reference: formulas as there; `cosine` and `fixed` start at 0. `xp` is the array module: numpy computes the
     logged value in float64.
     """
     warmup = update / max(1, cfg.warmup_steps)

@@ -109,13 +109,13 @@ def _finite(value: float) -> float | None:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Removes lines after `step`, and a torn last line; at step 0 the file."""
+    """Removes lines after `step` and an incomplete last line; at step 0 deletes the file."""
     if not step:
         path.unlink(missing_ok=True)
     elif path.exists():
         kept = []
         for line in path.read_bytes().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):  # a torn line
+            with contextlib.suppress(ValueError):  # an incomplete line
                 if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
         with atomic_file(path) as draft:

@@ -33,19 +33,19 @@ INDEX_PREFIX = "index/"  # in a checkpoint's training arrays: parameters of the 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is: what a checkpoint holds besides arrays. Field names are part of the checkpoint format."""
+    """Progress of a run, saved with each checkpoint. Field names are part of the checkpoint format."""
 
     step: int = 0
     position: int = 0  # in the order of examples
     skipped: int = 0  # steps whose loss or gradient was not finite
     pending: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sums for the next line of metrics.jsonl
     index: str | None = None  # fingerprint of the passage encoder that built the index in use
-    loaded: str | None = None  # fingerprint of the one that built the index of --load_index_path
+    loaded: str | None = None  # fingerprint of the passage encoder that built the index of --load_index_path
 
 
 @dataclasses.dataclass(frozen=True)
 class RunStart:
-    """What a run starts from: weights and, if it is resumed, the state of the run that saved them."""
+    """Initial weights and, if the run is resumed, its saved state."""
 
     weights: Weights
     resume_state: ResumeState | None  # None: a new run
@@ -67,7 +67,7 @@ class RunStart:
 
 
 def restore_or_init(config: Config, checkpoints: RunCheckpoints, mesh: Mesh) -> tuple[RunStart, TrainState]:
-    """Restores the run's newest whole checkpoint, or else starts from the weights that the flags name.
+    """Restores the run's newest complete checkpoint, or else starts from the weights that the flags name.
 
     Returns the start and the state on the devices. `DifferentRun` if the checkpoint is of a run with other flags.
     """

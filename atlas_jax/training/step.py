@@ -1,4 +1,4 @@
-"""One training step of arXiv 2208.03299, section 2: a pure function of (state, batch, key) that is compiled once.
+"""One training step of arXiv 2208.03299, section 2: a pure function of (state, batch, key), compiled in `setup.py`.
 
 `joint_loss` adds the reader's cross-entropy to the retriever's loss; the retriever learns from `gold_scores`, which say
 how much each passage helps the reader to write the target. Axes: `b` queries, `n` passages of a query, `l` tokens of a
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
     """The queries of a step with their passages, tokenized for the reader and, if it is trained, for the retriever."""
 
     reader: ReaderBatch
-    query_lengths: Int[Array, " b"]  # reader tokens of each query, which come before those of its passage
+    query_lengths: Int[Array, " b"]  # length of each query in reader tokens; the query precedes the passage
     retriever: RetrieverBatch | None  # None: this step trains the reader alone
 
 
@@ -92,7 +92,7 @@ def train_step(
 
     Without `update` the gradients are only added to `state.gradients`. The retriever is trained if the batch holds its
     tokens. If the loss or the norm of the gradient is not finite (`metrics["bad"]` is 1), no parameter changes and the
-    sum of gradients starts again from 0.
+    accumulated gradients are reset.
     """
     trained = state.reader.params | (state.retriever.params if state.retriever and batch.retriever else {})
 
@@ -107,8 +107,8 @@ def train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     metrics |= {"loss/train_loss": loss, "bad": 1.0 - finite, "updates": state.updates}
     if not update:
-        kept = {path: jnp.where(finite, total, 0.0) for path, total in gradients.items()}
-        return state._replace(gradients=kept), metrics
+        accumulated = {path: jnp.where(finite, total, 0.0) for path, total in gradients.items()}
+        return state._replace(gradients=accumulated), metrics
 
     relative_rate, factor = schedule(cfg.optim, state.updates.astype(jnp.float32)), clip_factor(cfg.optim, norm)
 
@@ -130,27 +130,29 @@ def joint_loss(
     model: AtlasModel, batch: Batch, rngs: nnx.Rngs | None, cfg: StepConfig
 ) -> tuple[Float[Array, ""], Metrics]:
     """The reader's mean cross-entropy per target token, plus the retriever's loss if the batch trains it."""
-    reader, read = model.reader, batch.reader
+    reader, reader_batch = model.reader, batch.reader
     assert reader is not None
-    n = min(cfg.n_context, read.passages.shape[1])
-    states = reader.encoder_states(read.passages[:, :n], read.mask[:, :n], rngs=rngs, remat=cfg.remat_reader)
-    source = EncoderStates(fuse(states), read.mask[:, :n].reshape(len(read.mask), 1, -1))
-    inputs = shift_right(read.target, cfg.pad_id)
+    n = min(cfg.n_context, reader_batch.passages.shape[1])
+    states = reader.encoder_states(
+        reader_batch.passages[:, :n], reader_batch.mask[:, :n], rngs=rngs, remat=cfg.remat_reader
+    )
+    source = EncoderStates(fuse(states), reader_batch.mask[:, :n].reshape(len(reader_batch.mask), 1, -1))
+    inputs = shift_right(reader_batch.target, cfg.pad_id)
     with_stats = cfg.stats and batch.retriever is not None
     logits, cross_attention = reader.teacher_forced(
         inputs, source, rngs=rngs, remat=cfg.remat_reader, with_cross_attention=with_stats
     )
-    losses = token_losses(logits, read.target, read.target_mask)
-    reader_loss = losses.sum() / jnp.maximum(read.target_mask.sum(), 1)
+    losses = token_losses(logits, reader_batch.target, reader_batch.target_mask)
+    reader_loss = losses.sum() / jnp.maximum(reader_batch.target_mask.sum(), 1)
     metrics = {"loss/reader_loss": reader_loss}
     if batch.retriever is None or model.retriever is None:
         return reader_loss, metrics
     scores = retriever_scores(model.retriever, batch.retriever, rngs, cfg)
-    loss, gold = retriever_loss(_without_gradient(reader), states, scores, read, cfg)
+    loss, gold = retriever_loss(_without_gradient(reader), states, scores, reader_batch, cfg)
     if cross_attention is not None and gold is not None:
         metrics |= correlations(
             jax.lax.stop_gradient(cross_attention),
-            read,
+            reader_batch,
             batch.query_lengths,
             gold[:, :n],
             layers=reader.cfg.num_decoder_layers,
@@ -173,46 +175,54 @@ def retriever_scores(
 
 
 def retriever_loss(
-    reader: FiD, states: Float[Array, "b m l d"], scores: Float[Array, "b n"], read: ReaderBatch, cfg: StepConfig
+    reader: FiD,
+    states: Float[Array, "b m l d"],
+    scores: Float[Array, "b n"],
+    reader_batch: ReaderBatch,
+    cfg: StepConfig,
 ) -> tuple[Float[Array, ""], Float[Array, "b n"] | None]:
-    """Returns the retriever's loss and the gold scores behind it; EMDR2 has None, it is no function of such scores.
+    """Returns the retriever's loss and the gold scores it was computed from, None for EMDR2.
 
     `states` are the reader's encoder states of the first m passages, made with dropout if the run has any.
     """
     states = jax.lax.stop_gradient(states)
     if cfg.dropout:  # gold scores are computed without dropout
-        states = reader.encoder_states(read.passages, read.mask)
-    elif (rest := read.passages[:, states.shape[1] :]).shape[1]:
-        states = jnp.concatenate([states, reader.encoder_states(rest, read.mask[:, states.shape[1] :])], axis=1)
+        states = reader.encoder_states(reader_batch.passages, reader_batch.mask)
+    elif (rest := reader_batch.passages[:, states.shape[1] :]).shape[1]:
+        states = jnp.concatenate([states, reader.encoder_states(rest, reader_batch.mask[:, states.shape[1] :])], axis=1)
     temperatures = cfg.temperature_score, cfg.temperature_gold
     if cfg.gold == "emdr":
-        logits = single_passage_logits(reader, states, read.mask, read.target, cfg.pad_id)
-        return emdr_loss(scores, logits, read.target, read.target_mask, *temperatures), None
-    gold = gold_scores(reader, states, read, cfg)
+        logits = single_passage_logits(reader, states, reader_batch.mask, reader_batch.target, cfg.pad_id)
+        return emdr_loss(scores, logits, reader_batch.target, reader_batch.target_mask, *temperatures), None
+    gold = gold_scores(reader, states, reader_batch, cfg)
     return kl_to_gold(scores, gold, *temperatures), gold
 
 
 def gold_scores(
-    reader: FiD, states: Float[Array, "b n l d"], read: ReaderBatch, cfg: StepConfig
+    reader: FiD, states: Float[Array, "b n l d"], reader_batch: ReaderBatch, cfg: StepConfig
 ) -> Float[Array, "b n"]:
-    """How much each passage helps the reader to write the target, by --gold_score_mode; higher is better."""
+    """The gold score of each passage by --gold_score_mode: how much it helps the reader to write the target."""
     match cfg.gold:
         case "ppmean":
-            logits = single_passage_logits(reader, states, read.mask, read.target, cfg.pad_id)
-            return perplexity_gold(logits, read.target, read.target_mask)
+            logits = single_passage_logits(reader, states, reader_batch.mask, reader_batch.target, cfg.pad_id)
+            return perplexity_gold(logits, reader_batch.target, reader_batch.target_mask)
         case "loop":
-            return leave_one_out_gold(reader, states, read.mask, read.target, read.target_mask, cfg.pad_id)
+            return leave_one_out_gold(
+                reader, states, reader_batch.mask, reader_batch.target, reader_batch.target_mask, cfg.pad_id
+            )
         case "evalnormsum":
-            source = EncoderStates(fuse(states), read.mask.reshape(len(read.mask), 1, -1))
-            inputs = shift_right(read.target, cfg.pad_id)
+            source = EncoderStates(fuse(states), reader_batch.mask.reshape(len(reader_batch.mask), 1, -1))
+            inputs = shift_right(reader_batch.target, cfg.pad_id)
             cross_attention = reader.teacher_forced(inputs, source, with_cross_attention=True).cross_attention
             assert cross_attention is not None
-            return attention_gold(cross_attention.norms, read.mask, read.target_mask, reader.cfg.num_decoder_layers)
+            return attention_gold(
+                cross_attention.norms, reader_batch.mask, reader_batch.target_mask, reader.cfg.num_decoder_layers
+            )
         case "emdr":
             raise ValueError("EMDR2 has no gold scores: `retriever_loss` computes its loss from logits")
 
 
 def _without_gradient(reader: FiD) -> FiD:
-    """The reader with parameters that no gradient reaches."""
+    """The reader with `stop_gradient` on all parameters."""
     graph, params = nnx.split(reader)
     return nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, params))

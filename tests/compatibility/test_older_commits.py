@@ -1,4 +1,4 @@
-"""What older commits of this project wrote is read: runs resume, checkpoints load, indexes are searched."""
+"""Runs, checkpoints and indexes written by older commits of this project still work."""
 
 import json
 import shutil

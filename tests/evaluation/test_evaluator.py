@@ -153,7 +153,7 @@ def near(ours: dict, theirs: dict, tolerance: float = 2e-5) -> None:
 def test_scores_equal_the_references(golden, mmlu):
     """Accuracy exactly, loss to 1e-6; debiased accuracy differs only by the ties, one of nine."""
     theirs = json.loads((golden / "meta.json").read_text())["mmlu_metrics"]
-    assert (mmlu[0].examples, mmlu[0].prompts) == (114, 456)
+    assert (mmlu[0].rows, mmlu[0].examples) == (114, 456)
     debiased = mmlu[0].scores["debiased_accuracy"] - 100 / 114
     assert mmlu[0].scores | {"debiased_accuracy": debiased} == pytest.approx(theirs, rel=1e-6)
 

@@ -24,4 +24,4 @@ def test_a_retriever_is_a_passage_source(retriever, store, golden_texts):
     assert found.store is store
     assert found.valid.all()
     assert found.valid.shape == (4, 3)
-    assert retriever.programs == (retriever.queries.program,)
+    assert retriever.programs == (retriever.query_embedder.program,)

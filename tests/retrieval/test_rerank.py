@@ -65,7 +65,7 @@ def test_equal_scores_keep_the_order_of_the_search(
 ):
     """Candidates with equal new scores stay in the order of the search, which here is not that of their numbers."""
     query = golden_texts["query"][:1]
-    sign = np.sign(np.asarray(retriever.queries.embed_queries(query, 8))[0, 0])
+    sign = np.sign(np.asarray(retriever.query_embedder.embed_queries(query, 8))[0, 0])
     plain = retriever.begin_search(query, 60)().numbers[0]
     found = make_retriever(golden_index, 60, TiedEmbedder(passage_embedder)).begin_search(query, 60)().numbers[0]
     assert found.tolist() == sorted(plain.tolist(), key=lambda number: -sign * (number // 10))  # sorted() is stable

@@ -31,7 +31,7 @@ def test_accuracy_is_an_exact_match_with_any_answer():
     assert [Base().score(text, ["y", "the Y"])["accuracy"] for text in ("y", "the Y", "Y", "")] == [1, 1, 0, 0]
 
 
-def test_finish_returns_the_only_record():
+def test_merge_records_returns_the_only_record():
     """Unchanged, and with no scores over several examples."""
     record = {"query": "q"}
     assert Base().merge_records([record]) == (record, {})

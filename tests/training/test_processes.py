@@ -37,7 +37,7 @@ def test_a_trajectory_does_not_depend_on_processes_and_devices(golden, tmp_path,
     """A run started by two processes with four devices each, and finished by one with one device, equals the reference.
 
     On the way a process is killed, a bit of the newest checkpoint is flipped, and SIGTERM is sent: each time the run
-    resumes from the newest whole checkpoint. The counter-case: another number of queries a step is refused.
+    resumes from the newest complete checkpoint. The counter-case: another number of queries a step is refused.
     """
     name, log, run = "cosine_refresh", tmp_path / "log.txt", tmp_path / "cosine_refresh"
     command = [*ATLAS, "train", "--name", name, "--checkpoint_dir", str(tmp_path), *flags, *RUNS[name]]
