@@ -84,3 +84,14 @@ def test_a_mark_gives_a_reason():
     for mark in marks:
         assert mark.startswith(NOT_RUN)
         assert len(mark) > len(NOT_RUN) + 5
+
+
+def test_links_between_pages_resolve():
+    """Each relative link names a file of the repository; there are many."""
+    links = [
+        (page, link)
+        for page in PAGES
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 30
+    assert [(page, link) for page, link in links if not ((ROOT / page).parent / link).exists()] == []
