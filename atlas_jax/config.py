@@ -84,9 +84,10 @@ class RunConfig:
     save_freq: int = changeable(5000)  # train: steps between two checkpoints; the last step is saved in any case
     save_optimizer: bool = changeable(False)  # keep the optimizers in the last checkpoint of a finished run too; the
     # others have them in any case, so that a run that was stopped resumes exactly
-    keep: int | None = changeable(None)  # train: only the newest checkpoints stay, so many; left out, all do; 0: none
-    # once finished
-    max_bad_steps: int = changeable(20)  # train: stop after so many steps in a row whose loss or gradient is not finite
+    keep: int | None = changeable(None)  # train: number of newest checkpoints to keep; left out: all; 0: none once the
+    # run has finished
+    max_bad_steps: int = changeable(20)  # train: stop after this many consecutive steps whose loss or gradient is not
+    # finite
     write_results: bool = changeable(False)  # write the predictions of each evaluation to a jsonl file
     dont_write_passages: bool = changeable(False)  # leave the passages, most of the bytes, out of the --write_results
     # files
@@ -97,9 +98,9 @@ class RunConfig:
     coordinator: str | None = changeable(None)  # several hosts: host:port of process 0; SLURM, Open MPI and Google's
     # TPUs need none
     num_processes: int | None = changeable(None)  # with --coordinator: how many processes there are
-    process_id: int | None = changeable(None)  # with --coordinator: which of them this one is, from 0
-    main_port: int = changeable(-1)  # SLURM, Open MPI: port of process 0; -1: one that follows from the job's number
-    host_timeout: int = changeable(300)  # seconds to wait for processes at the start, or for one that has fallen silent
+    process_id: int | None = changeable(None)  # with --coordinator: index of this process, from 0
+    main_port: int = changeable(-1)  # SLURM, Open MPI: port of process 0; -1: computed from the job id
+    host_timeout: int = changeable(300)  # seconds to wait for processes at the start, or for one that stops responding
 
     def __post_init__(self) -> None:
         _at_least(1, self, "num_processes", "host_timeout")
@@ -115,9 +116,9 @@ class ModelConfig:
 
     reader_model_type: str = changeable("")  # the T5 that reads: t5-{small,base,large,3b,11b},
     # google/t5-v1_1-{base,large,xl,xxl}, google/t5-{base,large,xl,xxl}-lm-adapt, or a local folder with config.json and
-    # tokenizer; a checkpoint of ours in --model_path knows it already
+    # tokenizer; not needed if --model_path is a checkpoint of ours
     retriever_model_path: str = changeable("facebook/contriever")  # the encoder that retrieves: a known name or a local
-    # folder; weights in --model_path come before its own
+    # folder; weights in --model_path take precedence over its own
     model_path: str = changeable("none")  # folder with trained Atlas weights, ours or the published model.pth.tar;
     # none: resume the run's latest checkpoint, or else start from the two models above
     precision: Literal["fp16", "fp32", "bf16"] = "fp32"  # type to compute with; bf16 halves memory and time, fp16 is
@@ -164,7 +165,7 @@ class RetrievalConfig:
     n_context: int = 1  # passages the reader sees per question
     retriever_n_context: int = 5  # train: passages retrieved per question; the retriever learns from all of them
     filtering_overretrieve_ratio: int = 2  # tasks that drop passages (mlm, lm, section) search for this many times more
-    retrieve_with_rerank: bool = False  # embed the best passages again with today's encoder and reorder them
+    retrieve_with_rerank: bool = False  # embed the best passages again with the current encoder and reorder them
     n_to_rerank_with_retrieve_with_rerank: int = 128  # passages per question that --retrieve_with_rerank embeds
     query_side_retriever_training: bool = False  # train only a separate query encoder, so that the index stays valid
     use_file_passages: bool = False  # read each row's own `passages` field; no retriever, no index
@@ -265,14 +266,14 @@ class DistillConfig:
     temperature_score: float = 0.01  # softmax temperature of the retriever's scores
     temperature_gold: float = 0.01  # softmax temperature of the reader's gold scores
     freeze_retriever_steps: int = -1  # steps at the start in which the retriever does not learn
-    refresh_index: str = "-1"  # embed the passages again every so many steps, such as 100; or by schedule, such as
-    # 0-100:10,100-1000000:500 for every 10 steps in the first 100 and every 500 later; -1 never
+    refresh_index: str = "-1"  # embed the passages again every N steps, such as 100; or by schedule, such as
+    # 0-100:10,100-1000000:500 for every 10 steps in the first 100 and every 500 later; -1: never
     compute_crossattention_stats: bool = False  # log the correlation of cross-attention with the gold scores
 
     def __post_init__(self) -> None:
         _above_zero(self, "temperature_score", "temperature_gold")
-        sound = self.refresh_schedule and all(start < end and every for start, end, every in self.refresh_schedule)
-        require(bool(sound), self, "refresh_index", "expected -1, or 100, or START-END:EVERY,START-END:EVERY")
+        valid = self.refresh_schedule and all(start < end and every for start, end, every in self.refresh_schedule)
+        require(bool(valid), self, "refresh_index", "expected -1, or 100, or START-END:EVERY,START-END:EVERY")
 
     @property
     def gold(self) -> GoldMode:
@@ -287,7 +288,7 @@ class DistillConfig:
 
     @property
     def refresh_schedule(self) -> tuple[tuple[int, int, int], ...]:
-        """(start, end, every): in steps [start, end) the index is built at start and every `every` steps after it."""
+        """Ranges (start, end, every): in steps [start, end) the index is built at start, then every `every` steps."""
         text = self.refresh_index.replace(" ", "")
         if text == "-1" or text.isdecimal():
             text = f"0-{FOREVER}:{FOREVER if text == '-1' else text}"  # Reference: -1 too refreshes at step 0
@@ -387,11 +388,11 @@ class Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Flag to value without groups, as config.json holds it."""
+    """Returns the value of each flag by name, without groups, as in config.json."""
     return {flag: value for group in vars(config).values() for flag, value in vars(group).items()}
 
 
 def resume_rules() -> dict[str, ResumeRule]:
-    """Flag to whether a resumed run may have another value of it."""
+    """Maps each flag to whether a resumed run may have another value of it."""
     groups = (getattr(Config, "__annotations__", {})[group.name] for group in fields(Config))
     return {flag.name: flag.metadata.get("resume", "same") for group in groups for flag in fields(group)}

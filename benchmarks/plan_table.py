@@ -50,7 +50,7 @@ def all_runs() -> list[tuple[str, str, int]]:
 def markdown_table(plans: list[dict[str, Any]], name: str = "train step") -> str:
     """Formats the figures of the program `name` in each plan as a Markdown table."""
     lines = [
-        "| T5 | machine | passages, million | GB in all | of it temporary | TFLOP | all-gather, GB "
+        "| T5 | machine | passages, million | total GB | temporary | TFLOP | all-gather, GB "
         "| reduce-scatter, GB | all-reduce, GB | seconds at best | bound by | compiled in, s |",
         "|---" * 12 + "|",
     ]

@@ -207,7 +207,7 @@ class PartFile:
         return self._target.with_name(f".{self._target.name}.{version.key}.part")
 
     def belongs_to(self, version: Version) -> bool:
-        """Tells whether the bytes are the beginning of this version."""
+        """Returns whether the bytes are the beginning of this version."""
         return self._path == self._name(version)
 
     def write(self, chunk: bytes) -> None:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_directory", type=Path, metavar="DIR", default=Path("data"), help="default: data")
     for split, name in ORIGINALS.items():
         parser.add_argument(f"--{split}", type=Path, metavar="FILE", help=f"instead of downloading {URL}{name}")
-    parser.add_argument("--overwrite", action="store_true", help="bring what is there anew")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args(argv)
 
     folder = args.output_directory / "fever_data"

@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output_directory", type=Path, metavar="DIR", default=Path("data"), help="default: data")
     parser.add_argument("--dataset", nargs="+", choices=INDEX_NAMES, default=[*INDEX_NAMES], help="default: both")
-    parser.add_argument("--overwrite", action="store_true", help="make what is there anew")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing folders")
     parser.add_argument(
         "--nq_train", type=Path, metavar="FILE", help=f"instead of downloading {NQ_URL}NQ-open.train.jsonl"
     )

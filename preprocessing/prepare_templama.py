@@ -58,7 +58,7 @@ def check_row(row: Mapping[str, Any], where: str) -> None:
 
 
 def answer_names(row: Mapping[str, Any]) -> list[str]:
-    """Returns the distinct answers in their order. Reference: the order there changed from run to run."""
+    """Returns the distinct answers in their order. Reference: its order changes from run to run."""
     return list(dict.fromkeys(answer["name"] for answer in row["answer"]))
 
 

@@ -92,7 +92,7 @@ class Manifest:
                 raise UserError(f"{self._path}: damaged; delete it, and the files are taken up as they are") from None
 
     def is_complete(self, file: str) -> bool:
-        """Tells whether the file exists with the size in the manifest; does not read it."""
+        """Returns whether the file exists with the size in the manifest; does not read it."""
         path, expected = self._folder / file, self.entries.get(file)
         return expected is not None and path.is_file() and path.stat().st_size == expected.size
 
@@ -173,9 +173,9 @@ def verify(catalogue: Catalogue, name: str, output: Path, stop: threading.Event,
 
 def print_names(catalogue: Catalogue, client: HttpClient, jobs: int) -> None:
     """Prints the names with description and size: `?` without a server, for an index estimated from its first shard."""
-    asked = [f"{name}/{file}" for name in catalogue.names for file in catalogue.shard_files(0)]
+    first_files = [f"{name}/{file}" for name in catalogue.names for file in catalogue.shard_files(0)]
     try:
-        versions, _ = in_parallel(client.head, asked, jobs, client.stop)
+        versions, _ = in_parallel(client.head, first_files, jobs, client.stop)
     except UserError as error:
         versions = {}
         log_line(f"sizes are not known: {error}")

@@ -1,6 +1,6 @@
-"""How every test runs: offline, on eight host CPU devices, with shapes checked and rank promotion forbidden.
+"""Setup of every test: offline, eight CPU devices, shape annotations checked, rank promotion forbidden.
 
-What one test has compiled the others find, also those that start a process.
+All tests, and the processes that they start, share one compilation cache.
 """
 
 import os
@@ -9,7 +9,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-# That of the first process serves those that it starts to share the tests
+# The workers of pytest-xdist inherit the cache folder of the process that starts them
 os.environ["ATLAS_TEST_PROGRAMS"] = os.environ.get("ATLAS_TEST_PROGRAMS") or tempfile.mkdtemp(prefix="atlas-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["ATLAS_TEST_PROGRAMS"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
@@ -26,9 +26,9 @@ from jaxtyping import install_import_hook
 from atlas_jax.runtime.cpu_threads import set_cpu_threads
 
 set_cpu_threads()
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and what it starts would ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and its children ignore SIGINT
 jax.config.update("jax_numpy_rank_promotion", "raise")
-install_import_hook("atlas_jax", "beartype.beartype")  # from here on, each import of ours checks its annotations
+install_import_hook("atlas_jax", "beartype.beartype")  # imports from here on check their annotations
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
@@ -43,8 +43,8 @@ QUICK_FILES += ("training/test_optimizer.py", "training/test_reporting.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks slow tests, and runs the longest first: so no worker waits for another at the end."""
-    items.sort(key=lambda item: item.path.parent.name != "training")
+    """Marks slow tests and runs the longest first, so that no worker waits for another at the end."""
+    items.sort(key=lambda item: (item.path.name != "test_commands.py", item.path.parent.name != "training"))
     for item in items:
         path = item.path.relative_to(Path(__file__).parent).as_posix()
         if path.startswith((*SLOW, *SLOW_FILES)) and not path.startswith(QUICK_FILES):
@@ -59,7 +59,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="module")
 def quick_compiler():
-    """Compiles quickly, for programs that run once or are only read: without most of LLVM's optimizations."""
+    """Compiles without most of LLVM's optimizations, which is fastest for programs that run once or are only read."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -67,7 +67,7 @@ def quick_compiler():
 
 @pytest.fixture(scope="module")
 def quick_compiler_in_subprocesses():
-    """Sets what `quick_compiler` sets, for the commands that a test starts."""
+    """Sets the option of `quick_compiler` for the commands that a test starts."""
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     yield
     del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
@@ -75,7 +75,7 @@ def quick_compiler_in_subprocesses():
 
 @pytest.fixture(scope="module")
 def one_faiss_thread():
-    """One thread for faiss, whose threads otherwise spin while they wait, which is slow on shared cores."""
+    """Limits faiss to one thread: its threads spin while they wait, which is slow on shared cores."""
     import faiss
 
     threads = faiss.omp_get_max_threads()
@@ -86,13 +86,13 @@ def one_faiss_thread():
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of what the PyTorch reference computed."""
+    """The folder of the figures that the PyTorch reference computed."""
     return Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
 def mesh():
-    """All eight devices, splitting the batch."""
+    """A mesh of all eight devices, over which the batch is sharded."""
     from atlas_jax.mesh import make_mesh
 
     return make_mesh()
@@ -100,7 +100,7 @@ def mesh():
 
 @pytest.fixture(scope="session")
 def tiny_config(golden):
-    """The flags behind the goldens: the reference's checkpoint before training, 160 tokens."""
+    """The flags of the goldens: the reference's checkpoint before training, 160 tokens."""
     from atlas_jax.config import Config, ModelConfig, TaskConfig, TextConfig
 
     reader, retriever = (str(golden / "assets" / name) for name in ("reader", "retriever"))
@@ -113,7 +113,7 @@ def tiny_config(golden):
 
 @pytest.fixture(scope="session")
 def tiny_weights(tiny_config):
-    """The weights of that checkpoint, with their tokenizers."""
+    """The weights and tokenizers of `tiny_config`'s checkpoint."""
     from atlas_jax.checkpoints.restore import restore
 
     return restore(tiny_config).load()
@@ -121,8 +121,8 @@ def tiny_weights(tiny_config):
 
 @pytest.fixture(scope="session")
 def processes():
-    """Starts several processes of one run."""
+    """A `Processes`, which starts several processes of one run."""
     from tests.runtime.processes import Processes
 
-    with Processes() as found:
-        yield found
+    with Processes() as started:
+        yield started

@@ -21,7 +21,7 @@ def layers() -> list[str]:
 
 
 def layer_of(module: str) -> str:
-    """ "atlas_jax.training.loop" is in the layer "training"."""
+    """The layer of a module: "training" for "atlas_jax.training.loop"."""
     return module.split(".")[1]
 
 
@@ -38,16 +38,16 @@ def imports(path: Path) -> set[str]:
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:
     """The modules of an import cycle; empty if there is none."""
-    done: set[str] = set()
+    visited: set[str] = set()
 
     def visit(module: str, path: list[str]) -> list[str]:
         if module in path:
             return path[path.index(module) :]
-        if module not in done:
+        if module not in visited:
             for imported in sorted(graph[module]):
                 if found := visit(imported, [*path, module]):
                     return found
-            done.add(module)
+            visited.add(module)
         return []
 
     return next((found for module in graph if (found := visit(module, []))), [])
@@ -63,7 +63,7 @@ def test_every_package_has_a_layer():
 def test_imports_point_downwards():
     """No module imports one of a higher layer. The counter-case: in reversed order the same imports are refused."""
 
-    def upward(order: list[str]) -> list[str]:
+    def upward_imports(order: list[str]) -> list[str]:
         return [
             f"{module} imports {imported}"
             for module, path in MODULES.items()
@@ -72,26 +72,26 @@ def test_imports_point_downwards():
             if order.index(layer_of(imported)) < order.index(layer_of(module))
         ]
 
-    assert upward(layers()) == []
-    assert len(upward(layers()[::-1])) > 100
+    assert upward_imports(layers()) == []
+    assert len(upward_imports(layers()[::-1])) > 100
 
 
 def test_there_is_no_import_cycle():
-    """Not within a layer either, nor by an import inside a function. The counter-case: a cycle is found."""
+    """No cycle within a layer either, nor by an import inside a function. The counter-case: a cycle is found."""
     graph = {module: imports(path) for module, path in MODULES.items() if module != "atlas_jax"}
     packages = {module for module, path in MODULES.items() if path.name == "__init__.py"}
     # `from atlas_jax.mesh.layout import x` runs the package's __init__ too, which is no cycle of names
-    graph = {module: {one for one in found if one not in packages} for module, found in graph.items()}
+    graph = {module: {name for name in found if name not in packages} for module, found in graph.items()}
     assert cycle(graph) == []
     assert cycle(graph | {"atlas_jax.errors": {"atlas_jax.config"}}) != []
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_file_is_over_400_lines(module):
-    """A longer file holds more than one idea."""
+    """Files are short enough to hold one idea each."""
     assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 400
 
 
 def test_only_four_modules_stand_beside_the_packages():
-    """All others are in a package."""
+    """All other modules are in a package."""
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "config.py", "errors.py"}

@@ -33,7 +33,7 @@ class RunCheckpoints:
     """Manages the checkpoints `step-N` in a folder that only this run writes, and the link `latest` to the last one.
 
     All processes of a run call the same methods in the same order and get the same results. With `keep`, only that many
-    of the newest complete checkpoints are kept. `save_error` is the message of a save that failed last, else None.
+    of the newest complete checkpoints are kept. `save_error`: the message of the last save if it failed, else None.
     """
 
     def __init__(self, folder: Path, keep: int | None = None):

@@ -98,7 +98,7 @@ def save(
     resume_state: ResumeState | None = None,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Writes a checkpoint folder, which appears, or replaces an existing one, once it is complete and synced to disk.
+    """Writes a checkpoint folder atomically (synced, then renamed), replacing an existing one.
 
     Parameters that are still in files are streamed, never all in memory. Calls `on_bytes(count)` after each chunk.
 
@@ -167,7 +167,7 @@ def check_free_space(draft: Path, folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def user_errors_on_write(folder: Path) -> Iterator[None]:
-    """Converts exceptions of libraries that write to UserError; a UserError, about what is read, stays as it is."""
+    """Converts exceptions of libraries that write to UserError; re-raises UserError unchanged."""
     try:
         yield
     except UserError:
@@ -204,7 +204,7 @@ def open_checkpoint(folder: Path) -> Weights:
     _check_file_sizes(folder)
     try:
         expected = param_shapes(cfg)
-    except Exception as error:  # field values that make no model
+    except Exception as error:  # invalid field values
         raise UserError(
             f"{folder / CHECKPOINT_FILE}: damaged ({first_line(error)}); write the checkpoint again"
         ) from None
@@ -222,14 +222,15 @@ def load_resume_state(folder: Path) -> ResumeState | None:
         return None
     if checksums.get(TRAINING_FILE) != _file_checksum(folder / TRAINING_FILE):
         raise damaged_error(folder / TRAINING_FILE)
-    arrays = _open_tree(folder, "training") if checksums["training"] else {}  # Orbax keeps no empty folder
+    arrays = _open_tree(folder, "training") if checksums["training"] else {}  # empty trees are not written
     return ResumeState(arrays, read_json(folder / TRAINING_FILE))
 
 
 def has_optimizer(folder: Path) -> bool:
     """True if the checkpoint holds optimizer moments; a finished run may have saved its weights only."""
-    training = _metadata_field(folder, "checksums", dict).get("training", {})
-    return any(name.startswith(("reader/", "retriever/")) for name in training)
+    checksums = read_json(folder / CHECKPOINT_FILE).get("checksums")
+    training = checksums.get("training") if isinstance(checksums, dict) else None
+    return isinstance(training, dict) and any(name.startswith(("reader/", "retriever/")) for name in training)
 
 
 def _open_tree(folder: Path, tree: str, expected: Mapping[str, Any] | None = None) -> dict[str, StoredArray]:
@@ -237,7 +238,7 @@ def _open_tree(folder: Path, tree: str, expected: Mapping[str, Any] | None = Non
     arrays = open_arrays(folder / tree, _metadata_field(folder, "checksums", dict).get(tree, {}))
     if expected is not None:
         shapes, expected_shapes = (
-            {name: tuple(array.shape) for name, array in tree.items()} for tree in (arrays, expected)
+            {name: tuple(array.shape) for name, array in named.items()} for named in (arrays, expected)
         )
         for name in sorted(shapes | expected_shapes):
             if shapes.get(name) != expected_shapes.get(name):

@@ -69,8 +69,8 @@ def _parser() -> Parser:
     parser.add_argument("--output", help="folder to write; one of ours is replaced", metavar="DIR")
     formats = f"form to write: orbax is ours; huggingface has a folder for each model; reference is {PUBLISHED}"
     parser.add_argument("--to", choices=FORMATS, default="orbax", help=f"{formats} (default: orbax)")
-    parser.add_argument("--inspect", help="tell what a checkpoint or model holds, and write nothing", metavar="PATH")
-    parser.add_argument("--json", action="store_true", help="tell it as JSON")
+    parser.add_argument("--inspect", help="describe a checkpoint or model, and write nothing", metavar="PATH")
+    parser.add_argument("--json", action="store_true", help="print the description as JSON")
     return parser
 
 

@@ -21,16 +21,16 @@ class RaggedArray:
     @classmethod
     def open(cls, folder: Path, name: str, dtype: np.dtype, rows: int, remedy: str) -> "RaggedArray":
         """Memory-maps both files; UserError, ending in `remedy`, if one is missing, damaged or of the wrong size."""
-        reading = offsets_file = folder / f"{name}.offsets.npy"
+        current_file = offsets_file = folder / f"{name}.offsets.npy"
         data_file = folder / f"{name}.bin"
         try:
             offsets = np.load(offsets_file, mmap_mode="r")
-            reading, size = data_file, data_file.stat().st_size
+            current_file, size = data_file, data_file.stat().st_size
             data = np.asarray(np.memmap(data_file, dtype, mode="r")) if size else np.empty(0, dtype)
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: missing; {remedy}") from None
         except (ValueError, EOFError, OSError):
-            raise UserError(f"{reading}: damaged or truncated; {remedy}") from None
+            raise UserError(f"{current_file}: damaged or truncated; {remedy}") from None
         if offsets.dtype != np.uint64 or offsets.shape != (rows + 1,):
             raise UserError(f"{offsets_file}: not the offsets of {rows} rows; {remedy}")
         if size != int(offsets[-1]) * data.itemsize:

@@ -1,4 +1,4 @@
-"""Dropout with 16 random bits per element: a key gives the same mask on every platform, drawn as is fastest there."""
+"""Dropout with 16 random bits per element: one mask per key everywhere, with the fastest sampling per platform."""
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ def dropout(x: Float[Array, "b *rest"], rate: float, rngs: nnx.Rngs | None) -> F
 def keep_mask(key: Key[Array, ""], rate: float, shape: tuple[int, ...]) -> Bool[Array, "b *rest"]:
     """Returns a mask that is true for the elements to keep, each with probability 1 - `rate` to within 2^-17.
 
-    Each row of the leading axis has its own key, so a CPU can draw one row after the other in its cache, six times as
-    fast as all at once, and other platforms draw all rows together. Each random 32-bit word serves two elements, half
-    the length of the second-to-last axis apart.
+    Each row of the leading axis has its own key: a CPU draws one row after the other within its cache, six times as
+    fast as all at once; other platforms draw all rows together. Each random 32-bit word serves two elements: its low 16
+    bits one in the first half of the second-to-last axis, its high 16 bits one in the second half.
     """
     rows, *middle, length, width = shape
     dropped = round(rate * LEVELS)

@@ -1,7 +1,8 @@
 """Fusion-in-Decoder (arXiv 2007.01282): the encoder reads each passage alone, the decoder reads all of them at once.
 
 Axes: `b` queries, `n` passages of a query, `l` tokens of a passage, `t` target tokens, `d` model, `v` vocabulary,
-`r` rows of decoder inputs: r / b consecutive rows, such as beams, share a row of the source.
+`r` rows of decoder inputs: r / b consecutive rows, such as beams, share a row of the source; `p` positions in the
+decoder's cache, `s` source (n * l), `h` heads, `k` head width, `depth` layers.
 """
 
 from typing import NamedTuple
@@ -38,7 +39,7 @@ def group_by_query(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]
 
 
 def fuse(x: Float[Array, "b n l d"]) -> Float[Array, "b n*l d"]:
-    """Concatenates the passages of each query to one source."""
+    """Concatenates the passages of each query into one sequence for cross-attention."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
@@ -111,7 +112,7 @@ class FiD(nnx.Module):
         remat: bool = False,
         with_cross_attention: bool = False,
     ) -> DecoderOutput:
-        """Returns logits of whole targets by teacher forcing; keys and values of the source are not kept afterwards."""
+        """Returns logits of whole targets by teacher forcing; keys and values of the source are not cached."""
         x, cross_attention = self.decoder.teacher_forced(
             self._embed_tokens(inputs), source, rngs=rngs, remat=remat, with_cross_attention=with_cross_attention
         )
@@ -131,7 +132,7 @@ class FiD(nnx.Module):
     def empty_cache(self, source: EncodedSource, rows: int, length: int) -> KeyValues | list[KeyValues]:
         """Returns a decoder cache of zeros, for `rows` rows of `length` positions."""
 
-        def zeros(x: Float[Array, "*depth b h s k"]) -> Float[Array, "*depth r h m k"]:
+        def zeros(x: Float[Array, "*depth b h s k"]) -> Float[Array, "*depth r h p k"]:
             return jnp.zeros((*x.shape[:-4], rows, x.shape[-3], length, x.shape[-1]), x.dtype)
 
         return jax.tree.map(zeros, source.cross_kv)

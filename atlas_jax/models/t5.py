@@ -39,7 +39,7 @@ class T5Config:
     relative_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     dropout: float = 0.0
-    for_cpu: bool = False  # inference fit for a CPU's cache: encoder row by row, decoder layers unstacked
+    for_cpu: bool = False  # inference tuned for CPU caches: encoder row by row, decoder layers unstacked
     dtype: Any = jnp.float32  # matrix products and residuals; norms, softmax and logits are float32
 
 
@@ -53,7 +53,7 @@ _V1_1 = {
     "xl": _t5(2048, 32, 64, 5120, 24, v1_1=True),
     "xxl": _t5(4096, 64, 64, 10240, 24, v1_1=True),
 }
-T5_CONFIGS = {  # the published shapes, known here so that no hub is asked for them
+T5_CONFIGS = {  # the published shapes, listed here so that they need no download
     "t5-small": _t5(512, 8, 64, 2048, 6, v1_1=False),
     "t5-base": _t5(768, 12, 64, 3072, 12, v1_1=False),
     "t5-large": _t5(1024, 16, 64, 4096, 24, v1_1=False),
@@ -80,10 +80,10 @@ class EncodedSource(NamedTuple):
 
 
 class EncoderStates(NamedTuple):
-    """Encoder states for one pass of the decoder: each layer projects keys and values when it runs and drops them."""
+    """Encoder states for one teacher-forced pass: keys and values are projected layer by layer and not cached."""
 
     states: Float[Array, "b s d"]
-    mask: Bool[Array, "b #q s"]  # q: 1, or the target positions of all rows that share a row of states
+    mask: Bool[Array, "b #q s"]  # q: 1, or all target positions folded into the row
 
 
 class CrossAttention(NamedTuple):
@@ -98,7 +98,7 @@ class LayerOutput(NamedTuple):
     """Output of a decoder layer."""
 
     x: Float[Array, "r t d"]
-    present: KeyValues  # of the self-attention, cached ones included
+    present: KeyValues  # keys and values of the self-attention, cached ones included
     cross_attention: CrossAttention | None  # None unless `with_cross_attention`
 
 
@@ -187,7 +187,7 @@ def _norm(cfg: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 class EncoderLayer(StackedLayer):
-    """Self-attention and MLP, each with a norm before and a residual connection around it."""
+    """Pre-norm self-attention and MLP with residual connections."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         self.attn_norm = _norm(cfg, rngs)
@@ -211,7 +211,7 @@ class EncoderLayer(StackedLayer):
 
 
 class DecoderLayer(StackedLayer):
-    """Causal self-attention, cross-attention to the encoder's states, MLP; norms and residuals as in the encoder."""
+    """Pre-norm causal self-attention, cross-attention to the encoder states and MLP, with residual connections."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         self.self_attn_norm = _norm(cfg, rngs)
@@ -242,7 +242,7 @@ class DecoderLayer(StackedLayer):
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2)
             present = KeyValues(write(past.keys, present.keys), write(past.values, present.values))
         x = x + dropout(self.self_attn(y, present, bias, mask, rngs=rngs), self.rate, rngs)
-        # Rows that share a source attend to it as further positions of one row: cross-attention has no position bias
+        # Rows that share a source are folded into the target axis; valid as cross-attention has no position bias
         y = self.cross_attn_norm(x).reshape(cross_mask.shape[0], -1, x.shape[-1])
         cross_attention = self.cross_attn.head_means(y, cross_kv, cross_mask) if with_cross_attention else None
         y = self.cross_attn(y, cross_kv, None, cross_mask, rngs=rngs).reshape(x.shape)
@@ -256,8 +256,8 @@ def relative_bucket(
 ) -> Int[Array, "..."]:
     """Returns T5's bucket of a distance (key position minus query position), arXiv 1910.10683 section 2.1.
 
-    Half of the buckets hold one distance each, the others grow logarithmically up to `max_distance`. Keys after the
-    query have half of all buckets to themselves with `bidirectional`, else bucket 0.
+    Half of the buckets hold one distance each, the others grow logarithmically up to `max_distance`. `bidirectional`:
+    half of the buckets are for later keys; otherwise all later keys share bucket 0.
     """
     offset = jnp.zeros_like(distance)
     if bidirectional:
@@ -268,8 +268,8 @@ def relative_bucket(
         distance = jnp.maximum(-distance, 0)
     exact = buckets // 2
     log_ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / jnp.log(max_distance / exact)
-    far = jnp.minimum(exact + (log_ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
-    return offset + jnp.where(distance < exact, distance, far)
+    log_bucket = jnp.minimum(exact + (log_ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return offset + jnp.where(distance < exact, distance, log_bucket)
 
 
 class PositionBias(nnx.Module):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
-# Of the dtypes whose name does not end in their number of bits
+# Bits of the dtypes whose name does not end in their number of bits
 DTYPE_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 NO_TRAFFIC_OPCODES = {
     *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "iota"),
@@ -91,7 +91,7 @@ class Collective(NamedTuple):
     shapes: tuple[HloShape, ...]  # of the larger side: what is gathered (the result) or reduced (the operands)
     group: tuple[int, ...]  # device ids of the first replica group
     times: int  # executions per run of the program
-    op_name: str  # JAX's name of the operation, which tells where in the source it comes from
+    op_name: str  # JAX's name of the operation, which identifies the source location
 
     @property
     def nbytes(self) -> float:
@@ -111,7 +111,7 @@ class Counts(NamedTuple):
     """Work of one device in one run of a program."""
 
     flops: dict[str, float]  # of matrix products, by the dtype of their left operand
-    traffic: float  # bytes read and written by instructions outside fusions: at most so many reach device memory
+    traffic: float  # bytes read and written by instructions outside fusions: an upper bound of device memory traffic
     collectives: list[Collective]
     unknown_loops: int  # loops whose trip count is known only at run time
 
@@ -201,11 +201,11 @@ def _walk(module: Module, name: str, times: int, assumed_trip_count: int, *, in_
 def trip_count(module: Module, loop: Instruction) -> int | None:
     """Number of iterations of a loop, or None if the program does not state it.
 
-    Read from the compiler's `known_trip_count`. TPU's compiler writes none; there it is the `n` of a condition that is
-    `i < n` and nothing else, as that of a scan is: JAX counts `i` from 0, by 1.
+    The number is the compiler's `known_trip_count`. TPU's compiler writes none; then the number is `n` if the condition
+    is exactly `i < n`, as in the loop of a scan, whose `i` JAX counts from 0 by 1.
     """
-    if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
-        return int(stated[1])
+    if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(match[1])
     name = re.search(r"condition=%?([\w.-]+)", loop.attributes)
     condition = module.computations[name[1]] if name else {}
     root = next((instruction for instruction in condition.values() if instruction.is_root), None)
@@ -236,9 +236,9 @@ def _matmul_flops(computation: Mapping[str, Instruction], instruction: Instructi
     left, right = (computation[name].shapes[0] for name in instruction.operands[:2])
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, left, right)
-    stated = re.search(r'lhs_contracting_dim(?:s|ensions)"?[=:][\[{]([\d",]*)[\]}]', instruction.attributes)
-    last_axis = [len(left.sizes) - 1]  # what oneDNN's calls on a CPU contract, without stating it
-    contracted = [int(i) for i in re.findall(r"\d+", stated[1])] if stated else last_axis
+    match = re.search(r'lhs_contracting_dim(?:s|ensions)"?[=:][\[{]([\d",]*)[\]}]', instruction.attributes)
+    last_axis = [len(left.sizes) - 1]  # the axis that oneDNN's custom calls on a CPU contract, without stating it
+    contracted = [int(i) for i in re.findall(r"\d+", match[1])] if match else last_axis
     return 2 * instruction.shapes[0].elements * math.prod(left.sizes[i] for i in contracted)
 
 
@@ -303,8 +303,8 @@ def _first_group(attributes: str) -> tuple[int, ...]:
     """Device ids of the first replica group, in any of the forms that XLA writes groups in."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return int(pairs[1]), int(pairs[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return tuple(map(int, listed[1].split(",")))
+    if explicit := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return tuple(map(int, explicit[1].split(",")))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
         return tuple(_device_array(iota[3]).reshape(int(iota[1]), int(iota[2]))[0].tolist())
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", attributes)

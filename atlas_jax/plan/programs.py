@@ -32,12 +32,12 @@ DEFAULT_TARGET_TOKENS = 32  # length of a target when --target_maxlength sets no
 
 
 class PlannedProgram(NamedTuple):
-    """A program that a run calls over and over."""
+    """A program that a run calls repeatedly."""
 
     name: str
     compile: Callable[[], jax.stages.Compiled]
     batch_bytes: int  # per device, of the arguments that are not resident
-    tokens: int  # that the reader's encoder or the retriever reads in one call, on all devices together
+    tokens: int  # tokens that the reader's encoder or the retriever reads in one call, all devices together
 
 
 class Plan(NamedTuple):
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: Config, mesh: Mesh, passages_count: int) -> Plan:
-    """Plans the run of `config` on a mesh, with a flat index of so many passages, or without one if 0."""
+    """Plans the run of `config` on a mesh, with a flat index of `passages_count` passages; 0: without an index."""
     model = _model_config(config)
     params = {path: put_parameter(mesh, path, shape) for path, shape in param_shapes(model).items()}
     cfg = step_config(config, model, mesh, PAD_ID, EOS_ID)

@@ -12,7 +12,7 @@ from atlas_jax.plan.hlo import Collective, Counts
 from atlas_jax.plan.programs import Plan, PlannedProgram
 from atlas_jax.plan.topology import Topology
 
-DEFAULT_MEMORY_FRACTION = 0.75  # of a GPU's memory, which JAX allocates unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
+DEFAULT_MEMORY_FRACTION = 0.75  # share of GPU memory that JAX allocates unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 GB = 1e9
 
 
@@ -23,10 +23,10 @@ class ProgramReport:
     name: str
     memory: dict[str, float]  # bytes by kind of array, those that stay on the device throughout the run included
     capacity: float  # bytes of memory that the device has
-    tokens: int  # that all devices together read in one call
+    tokens: int  # tokens that all devices together read in one call
     compile_seconds: float
     refused: str = ""  # why there is no compiled program
-    broken: bool = False  # `refused` is a failure of the compiler, not want of memory
+    broken: bool = False  # `refused` is a failure of the compiler, not a lack of memory
     flops: dict[str, float] = dataclasses.field(default_factory=dict)  # of matrix products, by dtype
     traffic: float = 0.0  # bytes read from and written to device memory, an upper bound
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # see `totals_by_kind`
@@ -37,7 +37,7 @@ class ProgramReport:
 
     @property
     def total(self) -> float:
-        """Bytes of memory in all."""
+        """Total bytes of memory."""
         return sum(self.memory.values())
 
     @property
@@ -116,7 +116,9 @@ def roofline(counts: Counts, topology: Topology) -> dict[str, float]:
     return {
         "compute": sum((n / rates.get(dtype, device.f32_flops) for dtype, n in counts.flops.items()), 0.0),
         "memory": counts.traffic / device.memory_bandwidth,
-        "interconnect": sum((one.times * _collective_seconds(one, topology) for one in counts.collectives), 0.0),
+        "interconnect": sum(
+            (collective.times * _collective_seconds(collective, topology) for collective in counts.collectives), 0.0
+        ),
     }
 
 
@@ -126,12 +128,12 @@ def _collective_seconds(collective: Collective, topology: Topology) -> float:
     nodes = len({device // topology.devices_per_node for device in collective.group})
     if members < 2:
         return 0.0
-    by_links = collective.sent_bytes / topology.device.link_bandwidth
+    link_seconds = collective.sent_bytes / topology.device.link_bandwidth
     if nodes == 1:
-        return by_links
-    # What other nodes need of the bytes that a device sends leaves its node once, through the ports of all its members
-    crossing = collective.sent_bytes * members / (members - 1) * (nodes - 1) / nodes / (members / nodes)
-    return max(by_links, crossing / topology.device.network_bandwidth)
+        return link_seconds
+    # The bytes of a node that other nodes need leave it once, divided among the network ports of its members
+    port_bytes = collective.sent_bytes * members / (members - 1) * (nodes - 1) / nodes / (members / nodes)
+    return max(link_seconds, port_bytes / topology.device.network_bandwidth)
 
 
 def _largest_array(module: hlo.Module) -> str:

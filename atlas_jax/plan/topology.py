@@ -25,7 +25,7 @@ class Device(NamedTuple):
     f32_flops: float  # of float32 matrix products
     link_bandwidth: float  # bytes, between the devices of a node or of a TPU slice
     network_bandwidth: float  # bytes, between nodes, the share of each device
-    tpu_name: str = ""  # the name that libtpu knows the TPU by
+    tpu_name: str = ""  # libtpu's name of the TPU
     tpu_options: Mapping[str, Any] = {}  # further arguments of the TPU's topology description
 
 

@@ -20,7 +20,7 @@ from atlas_jax.runtime.process_group import process_group
 
 Side = Literal["query", "passage"]
 WINDOW = 2**16  # consecutive passages sorted by length together: reads stay local on disk, batches have little padding
-TOKENS_PER_DEVICE = {"cpu": 2**13, "gpu": 2**17, "tpu": 2**17}  # of a batch: enough to keep a device busy
+TOKENS_PER_DEVICE = {"cpu": 2**13, "gpu": 2**17, "tpu": 2**17}  # tokens of a batch: enough to keep a device busy
 
 
 class Embedder:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 FaissKind = Literal["flat", "ivfflat", "ivfsq", "ivfpq", "pq"]
 
-PQ_CENTROIDS = 256  # of each of the `code_size` sub-vectors: a code byte is the index of one
+PQ_CENTROIDS = 256  # centroids of each of the `code_size` sub-vectors: a code byte is the index of one
 TRAINING_ROWS_PER_CENTROID = 256  # given more, faiss's k-means would subsample them itself
 TRAINING_BYTES = 2**31  # limit of the training sample in float32; 37 million passages still get 100 rows per centroid
 CODE_TABLE_ROWS = {"flat": 0, "ivfflat": 0, "ivfsq": 2, "ivfpq": PQ_CENTROIDS, "pq": PQ_CENTROIDS}  # rows "dim"

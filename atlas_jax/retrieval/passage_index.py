@@ -59,7 +59,7 @@ def open_passage_index(
 ) -> PassageIndex:
     """Opens the index that the flags name, or builds it first.
 
-    `fingerprints`: of the passage encoder, then of others whose index is accepted too. A built index is written to
+    `fingerprints`: accepted fingerprints; the first is the current passage encoder's. A built index is written to
     --save_index_path, or into the folder `scratch`, and opened from there. UserError if the index was built by another
     retriever, holds too few passages, or is damaged.
     """
@@ -140,7 +140,7 @@ def check_count(retrieval: RetrievalConfig, count: Any) -> None:
 def _open(
     folder: Path, config: Config, dim: int, fingerprints: Sequence[str], mesh: Mesh, scratch: Path
 ) -> PassageIndex:
-    """Opens an index in our own format; UserError if none of the fingerprints is the one that it was built with."""
+    """Opens an index in our own format; UserError if its fingerprint is not among `fingerprints`."""
     metadata = read_metadata(folder)
     check_retriever(folder, metadata, dim, fingerprints)
     _warn_of_differences(folder, metadata, config)
@@ -170,7 +170,7 @@ def _warn_of_differences(folder: Path, metadata: dict[str, Any], config: Config)
 def _load_vectors(folder: Path, metadata: dict[str, Any], config: Config, mesh: Mesh, scratch: Path) -> VectorIndex:
     """Loads the vector index, or builds a faiss index in memory or in `scratch` from a flat one, as the flags ask.
 
-    UserError if the flags ask for another kind than a faiss index on disk, which no longer has the vectors.
+    UserError if a faiss index on disk is of another kind: its vectors are gone, so it cannot be rebuilt.
     """
     mode, kind, code_size = config.index.index_mode, metadata.get("kind"), metadata.get("code_size")
     if metadata.get("index_mode") == "flat":

@@ -55,8 +55,8 @@ class PassageRetriever:
     ) -> "PassageRetriever":
         """Opens or builds the index that the flags name.
 
-        `fingerprints`: of the passage encoder, then of others whose index is accepted too. `scratch` is a folder that
-        all processes share, for an index that no flag gives a place.
+        `fingerprints`: accepted fingerprints; the first is the current passage encoder's. `scratch`: a folder that all
+        processes share, for an index built without --save_index_path.
         """
         length = min(config.text.retriever_maxlength, retriever.encoder_of("query").cfg.max_positions)
         queries = Embedder(retriever, "query", tokenizer, mesh, length)

@@ -1,4 +1,4 @@
-"""--retrieve_with_rerank: embeds the candidates of a search with the present passage encoder and sorts them again."""
+"""--retrieve_with_rerank: embeds the candidates of a search with the current passage encoder and sorts them again."""
 
 import numpy as np
 from jaxtyping import Float32, Int64

@@ -32,9 +32,9 @@ class VectorIndex(Protocol):
         ...
 
     def begin_search(self, queries: Float32[Array, "rows d"], count: int, k: int) -> Callable[[], SearchResult]:
-        """Starts the same search for the first `count` rows and returns a function that waits for its result.
+        """Starts `search` for the first `count` rows of `queries` and returns a function that waits for its result.
 
-        `queries` are replicated on every device and may still be computed: the caller is not blocked.
+        `queries` are replicated on every device and may still be computing: the caller is not blocked.
         """
         ...
 

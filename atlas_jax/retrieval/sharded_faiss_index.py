@@ -38,7 +38,7 @@ class ShardedFaissIndex(HostIndex):
         if self._shard:
             found = self._shard.search(queries, min(k, self._shard.count))
             packed = found.scores.tobytes() + (found.numbers + self.first).tobytes()
-        parts = [_unpack(one, len(queries)) for one in process_group().all_gather(packed, channel=CHANNEL)]
+        parts = [_unpack(part, len(queries)) for part in process_group().all_gather(packed, channel=CHANNEL)]
         scores, numbers = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
         order = np.lexsort((numbers, -scores))[:, :k]
         return checked_result(np.take_along_axis(scores, order, 1), np.take_along_axis(numbers, order, 1))

@@ -1,6 +1,6 @@
-"""How the processes of a run find each other: flags, SLURM, Open MPI or Google's TPU environment.
+"""Process discovery: flags, SLURM, Open MPI or Google's TPU environment.
 
-No other file reads these. Importing this file initializes no devices.
+No other file reads these environments. Importing this file initializes no devices.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ PER_PROCESS_FLAGS = ("--process_id", "--local_rank", "--compile_cache")  # may d
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """The processes of a run and the place of this one among them."""
+    """The processes of a run, and this process's index and devices."""
 
     coordinator: str = ""  # host:port of process 0
     count: int = 1  # processes
     index: int = 0  # of this process
-    devices: tuple[int, ...] | None = None  # local ids of the GPUs that this process uses; None: all it sees
-    source: str = "a single process"  # what these values come from, for the log
-    host_names: tuple[str, ...] = ()  # of all processes, by index, where known beforehand
+    devices: tuple[int, ...] | None = None  # local ids of the GPUs that this process uses; None: all visible
+    source: str = "a single process"  # where these values come from, for the log
+    host_names: tuple[str, ...] = ()  # of all processes, by index; empty unless known beforehand
 
 
 def detect_cluster(run: RunConfig, environment: Mapping[str, str] = os.environ) -> ClusterSpec:
@@ -165,7 +165,7 @@ def _metadata(environment: Mapping[str, str], name: str) -> str:
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """Reads a number from an environment variable; UserError if it is none, or is not set and has no default."""
+    """Reads a number from an environment variable; UserError if it is no number, or is not set and has no default."""
     text = environment.get(name)
     if text is None and default is not None:
         return default
@@ -219,16 +219,16 @@ def task_devices(environment: Mapping[str, str], local_rank: int, tasks: int) ->
         raise UserError(
             f"GPUs {','.join(visible)} do not divide among the {tasks} tasks of the node; set CUDA_VISIBLE_DEVICES"
         )
-    each = len(visible) // tasks
-    return tuple(range(local_rank * each, (local_rank + 1) * each))
+    gpus_per_task = len(visible) // tasks
+    return tuple(range(local_rank * gpus_per_task, (local_rank + 1) * gpus_per_task))
 
 
 @contextlib.contextmanager
 def connect(run: RunConfig) -> Iterator[ProcessGroup]:
     """Initializes `jax.distributed` among the processes of the run; within the block they form `process_group()`.
 
-    Call before the first use of a device. UserError that names a process which is missing or different. When a process
-    is lost later, all others end, see `membership`.
+    Call before the first use of a device. UserError names a process that is missing, or differs from process 0. When a
+    process is lost later, all others end, see `membership`.
     """
     cluster = detect_cluster(run)
     if cluster.count == 1:
@@ -301,7 +301,7 @@ def command_hash(arguments: Sequence[str]) -> str:
 
 
 def differences(infos: Sequence[ProcessInfo]) -> str:
-    """Describes in which properties processes differ from process 0, hosts aside: at most five; empty if in none."""
+    """Describes properties, except hosts, in which processes differ from process 0: at most five; empty if in none."""
     lines = [
         f"process {index} ({info['host']}) has {key} {info[key]}, process 0 ({infos[0]['host']}) {infos[0][key]}"
         for index, info in enumerate(infos)

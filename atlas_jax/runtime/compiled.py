@@ -87,7 +87,7 @@ class CompiledFunction:
             seconds = time.perf_counter() - start
             shape = " x ".join(map(str, max((x.shape for x in leaves), key=len, default=())))
             logger.info("compiled %s for %s in %.1f s (program %d)", self.name, shape, seconds, self.count)
-            process_group().barrier()  # else a process that found it in the cache may take a slower one for stuck
+            process_group().barrier()  # else a process with a cache hit could report a slower process as stuck
             self.compile_seconds += time.perf_counter() - start
         return self._compiled[shapes]
 
@@ -110,7 +110,7 @@ class CompiledFunction:
 def _in_thread(name: str, function: Callable[[], T]) -> T:
     """Returns `function()`, called in a new thread, so that signal handlers run in this thread while XLA compiles.
 
-    If a handler raises, the wait ends and XLA goes on compiling. The thread is not a daemon, since XLA would crash
+    If a handler raises, the wait ends and XLA continues to compile. The thread is not a daemon, since XLA would crash
     once the interpreter is gone.
     """
     result: concurrent.futures.Future[T] = concurrent.futures.Future()

@@ -50,8 +50,8 @@ class Interrupts:
         sys.unraisablehook = functools.partial(self._on_unraisable, sys.unraisablehook)
         for signum in SIGNALS:
             if signum != signal.SIGINT or signal.getsignal(signum) is not signal.SIG_IGN:
-                before = signal.signal(signum, self._on_signal) or signal.SIG_DFL  # None: not installed by Python
-                self._restore.callback(signal.signal, signum, before)
+                previous = signal.signal(signum, self._on_signal) or signal.SIG_DFL  # None: not installed by Python
+                self._restore.callback(signal.signal, signum, previous)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -95,10 +95,10 @@ class Interrupts:
             raise KeyboardInterrupt
         self._raise_due()
 
-    def _on_unraisable(self, before: Callable[..., Any], unraisable: "sys.UnraisableHookArgs") -> None:
+    def _on_unraisable(self, previous: Callable[..., Any], unraisable: "sys.UnraisableHookArgs") -> None:
         """Sends a signal again if Python dropped its `Interrupted`, as it does in `__del__` and garbage collection."""
         if not isinstance(unraisable.exc_value, Interrupted):
-            before(unraisable)
+            previous(unraisable)
             return
         self._is_due = True
         timer = threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))

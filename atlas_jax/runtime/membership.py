@@ -1,4 +1,4 @@
-"""Which processes of a run are alive: a TCP connection from each process to process 0, opened before and beside JAX's.
+"""Liveness of the processes: a TCP connection from each process to process 0, opened before JAX's and separate from it.
 
 JAX aborts a process, with a stack trace, when another one is missing or dies. Here such a run ends with one line that
 names the process: at the start after a time limit; later as soon as a connection closes or sends no heartbeat for too
@@ -20,9 +20,9 @@ from atlas_jax.errors import UserError
 from atlas_jax.runtime.watchdog import Watchdog
 
 EXIT_PEER_LOST = 75  # the exit status when another process is gone: EX_TEMPFAIL, "try again"
-ERROR_GRACE = 1.0  # seconds for this process to report an error of its own before it ends for another's
-EXIT_GRACE = 30.0  # seconds that process 0, having told the others to end, waits for them to end first
-MIN_SILENCE_TIMEOUT = 10.0  # seconds; Python may hold up a heartbeat for some
+ERROR_GRACE = 1.0  # seconds for this process to report an error of its own before it exits because of another's
+EXIT_GRACE = 30.0  # seconds that process 0, after asking the others to exit, waits for them to exit first
+MIN_SILENCE_TIMEOUT = 10.0  # seconds; busy Python code may delay a heartbeat by some seconds
 
 ProcessInfo = dict[str, Any]  # properties of a process that are compared at the start; `host` is its host name
 Compare = Callable[[Sequence[ProcessInfo]], str]  # describes the differences between processes; empty if there are none
@@ -75,7 +75,7 @@ class Membership:
     ):
         self.index, self.processes, self.port = index, processes, port
         self._connections, self._silence_timeout = connections, max(timeout, MIN_SILENCE_TIMEOUT)
-        self._left_at: dict[int, float] = {}  # when each process that said goodbye did so
+        self._left_at: dict[int, float] = {}  # `time.monotonic()` at which each process left cleanly, by index
         self._closing = threading.Event()
         threading.Thread(target=self._watch, name="membership", daemon=True).start()
 
@@ -84,9 +84,9 @@ class Membership:
         return f"process {index} ({self.processes[index]['host']})"
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Says goodbye to the other processes. After an `Exception` they end at once, naming it.
+        """Announces that this process leaves. After an `Exception` the other processes end at once and print its text.
 
-        After an interruption they have time to save and stop: the silence timeout, counted from the first goodbye.
+        After an interruption they have time to save and stop: the silence timeout, counted from the first announcement.
         """
         self._closing.set()
         message: ProcessInfo = {"bye": True}
@@ -175,9 +175,9 @@ def rendezvous(
     host_names: Sequence[str],
     compare: Compare,
 ) -> Membership:
-    """Connects the processes of a run. UserError that names those missing after `timeout` s, or different by `compare`.
+    """Connects the processes of a run. UserError names those missing after `timeout` s, or what `compare` returns.
 
-    `host_names` are those of all processes where they are known beforehand, and else empty.
+    `host_names`: of all processes if they are known beforehand, else empty.
     """
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + timeout
@@ -236,7 +236,7 @@ def _coordinate(
 
 
 def _join(host: str, port: int, index: int, info: ProcessInfo, end: float, timeout: float) -> Membership:
-    """Any other process: connects once process 0 listens, sends its properties, and waits until all have connected."""
+    """Other processes: connect once process 0 listens, send their properties, and wait until all have connected."""
     connection = None
     while connection is None:
         try:

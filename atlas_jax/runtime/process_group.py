@@ -15,7 +15,7 @@ from typing import Any
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.interrupts import Interrupted
 
-SLACK = 5.0  # seconds that the others wait for process 0's answer, beyond the timeout of process 0
+SLACK = 5.0  # seconds that the other processes wait for process 0's answer, beyond the timeout of process 0
 NO_TIMEOUT = 30 * 86400.0  # seconds; `membership` detects a process that is lost meanwhile
 
 
@@ -63,7 +63,7 @@ class ProcessGroup:
         else:
             answer = self._collect(key, value, seconds, channel)
             self._client.key_value_set_bytes(f"{key}/all", answer)
-            if call:  # all have sent their values of this call, so all have read the previous answer
+            if call:  # all processes have sent this call's value, hence have read the previous answer
                 self._client.key_value_delete(f"atlas/{channel}/{call - 1}/all")
         head, _, body = answer.partition(b"\n")
         lengths = json.loads(head)
@@ -73,9 +73,9 @@ class ProcessGroup:
         return [body[start:end] for start, end in itertools.pairwise(ends)]
 
     def _collect(self, key: str, value: bytes, seconds: float, channel: str) -> bytes:
-        """Returns, on process 0, the answer to all: a line of JSON with the lengths of all values, then the values.
+        """Collects all values on process 0; returns the message that it publishes: a line of their lengths, the values.
 
-        If a process is missing, the line is instead a string that names it.
+        If a process is missing, the message is instead a JSON string that names it.
         """
         end = time.monotonic() + seconds
         values = [value]

@@ -16,7 +16,7 @@ WAITING_CODE = (
     JAX_FOLDER,
     *(str(PACKAGE / name) for name in ("runtime/process_group.py", "runtime/compiled.py", "retrieval/flat_index.py")),
 )
-BUSY_SHARE = 0.02  # of one CPU; a process that only sends heartbeats uses a tenth of it
+BUSY_SHARE = 0.02  # share of one CPU; a process that only sends heartbeats uses a tenth of it
 
 
 class Watchdog:

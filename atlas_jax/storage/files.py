@@ -100,10 +100,10 @@ def _machine_id() -> str:
     They differ between hosts, boots and containers of one host, so that equal pids mean the same process.
     """
     try:
-        boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
+        boot_id, namespace = Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
     except OSError:  # not Linux: random, so that no other process's files are taken for leftovers of this machine
-        boot, namespace = uuid.uuid4().hex, 0
-    return hashlib.blake2b(f"{boot} {namespace}".encode(), digest_size=4).hexdigest()
+        boot_id, namespace = uuid.uuid4().hex, 0
+    return hashlib.blake2b(f"{boot_id} {namespace}".encode(), digest_size=4).hexdigest()
 
 
 def _is_alive(pid: int) -> bool:
@@ -151,7 +151,7 @@ class WritebackLimiter:
 
 
 def _is_write_error(error: OSError, draft: Path) -> bool:
-    """Returns whether an error came from writing to `draft`: it names a path there, or, as `write` does, none."""
+    """Returns whether an error came from writing to `draft`: its file name is in there or, as for `write`, missing."""
     is_named = error.filename is None or draft.name in str(error.filename)
     return error.errno is not None and not isinstance(error, BrokenPipeError) and is_named
 

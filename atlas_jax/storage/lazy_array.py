@@ -214,15 +214,17 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, target_bytes: int = 0) ->
     return max(1, -(-shape[0] // count)), *(max(1, n) for n in shape[1:])
 
 
-def shard_chunk_shape(piece: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+def shard_chunk_shape(shard_shape: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """Returns the chunk shape of an array of `shape` that is sharded into shards of the shape `shard_shape`.
 
     No two shards share a chunk, so several processes can write at the same time.
     """
-    if piece == shape:
+    if shard_shape == shape:
         return chunk_shape(shape, itemsize)
-    fits = chunk_shape(piece, itemsize, SHARDED_CHUNK_BYTES)
-    return tuple(step if n == whole else _divisor(n, step) for n, whole, step in zip(piece, shape, fits, strict=True))
+    fits = chunk_shape(shard_shape, itemsize, SHARDED_CHUNK_BYTES)
+    return tuple(
+        step if n == whole else _divisor(n, step) for n, whole, step in zip(shard_shape, shape, fits, strict=True)
+    )
 
 
 def _divisor(n: int, limit: int) -> int:

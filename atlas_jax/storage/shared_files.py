@@ -46,7 +46,7 @@ def shared_scratch(folder: Path, prefix: str) -> Iterator[Path]:
 
 
 def check_shared(folder: Path, flag: str) -> None:
-    """Raises UserError unless all processes see the same folder; `flag` is the one that names it."""
+    """Raises UserError unless all processes see the same folder; `flag`: the flag that sets the folder."""
 
     def create_marker() -> str:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ Record = dict[str, Any]  # one line of a predictions file
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One query for the reader, with its target and the answers that score."""
+    """One query for the reader, with its target and the accepted answers."""
 
     query: str
     target: str | None  # text that the decoder is trained on; None where the row has none

@@ -120,7 +120,8 @@ class Trainer:
                     if step % config.save_freq == 0 or step == total:
                         self.save()
                     if step % config.eval_freq == 0 or step == total:
-                        self.evaluate(list(self.eval_rows))
+                        with self.timed("evaluate"):
+                            self.evaluate(list(self.eval_rows))
                     self.interrupts.check()
         except Interrupted:
             self.save()
@@ -176,19 +177,16 @@ class Trainer:
 
     def evaluate(self, names: list[str]) -> None:
         """Scores files of --eval_data with the current parameters, and reports the scores."""
-        with self.timed("evaluate"):
-            with self.interrupts.held():
-                self.metrics.flush()
-            if not names:
-                return
-            step, model = self.progress.step, self.model()
-            self.setup.index.update(model)
-            for name in names:
-                rows = self.eval_rows[name]
-                result = evaluate_file(
-                    self.setup.evaluator, rows, model.reader, self.run_folder, _result_stem(name, step)
-                )
-                self.reporter.scores(step, Path(rows.path).name, result.scores)
+        with self.interrupts.held():
+            self.metrics.flush()
+        if not names:
+            return
+        step, model = self.progress.step, self.model()
+        self.setup.index.update(model)
+        for name in names:
+            rows = self.eval_rows[name]
+            result = evaluate_file(self.setup.evaluator, rows, model.reader, self.run_folder, _result_stem(name, step))
+            self.reporter.scores(step, Path(rows.path).name, result.scores)
 
     def evaluate_missing(self) -> None:
         """After a resume: evaluates what the interruption left without scores at this step."""

@@ -99,10 +99,15 @@ def check_same_run(start: RunStart, config: Config, folder: Path, queries: int) 
     """`DifferentRun` if flags that must stay the same have changed, or the number of queries in a step has."""
     flags, rules = to_dict(config), resume_rules()
     saved_flags = start.resume_state.metadata["flags"] if start.resume_state else {}
+    if unknown := [f"--{flag}" for flag in saved_flags if flag not in rules]:
+        raise DifferentRun(
+            f"{folder}: written by another version, which has {', '.join(unknown)}; resume with that version or choose "
+            "another --name"
+        )
     changed = {
         flag: value
         for flag, value in saved_flags.items()
-        if rules.get(flag, "changeable") != "changeable" and _as_json(flags[flag]) != value
+        if rules[flag] != "changeable" and _as_json(flags[flag]) != value
     }
     for flag in [flag for flag in rules if rules[flag] == "warned" and flag in changed]:
         logger.warning(

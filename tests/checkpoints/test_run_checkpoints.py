@@ -98,7 +98,7 @@ def test_damaged_checkpoints_are_skipped(folder, caplog):
 
 
 def test_only_damaged_checkpoints_are_an_error(folder):
-    """If all checkpoints are damaged, restoring raises UserError, which names the newest, instead of starting anew."""
+    """If all checkpoints are damaged, UserError names the newest, instead of starting from scratch."""
     for step in (2, 4, 10):
         (folder / f"step-{step}" / "atlas.json").unlink()
     message = f"{folder}: none of its checkpoints can be read; the newest: {folder}/step-10/atlas.json: cannot be read"

@@ -136,9 +136,9 @@ def test_a_saved_checkpoint_is_loaded_bit_exact(saved, tiny_weights):
 def test_the_folder_holds_weights_and_tokenizers_only(saved):
     """The folder has weights, tokenizers and configs, but no dropout and no dtype of the run; no draft is left."""
     assert sorted(path.name for path in saved.iterdir()) == ["atlas.json", "params", "reader", "retriever"]
-    about = json.loads((saved / "atlas.json").read_text())
-    assert set(about) == {"format", "step", "index", "untied", "reader", "retriever", "files", "checksums"}
-    assert not {"dropout", "dtype", "for_cpu"} & {*about["reader"], *about["retriever"]}
+    metadata = json.loads((saved / "atlas.json").read_text())
+    assert set(metadata) == {"format", "step", "index", "untied", "reader", "retriever", "files", "checksums"}
+    assert not {"dropout", "dtype", "for_cpu"} & {*metadata["reader"], *metadata["retriever"]}
     assert list(saved.parent.iterdir()) == [saved]
     assert store.is_checkpoint(saved)
     assert not store.is_checkpoint(saved / "reader")
@@ -199,17 +199,17 @@ def edit(folder: Path, **changes: object) -> None:
 
 def test_parameters_of_another_shape_are_refused(folder):
     """Configs that contradict the arrays' names or shapes are refused; Orbax alone would pad and cut."""
-    about = json.loads((folder / "atlas.json").read_text())
+    metadata = json.loads((folder / "atlas.json").read_text())
     for changes in (
-        {"reader": about["reader"] | {"d_ff": 161}},
-        {"reader": about["reader"] | {"d_ff": 80}},
-        {"reader": about["reader"] | {"num_layers": 2}},
+        {"reader": metadata["reader"] | {"d_ff": 161}},
+        {"reader": metadata["reader"] | {"d_ff": 80}},
+        {"reader": metadata["reader"] | {"num_layers": 2}},
         {"untied": True},
         {"retriever": None},
     ):
-        edit(folder, **about | changes)
+        edit(folder, **metadata | changes)
         refusal(lambda: store.load(folder), f"{folder}/params: damaged or incomplete")
-    edit(folder, **about)
+    edit(folder, **metadata)
     store.load(folder)
 
 
@@ -217,29 +217,29 @@ def test_a_damaged_atlas_json_is_refused(folder):
     """An atlas.json cut short, of another format, or with missing, unknown or mistyped fields is refused by name."""
     path = folder / "atlas.json"
     text = path.read_text()
-    about = json.loads(text)
+    metadata = json.loads(text)
     path.write_text(text[:-20])
     refusal(lambda: store.load(folder), f"{path}: not JSON")
     path.write_text("[]")
     refusal(lambda: store.load(folder), f"{path}: holds no object")
-    path.write_text(json.dumps(about | {"format": 1}))
+    path.write_text(json.dumps(metadata | {"format": 1}))
     refusal(lambda: store.load(folder), f"{path}: format 1, this program reads 2; use its release")
     path.write_text("{}")
     refusal(lambda: store.load(folder), f"{path}: format None")
     for key in ("step", "index", "untied", "reader", "retriever", "files", "checksums"):
-        path.write_text(json.dumps({field: value for field, value in about.items() if field != key}))
+        path.write_text(json.dumps({field: value for field, value in metadata.items() if field != key}))
         refusal(lambda: store.load(folder), f"{path}: damaged ('{key}')")
     for changes in (
         {"step": "seven"},
         {"reader": 5},
-        {"reader": about["reader"] | {"experts": 8}},
-        {"reader": about["reader"] | {"d_model": "64"}},
-        {"retriever": about["retriever"] | {"num_heads": 0}},
+        {"reader": metadata["reader"] | {"experts": 8}},
+        {"reader": metadata["reader"] | {"d_model": "64"}},
+        {"retriever": metadata["retriever"] | {"num_heads": 0}},
         {"files": None},
         {"index": 7},
         {"checksums": []},
     ):
-        path.write_text(json.dumps(about | changes))
+        path.write_text(json.dumps(metadata | changes))
         refusal(lambda: store.load(folder), f"{path}: damaged")
 
 
@@ -340,10 +340,10 @@ def test_a_flipped_bit_in_any_file_is_detected(trained, resume_state, tmp_path):
 
 def test_changed_values_and_files_are_refused_by_name(folder, trained, tmp_path):
     """Changed values in complete files are refused by folder and array; truncated and missing files by path."""
-    about = json.loads((folder / "atlas.json").read_text())
+    metadata = json.loads((folder / "atlas.json").read_text())
     name = "reader/embed/embedding"
-    about["checksums"]["params"][name] = about["checksums"]["params"][name][::-1]
-    edit(folder, **about)
+    metadata["checksums"]["params"][name] = metadata["checksums"]["params"][name][::-1]
+    edit(folder, **metadata)
     refusal(lambda: store.load(folder), f"{folder}/params: {name} is not what was saved; copy the checkpoint again")
     assert store.is_complete(folder)  # its file sizes are right
     for name in ("training.json", "training/_METADATA"):

@@ -1,4 +1,4 @@
-"""The weight rules use every array of the reference once and fill every parameter of ours once."""
+"""The weight rules use every array of the reference once and fill every parameter of our models once."""
 
 import functools
 from collections import Counter
@@ -102,9 +102,9 @@ def test_every_number_arrives_exactly_once(golden, name):
 def test_every_name_is_used_exactly_once(golden, name):
     """The rules have each array of the file once, but for unused names; names that the file lacks are aliases."""
     cfg, source = golden_config(golden, name), golden_arrays(golden, name)
-    wanted = Counter(e.name for e in weight_entries(cfg))
-    assert set(wanted.values()) == {1}
-    assert {key for key in source if key not in wanted} == {key for key in source if key.endswith("position_ids")}
+    name_counts = Counter(e.name for e in weight_entries(cfg))
+    assert set(name_counts.values()) == {1}
+    assert {key for key in source if key not in name_counts} == {key for key in source if key.endswith("position_ids")}
     assert {e.name for e in weight_entries(cfg) if e.name not in source} <= {
         e.name for e in weight_entries(cfg) if e.alias
     }

@@ -40,8 +40,8 @@ def test_published_shards_that_do_not_match_name_the_file(assert_refused, golden
     refuse("one", "passages.2.pt: missing, one of 4 shards", passages_2_pt=None)
     refuse("two", "embeddings.1.pt: missing, one of 4 shards", embeddings_1_pt=None)
     refuse("three", "passages.3.pt: missing, one of 4 shards", passages_3_pt=None)
-    one_passage_less = pickle.dumps(pickle.loads(fourth)[:-1])
-    refuse("four", "passages.3.pt: ", "embeddings.3.pt has", "fetch both again", passages_3_pt=one_passage_less)
+    too_few_passages = pickle.dumps(pickle.loads(fourth)[:-1])
+    refuse("four", "passages.3.pt: ", "embeddings.3.pt has", "fetch both again", passages_3_pt=too_few_passages)
     refuse("five", "passages.3.pt: is cut short", passages_3_pt=fourth[:1000])
     refuse("six", "passages.0.pt: holds no list of passages", passages_0_pt=pickle.dumps({"a": 1}))
     refuse("seven", "embeddings.2.pt: ", embeddings_2_pt=(golden / "index_4shards/embeddings.2.pt").read_bytes()[:-9])
@@ -98,9 +98,9 @@ def test_a_damaged_index_names_the_file(assert_refused, finished_run, tmp_path):
     refuse("two", truncate("passages/text.bin"), "text.bin")
     refuse("three", truncate("index.json"), "index.json: not JSON")
     refuse("four", lambda folder: (folder / "embeddings.npy").unlink(), "embeddings.npy")
-    about = json.loads((finished_run / "index" / "index.json").read_text())
-    refuse("five", lambda f: (f / "index.json").write_text(json.dumps(about | {"format": 2})), "format 2, not 1")
-    refuse("six", lambda f: (f / "index.json").write_text(json.dumps(about | {"count": 29})), "29 vectors, but 30")
+    metadata = json.loads((finished_run / "index" / "index.json").read_text())
+    refuse("five", lambda f: (f / "index.json").write_text(json.dumps(metadata | {"format": 2})), "format 2, not 1")
+    refuse("six", lambda f: (f / "index.json").write_text(json.dumps(metadata | {"count": 29})), "29 vectors, but 30")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "other_index"])

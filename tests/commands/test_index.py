@@ -116,15 +116,15 @@ def test_convert_stores_the_fingerprint_of_the_model(run_index, index_fails, fin
     """The fingerprint is the one that `build` writes; an index with another model's fingerprint is refused."""
     source = ["convert", "--load_index_path", golden / "index_1shard"]
     run_index(*source, *MODEL_FLAGS, "--text_maxlength", 512, "--output", tmp_path / "bound")
-    about = read_metadata(tmp_path / "bound")
-    assert about["retriever"] == read_metadata(finished_run / "index")["retriever"]
-    assert (about["retriever_format"], about["max_length"]) == (None, 512)
+    metadata = read_metadata(tmp_path / "bound")
+    assert metadata["retriever"] == read_metadata(finished_run / "index")["retriever"]
+    assert (metadata["retriever_format"], metadata["max_length"]) == (None, 512)
     file = tmp_path / "bound" / "index.json"
-    file.write_text(json.dumps(about | {"retriever": "r2"}))
+    file.write_text(json.dumps(metadata | {"retriever": "r2"}))
     argv = ["convert", "--load_index_path", tmp_path / "bound", *MODEL_FLAGS, "--output", tmp_path / "no"]
     index_fails(argv, "bound: built by another retriever than this one")
     run_index("convert", "--load_index_path", tmp_path / "bound", "--output", tmp_path / "copy")
-    assert read_metadata(tmp_path / "copy") == about | {"retriever": "r2"}
+    assert read_metadata(tmp_path / "copy") == metadata | {"retriever": "r2"}
 
 
 @pytest.mark.parametrize("source", ["ours", "published"])
@@ -132,7 +132,7 @@ def test_convert_stores_the_fingerprint_of_the_model(run_index, index_fails, fin
 def test_an_index_is_written_as_any_number_of_published_shards(
     run_index, index_fails, golden, tmp_path, source, shards
 ):
-    """As 1, 7 or 60 shards, pickle and `load_torch` read the original passages and vectors, as does `convert`."""
+    """Pickle, `load_torch` and `convert` read the original passages and vectors from 1, 7 or 60 shards."""
     folder = golden / "index_4shards"
     if source == "ours":
         run_index("convert", "--load_index_path", folder, "--output", tmp_path / "ours")
@@ -171,9 +171,9 @@ def test_compress_prints_recall_and_bytes_of_every_type(run_index, flat, tmp_pat
     assert float(after[3]) <= {"flat": 1, "ivfflat": 1}.get(kind, 0.95)
     assert not (tmp_path / "small" / "embeddings.npy").exists()
     monkeypatch.setattr(inspection, "read_vectors", pytest.fail)
-    about = read_metadata(tmp_path / "small")
-    assert (about["retriever"], about["max_length"]) == ("r1", 200)
-    loaded = FaissIndex.load(tmp_path / "small", about)
+    metadata = read_metadata(tmp_path / "small")
+    assert (metadata["retriever"], metadata["max_length"]) == ("r1", 200)
+    loaded = FaissIndex.load(tmp_path / "small", metadata)
     assert loaded.search(np.ones((1, DIM), np.float32), 3).numbers.shape == (1, 3)
     assert parse_inspection(run_index("inspect", tmp_path / "small"))["kind"] == f"faiss {kind}"
 

@@ -86,7 +86,7 @@ def failing_evaluator(error: BaseException) -> Callable:
 def test_a_failed_run_prints_one_line_and_leaves_no_predictions(
     assert_refused, tmp_path, monkeypatch, error, status, parts
 ):
-    """Ctrl-C, want of memory or disk space, and a failing disk each have their exit status and message."""
+    """Ctrl-C, out of memory, out of disk space and a failing disk each have their exit status and message."""
     monkeypatch.setattr(EVALUATOR_CALL, failing_evaluator(error))
     assert_refused(evaluate_argv(tmp_path, **CLOSED_BOOK), *parts, status=status)
 
@@ -102,7 +102,7 @@ def test_an_internal_error_keeps_its_traceback(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_names_the_predictions_file(assert_refused, tmp_path, monkeypatch):
-    """The write fails in the kernel for want of space, as the predictions go to /dev/full."""
+    """The predictions go to /dev/full, so the kernel fails the write: out of disk space."""
     original_open = Path.open
 
     def open_full(path: Path, mode: str = "r", *args, **kwargs) -> io.IOBase:
@@ -127,7 +127,7 @@ def start_atlas(*argv: str, **options) -> subprocess.Popen:
 
 
 def test_a_process_with_a_bad_flag_exits_with_status_2(tmp_path):
-    """One line on stderr and nothing on stdout."""
+    """A bad flag prints one line on stderr and nothing on stdout."""
     process = start_atlas(*evaluate_argv(tmp_path, n_contxt=3))
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "")

@@ -82,7 +82,7 @@ def test_train_flops_are_six_per_parameter_and_token(planned, tiny_weights):
 
 
 def test_a_program_that_does_not_fit_has_exit_status_1_and_attempts(search_flags, monkeypatch, capsys):
-    """With memory for the resident arrays but not for the search; counter-case: with enough, status 0 and no attempt.
+    """The memory suffices for the resident arrays, not for the search; counter-case: enough: status 0 and no attempt.
 
     That the mesh does not divide the passages is warned of once.
     """
@@ -198,7 +198,7 @@ def test_replicated_parameters_that_do_not_fit_are_advised_to_be_sharded(
 
 
 def test_memory_saving_flags_are_added_in_order(flags):
-    """Each is added to those before it; flags that the run has already are left out."""
+    """Each flag is added to those before it; flags that the run has already are left out."""
     argv = [*flags, "--topology", "cpu:8", "--train_retriever", "--n_context", "6", "--per_gpu_batch_size", "2"]
     config, _ = parse_plan([*argv, "--retriever_n_context", "6", "--precision", "bf16"])
     configs = list(memory_saving_configs(config, 8))

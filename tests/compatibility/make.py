@@ -1,4 +1,4 @@
-"""Writes what an older commit of this project writes, for the tests that read it: run by hand, with that commit.
+"""Writes files of an older commit of this project, for the tests that read them: run by hand, with that commit.
 
     git clone . /tmp/old && cd /tmp/old && git checkout COMMIT && make setup
     .venv/bin/python NEW_CHECKOUT/tests/compatibility/make.py NEW_CHECKOUT/tests/compatibility/COMMIT.tar.xz
@@ -80,9 +80,9 @@ def main(archive: Path) -> None:
             passages = [[passage["id"] for passage in json.loads(line)["passages"]] for line in lines]
             scores[kind] |= {"passages": passages}
         (folder / "scores.json").write_text(json.dumps(scores, indent=1))
-        kept = ("rows.jsonl", "passages.jsonl", "uninterrupted.jsonl", "runs/stopped", "converted", "flat", "ivfsq")
+        contents = ("rows.jsonl", "passages.jsonl", "uninterrupted.jsonl", "runs/stopped", "converted", "flat", "ivfsq")
         with tarfile.open(archive, "w:xz") as file:
-            for path in (*kept, "scores.json"):
+            for path in (*contents, "scores.json"):
                 file.add(folder / path, path)
 
 

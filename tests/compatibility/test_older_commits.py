@@ -33,7 +33,7 @@ def atlas(folder: Path, monkeypatch, *arguments: str) -> int:
 
 def resume(folder: Path, monkeypatch, name: str) -> list[dict]:
     """Trains to step 6 with the flags of the older commit; returns the lines of metrics.jsonl."""
-    flags = ["--name", name, "--total_steps", "6", "--mesh", "data=1", *make.TRAIN.split()]
+    flags = ["--name", name, "--total_steps", "6", "--mesh", "data=1", *make.TRAIN.split(), "--compile_cache", "auto"]
     assert atlas(folder, monkeypatch, "train", *flags) == 0
     return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
@@ -71,7 +71,7 @@ def test_a_checkpoint_and_an_index_of_an_older_commit_evaluate_the_same(folder, 
     expected = json.loads((folder / "scores.json").read_text())[kind]
     mode = [] if kind == "flat" else ["--index_mode", "faiss", "--faiss_index_type", kind]
     paths = ["--name", kind, "--model_path", "converted", "--load_index_path", kind]
-    flags = [*paths, *mode, "--mesh", "data=1", *make.EVALUATE.split()]
+    flags = [*paths, *mode, "--mesh", "data=1", *make.EVALUATE.split(), "--compile_cache", "auto"]
     assert atlas(folder, monkeypatch, "evaluate", *flags) == 0
     scores = json.loads((folder / "scored" / kind / "rows-step-1.metrics.json").read_text())
     for metric in ("exact_match", "f1", "eval_loss"):

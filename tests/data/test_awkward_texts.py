@@ -32,7 +32,7 @@ def golden_text(text_name: str) -> str:
 
 
 def equals_golden(ids: list[int], golden: dict) -> bool:
-    """Whether the ids are those of tokens.json, which has only a digest of long lists."""
+    """Returns whether the ids are those of tokens.json, which has only a digest of long lists."""
     if "ids" in golden:
         return ids == golden["ids"]
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()

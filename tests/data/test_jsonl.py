@@ -35,7 +35,7 @@ def write(folder, content):
 
 
 def test_bom_crlf_blank_lines_and_a_missing_last_newline_are_accepted(tmp_path):
-    """Also U+2028 inside a string; line numbers count the blank lines."""
+    """U+2028 inside a string is accepted too; line numbers count the blank lines."""
     path = write(tmp_path, MESSY)
     assert list(read_rows(path)) == [(1, {"a": 1}), (4, {"a": "é\u2028"}), (6, {"a": 3})]
 
@@ -96,7 +96,7 @@ def test_streaming_holds_one_line_in_memory(tmp_path):
 
 
 def test_rows_by_index_equal_the_streamed_rows(tmp_path):
-    """In any order, with negative indices and slices; `line_number` and `error` give the line in the file."""
+    """Rows are equal in any order, with negative indices and slices; `line_number` and `error` give the file's line."""
     path = write(tmp_path, MESSY)
     rows, streamed = JsonlRows(path), list(read_rows(path))
     assert len(rows) == 3

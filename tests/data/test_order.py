@@ -10,7 +10,7 @@ from atlas_jax.data.order import ExampleOrder
 @pytest.mark.parametrize("shuffle", [False, True])
 @given(count=st.integers(1, 40), seed=st.integers(0, 9))
 def test_every_example_comes_exactly_once_per_epoch(shuffle, count, seed):
-    """For any count and seed, in each of three epochs, and each position has the right epoch."""
+    """Each of three epochs is complete for any count and seed, and each position has the right epoch."""
     order = ExampleOrder(count, seed, shuffle=shuffle)
     for epoch in range(3):
         entries = [order[position] for position in range(epoch * count, (epoch + 1) * count)]

@@ -52,12 +52,12 @@ def ids_of_whole_text(tokenizer, format, query, passage, max_length):
     ],
 )
 def test_passage_part_of_a_format(format, expected):
-    """Only a format of the query, a space and a rest without the query has one."""
+    """Only a format of the query, a space and a rest without the query has a passage part."""
     assert passage_part(format) == expected
 
 
 def test_an_invalid_format_is_an_error():
-    """For unbalanced braces, the UserError names the flag and its value."""
+    """The UserError for unbalanced braces names the flag and its value."""
     with pytest.raises(UserError, match=r"--encoder_format '{query} {title'"):
         passage_part("{query} {title")
 
@@ -65,7 +65,7 @@ def test_an_invalid_format_is_an_error():
 @pytest.mark.parametrize("format", [FORMAT, "{query} {text}", "{text} {query}", "{query}-{text}"])
 @pytest.mark.parametrize("tokenizer", [READER, RETRIEVER], ids=["reader", "retriever"])
 def test_encode_equals_tokenizing_whole_texts(store, tokenizer, format):
-    """For formats and queries that can be joined and others: the ids of the filled-in format, cut alike."""
+    """Formats and queries that can be joined, and others, give the ids of the filled-in format, cut at the same id."""
     numbers = np.random.default_rng(0).integers(0, len(store), (len(QUERIES), 4))
     for max_length in (12, 40, 512):
         encoded = ReaderInputEncoder(tokenizer, format, max_length).encode(QUERIES, numbers, store)

@@ -86,7 +86,7 @@ def test_truncation_set_on_the_hugging_face_tokenizer_does_not_affect_ids(name):
 
 
 def test_ids_of_a_batch_equal_those_of_single_texts():
-    """For a batch of several chunks, in the same order; an empty batch gives an empty list."""
+    """A batch of several chunks gives its ids in order; an empty batch gives an empty list."""
     tokenizer = TOKENIZERS["reader"]
     texts = [f"passage {i}" for i in range(2500)]
     assert tokenizer.ids(texts) == [tokenizer.ids([text])[0] for text in texts]
@@ -148,7 +148,7 @@ NOT_SPLITTING = {  # tokenizers whose ids of a whole are not those of its parts,
 
 @pytest.mark.parametrize("case", NOT_SPLITTING)
 def test_tokenizers_with_pieces_across_spaces_do_not_split(case):
-    """Each gives other ids for the whole than for the parts, and has `splits_at_spaces` False."""
+    """Each tokenizer gives other ids for the whole than for the parts, and has `splits_at_spaces` False."""
     build, a, b = NOT_SPLITTING[case]
     tokenizer = trained_tokenizer(**build)
     left, right, whole = tokenizer.ids([a, f" {b}", f"{a} {b}"])

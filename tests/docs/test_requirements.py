@@ -9,13 +9,13 @@ ROOT = Path(__file__).parents[2]
 FAISS = {
     "faiss-cpu",
     "faiss-gpu",
-}  # one module; pyproject.toml asks for the one, requirements.txt for either by platform
+}  # both provide the module faiss: pyproject.toml requires faiss-cpu, requirements.txt one of both by platform
 
 
 def requirements(lines: list[str]) -> dict[str, str]:
-    """Package to version bounds."""
+    """Maps each package to its version bounds."""
     parsed = [Requirement(line) for line in lines]
-    return {one.name: str(one.specifier) for one in parsed}
+    return {requirement.name: str(requirement.specifier) for requirement in parsed}
 
 
 def test_requirements_are_those_of_the_package():
@@ -23,8 +23,8 @@ def test_requirements_are_those_of_the_package():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     listed = requirements([line for line in lines if line and not line.startswith("#")])
     package = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = requirements(package["dependencies"])
+    required = requirements(package["dependencies"])
     assert {name: bound for name, bound in listed.items() if name not in FAISS} == {
-        name: bound for name, bound in wanted.items() if name not in FAISS
+        name: bound for name, bound in required.items() if name not in FAISS
     }
-    assert {listed[name] for name in FAISS} == {wanted["faiss-cpu"]}
+    assert {listed[name] for name in FAISS} == {required["faiss-cpu"]}

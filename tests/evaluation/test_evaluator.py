@@ -81,7 +81,7 @@ def mmlu(golden, model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wanted(golden) -> list[dict]:
+def expected(golden) -> list[dict]:
     """The reference's prediction file."""
     file = golden / "exp/mmlu/mmlu_eval-step-1.jsonl.gz"
     return read_lines(gzip.decompress(file.read_bytes()).decode())
@@ -91,42 +91,42 @@ NUMBERS = {"choice_logits", "choice_probs", "all_probs", "permutations", "passag
 
 
 @pytest.fixture(scope="module")
-def found(mmlu, wanted) -> list[dict]:
+def found(mmlu, expected) -> list[dict]:
     """Our predictions, with the reference's letter where its best options tie.
 
-    Where a long question leaves no room for its options, all orders of them read alike and all options tie; there the
-    reference's float32 rounding chooses, and ours the first letter.
+    Where a long question leaves no room for its options, all orders give the same input and all options tie; there the
+    reference's float32 rounding chooses an option, and our evaluation takes the first letter.
     """
     lines = [dict(line) for line in mmlu[1]]
     tied = 0
-    for ours, theirs in zip(lines, wanted, strict=True):
-        first, second = sorted(theirs["choice_probs"].values())[:-3:-1]
+    for line, expected_line in zip(lines, expected, strict=True):
+        first, second = sorted(expected_line["choice_probs"].values())[:-3:-1]
         if first - second < 1e-6:
-            assert ours["generation"] == "A"
-            ours["generation"] = theirs["generation"]
+            assert line["generation"] == "A"
+            line["generation"] = expected_line["generation"]
             tied += 1
     assert tied == 9
     return lines
 
 
-def test_predictions_equal_the_references_field_by_field(found, wanted):
+def test_predictions_equal_the_references_field_by_field(found, expected):
     """Every field of every question and permutation; float32 numbers to 1e-5 of their size."""
-    assert len(found) == len(wanted) == 114
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert set(ours) - {"passages"} == set(theirs)
-        assert {k: v for k, v in ours.items() if k not in NUMBERS} == {
-            k: v for k, v in theirs.items() if k not in NUMBERS
+    assert len(found) == len(expected) == 114
+    for line, expected_line in zip(found, expected, strict=True):
+        assert set(line) - {"passages"} == set(expected_line)
+        assert {k: v for k, v in line.items() if k not in NUMBERS} == {
+            k: v for k, v in expected_line.items() if k not in NUMBERS
         }
-        assert list(ours["choice_probs"]) == list("ABCD")
-        near(ours["choice_probs"], theirs["choice_probs"])
-        near(ours["all_probs"], theirs["all_probs"])
-        for mine, yours in zip(ours["permutations"], theirs["permutations"], strict=True):
-            assert {k: v for k, v in mine.items() if k not in NUMBERS} == {
-                k: v for k, v in yours.items() if k not in NUMBERS
+        assert list(line["choice_probs"]) == list("ABCD")
+        assert_close(line["choice_probs"], expected_line["choice_probs"])
+        assert_close(line["all_probs"], expected_line["all_probs"])
+        for order, expected_order in zip(line["permutations"], expected_line["permutations"], strict=True):
+            assert {k: v for k, v in order.items() if k not in NUMBERS} == {
+                k: v for k, v in expected_order.items() if k not in NUMBERS
             }
-            near(mine["choice_logits"], yours["choice_logits"], 1e-4)
-    logits = [list(line["choice_logits"].values()) for line in wanted[0]["permutations"]]
-    assert np.ptp(logits, axis=0).min() > 1e-2  # the orders are told apart
+            assert_close(order["choice_logits"], expected_order["choice_logits"], 1e-4)
+    logits = [list(line["choice_logits"].values()) for line in expected[0]["permutations"]]
+    assert np.ptp(logits, axis=0).min() > 1e-2  # logits depend on the order
 
 
 @pytest.mark.parametrize("spec", ["data=2,fsdp=2,model=2", "passages=5"])
@@ -141,21 +141,21 @@ def test_predictions_do_not_depend_on_the_mesh(golden, model, mmlu, tmp_path, sp
     assert len(lines) == 6
     for line, other in zip(lines, mmlu[1], strict=False):
         assert line["generation"] == other["generation"]
-        near(line["choice_probs"], other["choice_probs"])
-        near(line["all_probs"], other["all_probs"])
+        assert_close(line["choice_probs"], other["choice_probs"])
+        assert_close(line["all_probs"], other["all_probs"])
 
 
-def near(ours: dict, theirs: dict, tolerance: float = 2e-5) -> None:
-    assert ours.keys() == theirs.keys()
-    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=tolerance, atol=tolerance)
+def assert_close(found: dict, expected: dict, tolerance: float = 2e-5) -> None:
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=tolerance, atol=tolerance)
 
 
 def test_scores_equal_the_references(golden, mmlu):
     """Accuracy exactly, loss to 1e-6; debiased accuracy differs only by the ties, one of nine."""
-    theirs = json.loads((golden / "meta.json").read_text())["mmlu_metrics"]
+    expected = json.loads((golden / "meta.json").read_text())["mmlu_metrics"]
     assert (mmlu[0].rows, mmlu[0].examples) == (114, 456)
     debiased = mmlu[0].scores["debiased_accuracy"] - 100 / 114
-    assert mmlu[0].scores | {"debiased_accuracy": debiased} == pytest.approx(theirs, rel=1e-6)
+    assert mmlu[0].scores | {"debiased_accuracy": debiased} == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_score_table_equals_the_references(golden, found, tmp_path, capsys):

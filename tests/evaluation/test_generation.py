@@ -15,8 +15,8 @@ from atlas_jax.models.atlas import AtlasConfig, build_model
 from atlas_jax.models.fid import FiD
 
 
-def load(folder, **how) -> FiD:
-    cfg = AtlasConfig(reader_config(str(folder)), None).with_computation(**how)
+def load(folder, **changes) -> FiD:
+    cfg = AtlasConfig(reader_config(str(folder)), None).with_computation(**changes)
     source = {f"reader.{name}": array for name, array in folder_weights(str(folder)).items()}
     return build_model(import_weights(source, cfg, where=str(folder)), cfg, lambda _, array: jnp.asarray(array)).reader
 
@@ -47,26 +47,26 @@ def test_greedy_equals_the_reference(golden, reader, batch, answers):
     np.testing.assert_array_equal(answer(reader, batch, GenerationSettings(16)), answers["greedy"])
     for_cpu = load(golden / "assets/reader", for_cpu=True)
     np.testing.assert_array_equal(answer(for_cpu, batch, GenerationSettings(16)), answers["greedy"])
-    wanted = np.load(golden / "t5_1_0/golden.npz")["greedy"]
-    np.testing.assert_array_equal(answer(load(golden / "t5_1_0"), batch, GenerationSettings(16)), wanted)
+    expected = np.load(golden / "t5_1_0/golden.npz")["greedy"]
+    np.testing.assert_array_equal(answer(load(golden / "t5_1_0"), batch, GenerationSettings(16)), expected)
 
 
 def test_prompted_generation_equals_the_reference(golden, reader, batch, answers):
-    """Prompts of different lengths; behind them only tokens that the tokenizer knows."""
+    """Prompts of different lengths; after them only tokens in the tokenizer's vocabulary."""
     tokenizer = Tokenizer.load(golden / "assets/reader")
     queries = json.loads((golden / "batch.json").read_text())["query"]
-    wanted = np.asarray(answers["prompt"])
-    given = tokenizer.ids([f"the answer to {query} is" for query in queries])
-    assert [row[1 : 1 + len(ids)] for row, ids in zip(wanted.tolist(), given, strict=True)] == given
-    prompt = jnp.asarray(pad(given, max(map(len, given)), FREE)[0])
+    expected = np.asarray(answers["prompt"])
+    prompt_ids = tokenizer.ids([f"the answer to {query} is" for query in queries])
+    assert [row[1 : 1 + len(ids)] for row, ids in zip(expected.tolist(), prompt_ids, strict=True)] == prompt_ids
+    prompt = jnp.asarray(pad(prompt_ids, max(map(len, prompt_ids)), FREE)[0])
     cfg = GenerationSettings(48, vocabulary=tokenizer.vocab_size)
-    np.testing.assert_array_equal(answer(reader, batch, cfg, prompt), wanted)
+    np.testing.assert_array_equal(answer(reader, batch, cfg, prompt), expected)
 
 
 def test_generation_stops_at_eos_but_not_before_the_minimum_length(reader, batch, answers):
     """Padding follows `</s>`; a minimum length delays it."""
     np.testing.assert_array_equal(answer(reader, batch, GenerationSettings(16, 8)), answers["min8"])
-    eos = int(answers["greedy"][0][5])  # a token that comes up is made the end
+    eos = int(answers["greedy"][0][5])  # a token of the answer, used as the end token
     found = answer(reader, batch, GenerationSettings(16, eos_id=eos))[0]
     assert found[5] == eos
     assert not found[6:].any()
@@ -87,10 +87,10 @@ def test_beams_equal_the_reference(golden, batch, answers, name, penalty, for_cp
 
 @pytest.mark.parametrize("case", ["1.0_3_0", "0.5_3_0", "2.0_4_0", "1.0_4_9"])
 def test_beams_that_finish_equal_pytorchs(golden, reader, batch, case):
-    """With beams that reach `</s>`: length penalty, beams and minimum length have PyTorch's effect."""
+    """If beams reach `</s>`, length penalty, number of beams and minimum length have the same effect as in PyTorch."""
     penalty, width, shortest = case.split("_")
-    wanted = np.load(golden / "beams.npz")[case]
+    expected = np.load(golden / "beams.npz")[case]
     cfg = GenerationSettings(24, int(shortest), int(width), float(penalty), eos_id=1166)
-    after_the_end = np.cumsum(wanted == 1166, axis=1) - (wanted == 1166) > 0  # there PyTorch's tokens mean nothing
-    np.testing.assert_array_equal(answer(reader, batch, cfg), np.where(after_the_end, 0, wanted))
+    after_the_end = np.cumsum(expected == 1166, axis=1) - (expected == 1166) > 0  # PyTorch's tokens there are undefined
+    np.testing.assert_array_equal(answer(reader, batch, cfg), np.where(after_the_end, 0, expected))
     assert after_the_end.any()

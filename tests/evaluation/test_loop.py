@@ -28,33 +28,36 @@ def run(golden, folder, *flags, task="qa", data="qa.jsonl", reader="assets/reade
 
 
 def test_mmlu_with_our_own_retrieval_equals_the_reference(golden, tmp_path):
-    """Where our retrieval finds the reference's passages, for most questions, the logits are the reference's.
+    """Where both retrieve the same passages, for most questions, the logits equal the reference's.
 
-    Its index is float16, so near ties are ordered differently.
+    The reference's index is float16, so near ties are ordered differently.
     """
     passages = ("--passages", str(golden / "passages.jsonl"))
     flags = ("--n_context", "5", "--text_maxlength", "192", "--multiple_choice_eval_permutations", "cyclic")
-    ours, _ = run(golden, tmp_path, *passages, *flags, task="multiple_choice", data="mmlu_eval.jsonl")
-    theirs = read_lines(gzip.decompress((golden / "exp/mmlu/mmlu_eval-step-1.jsonl.gz").read_bytes()).decode())
-    read = read_lines((golden / "exp/mmlu/retrieved.jsonl").read_text(encoding="utf-8"))
+    lines, _ = run(golden, tmp_path, *passages, *flags, task="multiple_choice", data="mmlu_eval.jsonl")
+    expected_lines = read_lines(gzip.decompress((golden / "exp/mmlu/mmlu_eval-step-1.jsonl.gz").read_bytes()).decode())
+    retrieved = read_lines((golden / "exp/mmlu/retrieved.jsonl").read_text(encoding="utf-8"))
     pairs = [
-        (mine, yours)
-        for our, their in zip(ours, theirs, strict=True)
-        for mine, yours in zip(our["permutations"], their["permutations"], strict=True)
+        (found, expected)
+        for line, expected_line in zip(lines, expected_lines, strict=True)
+        for found, expected in zip(line["permutations"], expected_line["permutations"], strict=True)
     ]
-    same = [[p["id"] for p in mine["passages"]] == ids["ids"] for (mine, _), ids in zip(pairs, read, strict=True)]
-    assert sum(same) > 300
-    for (mine, yours), agrees in zip(pairs, same, strict=True):
+    same_passages = [
+        [p["id"] for p in found["passages"]] == ids["ids"] for (found, _), ids in zip(pairs, retrieved, strict=True)
+    ]
+    assert sum(same_passages) > 300
+    for (found, expected), agrees in zip(pairs, same_passages, strict=True):
         if agrees:
-            found, wanted = (list(one["choice_logits"].values()) for one in (mine, yours))
-            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-4)
-            assert mine["generation"] == yours["generation"]
+            logits, expected_logits = (list(order["choice_logits"].values()) for order in (found, expected))
+            np.testing.assert_allclose(logits, expected_logits, rtol=1e-4, atol=2e-4)
+            assert found["generation"] == expected["generation"]
 
 
+@pytest.mark.usefixtures("quick_compiler")
 def test_a_converted_model_evaluates_the_same(golden, tmp_path):
     """T5 1.0 from its folder and from its converted checkpoint alone: the same lines.
 
-    tests/commands/test_convert.py shows of the other conversions that parameters and tokenizers come back bit for bit.
+    tests/commands/test_convert.py shows that the other conversions restore parameters and tokenizers bit for bit.
     """
     index = ("--passages", str(golden / "passages.jsonl"), "--n_context", "3", "--text_maxlength", "96")
     lines, scores = run(golden, tmp_path / "a", *index, reader="t5_1_0", model="none")
@@ -66,6 +69,7 @@ def test_a_converted_model_evaluates_the_same(golden, tmp_path):
     assert others["eval_loss"] == scores["eval_loss"]
 
 
+@pytest.mark.usefixtures("quick_compiler")
 def test_flags_of_evaluation_have_their_effect(golden, tmp_path):
     """bfloat16, reranking, a decoder prompt, faiss, closed book and --retrieve_only each have their effect."""
     index = ("--passages", str(golden / "passages.jsonl"), "--n_context", "3", "--text_maxlength", "96")
@@ -75,8 +79,8 @@ def test_flags_of_evaluation_have_their_effect(golden, tmp_path):
     assert half["eval_loss"] == pytest.approx(scores["eval_loss"], rel=0.05)
     assert half["eval_loss"] != scores["eval_loss"]
     faiss, _ = run(golden, tmp_path / "faiss", *index, "--index_mode", "faiss", "--faiss_index_type", "ivfflat")
-    same = [one["passages"] == other["passages"] for one, other in zip(faiss, plain, strict=True)]
-    assert np.mean(same) > 0.9  # exact, as every list is read; equal scores may change places
+    same = [line["passages"] == plain_line["passages"] for line, plain_line in zip(faiss, plain, strict=True)]
+    assert np.mean(same) > 0.9  # exact, since every list is scanned; equal scores may be in another order
     rerank = ("--retrieve_with_rerank", "--n_to_rerank_with_retrieve_with_rerank", "20")
     reranked, _ = run(golden, tmp_path / "rerank", *index, *rerank)
     assert np.mean([a["passages"][0] == b["passages"][0] for a, b in zip(reranked, plain, strict=True)]) > 0.9

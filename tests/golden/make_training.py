@@ -83,8 +83,8 @@ def on_a_cpu() -> None:
     sys.modules["faiss.contrib.torch_utils"] = types.ModuleType("faiss.contrib.torch_utils")
     adamw = importlib.import_module("torch.optim.adamw")
 
-    def counted(**how):  # current AdamW takes step counts as tensors and increments them itself
-        return adamw.adamw(**{**how, "state_steps": [torch.tensor(n - 1.0) for n in how["state_steps"]]})
+    def counted(**options):  # current AdamW takes step counts as tensors and increments them itself
+        return adamw.adamw(**{**options, "state_steps": [torch.tensor(n - 1.0) for n in options["state_steps"]]})
 
     adamw.F = SimpleNamespace(adamw=counted)
 
@@ -116,13 +116,13 @@ def make(opt):
     if "eval" in opt.gold_score_mode or opt.compute_crossattention_stats:
         reader.overwrite_forward_crossattention()
         reader.create_crossattention_storage()
-    plain = reader.get_crossattention_scores
+    original = reader.get_crossattention_scores
 
-    def every_score(*args, **how):  # evalnormsum looks up "normsum", which is stored as "normssum"
-        scores = plain(*args, **{**how, "mode": "all"})
-        return scores | ({"normsum": scores["normssum"]} if how["mode"] != "all" else {})
+    def get_scores(*args, **kwargs):  # evalnormsum looks up "normsum", which is stored as "normssum"
+        scores = original(*args, **{**kwargs, "mode": "all"})
+        return scores | ({"normsum": scores["normssum"]} if kwargs["mode"] != "all" else {})
 
-    reader.get_crossattention_scores = every_score
+    reader.get_crossattention_scores = get_scores
     encoder = retrievers.Contriever.from_pretrained(folders[1])
     if opt.query_side_retriever_training:
         retriever = retrievers.UntiedDualEncoderRetriever(opt, encoder, copy.deepcopy(encoder))
@@ -191,18 +191,18 @@ def norm(module):
 def loss(mode):
     opt = options(gold_score_mode=mode)
     model = make(opt)
-    kept = {}
-    arrival = "logprob" if mode == "emdr" else "kldivloss"
-    plain = getattr(model, arrival)
+    recorded = {}
+    loss_name = "logprob" if mode == "emdr" else "kldivloss"
+    original = getattr(model, loss_name)
 
-    def keep(score, gold, *labels):
-        kept["gold"] = gold.detach()
-        return plain(score, gold, *labels)
+    def record(score, gold, *labels):
+        recorded["gold"] = gold.detach()
+        return original(score, gold, *labels)
 
-    setattr(model, arrival, keep)
+    setattr(model, loss_name, record)
     reader_loss, retriever_loss, _ = forward(model, Given(), batches(opt)[0])
     (reader_loss + retriever_loss).backward()
-    gold = kept["gold"]
+    gold = recorded["gold"]
     if mode == "emdr":  # logits, stored as log-probabilities of the first 50 vocabulary ids
         gold = gold.log_softmax(-1)[..., :50]
     named = dict(model.named_parameters())

@@ -90,7 +90,7 @@ def test_5_shot_trains_each_domain_once(site):
 @pytest.mark.parametrize("script", ["mmlu", "slurm"])
 @pytest.mark.parametrize("empty", [False, True])
 def test_5_shot_without_domains_names_the_script_that_makes_them(site, script, empty):
-    """If their folder is missing or empty: one line, exit status 2, and no command runs."""
+    """If the folder of the domains is missing or empty: one line, exit status 2, and no command runs."""
     folder = site.home / "data/mmlu_data/5-shot/individual_train"
     shutil.rmtree(folder)
     if empty:
@@ -151,7 +151,7 @@ def test_a_slurm_script_must_be_submitted_from_the_repository(site, experiment, 
     ],
 )
 def test_slurm_starts_one_process_per_node(site, experiment, image, nodes):
-    """Each has its index and the coordinator; one process, in the same container, prints the score table at the end."""
+    """Each process has its index and the coordinator; one, in the same container, prints the score table at the end."""
     names = NODES[nodes].split()
     environment = {"NODES": NODES[nodes], "NODE_LIST": nodes, "ARRAY": "1 0", "SAVE_DIR": str(site.home / "runs")}
     site.run("sbatch", f"launch/slurm/{experiment}.sh", "--seed", "7", **environment, **IMAGES[image])
@@ -203,7 +203,7 @@ def test_kill_on_bad_exit_would_lose_a_checkpoint(site):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_script_forwards_signals_to_atlas(site, signum):
-    """In a container only the first process, the script, gets them. Ctrl-C goes to all, and reaches `atlas` once."""
+    """In a container only the first process, the script, gets signals. Ctrl-C goes to all, and reaches `atlas` once."""
     script = site.start("launch/mmlu/full.sh", SAVE_SECONDS="0.3")
     site.wait_for_lines("calls", 1)
     (os.killpg if signum == signal.SIGINT else os.kill)(script.pid, signum)
@@ -215,7 +215,7 @@ def test_a_script_forwards_signals_to_atlas(site, signum):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_local_forwards_signals_to_all_processes(site, signum):
-    """Each has time to save; lines of output are numbered; the exit status is that of an interrupted run."""
+    """Each process has time to save; lines of output are numbered; the exit status is that of an interrupted run."""
     script = site.start("launch/mmlu/full.sh", ATLAS="launch/local.sh -n 2 -- atlas", SAVE_SECONDS="0.1 0.8", GRACE="0")
     site.wait_for_lines("calls", 2)
     (os.killpg if signum == signal.SIGINT else os.kill)(script.pid, signum)
@@ -357,7 +357,7 @@ def test_all_tpu_workers_run_the_experiment(site, experiment):
 
 
 def test_stop_sends_sigterm_to_all_tpu_workers(site):
-    """On each worker, to every process whose name is atlas."""
+    """SIGTERM is sent on each worker, to every process whose name is atlas."""
     (line,) = site.run("launch/tpu/run.sh", "stop", TPU="slice", ZONE="here", DRY_RUN="1").splitlines()
     assert "--worker=all" in line
     assert shlex.split(line)[-1] == "--command=pkill -TERM -x atlas"

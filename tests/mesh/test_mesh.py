@@ -1,4 +1,4 @@
-"""The mesh: what `--mesh` means, what it refuses, and what lies where."""
+"""The mesh: --mesh parsing, refusals and array placement."""
 
 import dataclasses
 import os
@@ -71,7 +71,7 @@ def test_a_mesh_has_the_sizes_asked_for(spec, shape):
     ],
 )
 def test_an_impossible_mesh_is_refused(spec, message):
-    """One line that quotes the flag."""
+    """The message is one line that begins with the flag and its value."""
     with pytest.raises(UserError, match=message) as error:
         make_mesh(spec)
     assert str(error.value).startswith(f"--mesh {spec}: ")
@@ -91,8 +91,8 @@ GB = 10**9
         (8, 80 * GB, (), 23 * GB, {"data": 8, "model": 1}),  # XXL in bfloat16
         (8, 40 * GB, (), 23 * GB, {"data": 4, "model": 2}),
         (8, 16 * GB, (), 23 * GB, {"data": 1, "model": 8}),
-        (6, 16 * GB, (), 23 * GB, {"data": 3, "model": 2}),  # six devices: no further
-        (8, 0, (), 23 * GB, {"data": 8, "model": 1}),  # a CPU does not say what it has
+        (6, 16 * GB, (), 23 * GB, {"data": 3, "model": 2}),  # 4 does not divide six devices
+        (8, 0, (), 23 * GB, {"data": 8, "model": 1}),  # a CPU device does not report its memory
     ],
 )
 def test_auto_sizes(count, memory, widths, nbytes, sizes):
@@ -101,7 +101,7 @@ def test_auto_sizes(count, memory, widths, nbytes, sizes):
 
 
 @pytest.mark.parametrize(
-    ("spec", "said", "would"),
+    ("spec", "problem", "remedy"),
     [
         ("fsdp=6,passages=1", "fsdp=6 does not divide 4096 (width)", "fsdp=2"),
         ("model=7", "model=7 does not divide 64, 10240, 32100 (heads, MLP or vocabulary)", "model=1"),
@@ -116,15 +116,17 @@ def test_auto_sizes(count, memory, widths, nbytes, sizes):
         *((spec, "", "") for spec in ("auto", "fsdp=8", "data=8", "model=4", "passages=3,model=2", "passages=5")),
     ],
 )
-def test_sizes_that_do_not_divide_are_warned_of(caplog, spec, said, would):
+def test_sizes_that_do_not_divide_are_warned_of(caplog, spec, problem, remedy):
     """T5-XXL has width 4096, Contriever 768. Axes that the warning names are replicated; the last meshes divide all."""
     reader = dataclasses.replace(T5_CONFIGS["google/t5-xxl-lm-adapt"], vocab_size=32100)
     widths = sharded_sizes(param_shapes(AtlasConfig(reader, ContrieverConfig(), untied=True)))
     assert widths == {"fsdp": {768, 4096}, "model": {64, 10240, 32100}}
     mesh = make_mesh(spec, widths=widths | {"passages": {15, 30}})
     found = [message for message in caplog.messages if "does not divide" in message]
-    wanted = f"--mesh {spec}: {said}, so what has such a size stays whole on every device; {would} would divide all"
-    assert found == ([f"{wanted}, with the other devices on data"] if said else [])
+    expected = (
+        f"--mesh {spec}: {problem}, so what has such a size stays whole on every device; {remedy} would divide all"
+    )
+    assert found == ([f"{expected}, with the other devices on data"] if problem else [])
     put = {
         "fsdp": put_parameter(mesh, "reader/lm_head/kernel", np.zeros((4096, 1))),
         "passages": put_passages(mesh, np.zeros((1, 15))),
@@ -132,7 +134,7 @@ def test_sizes_that_do_not_divide_are_warned_of(caplog, spec, said, would):
     }
     for axis, array in put.items():
         if mesh.shape[axis] > 1:
-            assert (f"'{axis}'" in str(array.sharding.spec)) == (f"{axis}={mesh.shape[axis]} " not in said)
+            assert (f"'{axis}'" in str(array.sharding.spec)) == (f"{axis}={mesh.shape[axis]} " not in problem)
 
 
 def test_a_run_checks_its_mesh_against_parameters_and_passages(tiny_config, tiny_weights, caplog):
@@ -141,23 +143,23 @@ def test_a_run_checks_its_mesh_against_parameters_and_passages(tiny_config, tiny
     The golden model has widths of 48 and 64, and four heads.
     """
 
-    def said(make, weights, mesh, **flags):
+    def warnings(make, weights, mesh, **flags):
         caplog.clear()
         run, retrieval = RunConfig(mesh=mesh), RetrievalConfig(**flags)
         make(dataclasses.replace(tiny_config, run=run, retrieval=retrieval), weights)
         return re.findall(r"(\w+=\d) does not divide ([\d, ]+)", caplog.text)
 
-    shapes, both = tiny_weights.cfg, {"n_context": 4, "retriever_n_context": 6}
-    assert said(training_mesh, shapes, "fsdp=3,passages=2", **both) == [("fsdp=3", "64 ")]
-    assert said(training_mesh, shapes, "passages=4", n_context=8, retriever_n_context=6) == [("passages=4", "6 ")]
-    assert said(training_mesh, shapes, "passages=3", **both) == [("passages=3", "4 ")]
-    assert said(training_mesh, shapes, "fsdp=4,passages=2", **both) == []
-    assert said(evaluation_mesh, tiny_weights, "model=8", **both) == [("model=8", "4 ")]
-    assert said(evaluation_mesh, tiny_weights, "passages=3", **both) == [("passages=3", "4 ")]
-    assert said(evaluation_mesh, tiny_weights, "passages=4,model=2", **both) == []
-    alone = dataclasses.replace(tiny_weights, cfg=dataclasses.replace(shapes, reader=None))
-    assert said(evaluation_mesh, alone, "passages=3", **both) == []
-    assert evaluation_mesh(tiny_config, tiny_weights).shape["data"] == 8  # not fsdp: nothing learns
+    shapes, passages = tiny_weights.cfg, {"n_context": 4, "retriever_n_context": 6}
+    assert warnings(training_mesh, shapes, "fsdp=3,passages=2", **passages) == [("fsdp=3", "64 ")]
+    assert warnings(training_mesh, shapes, "passages=4", n_context=8, retriever_n_context=6) == [("passages=4", "6 ")]
+    assert warnings(training_mesh, shapes, "passages=3", **passages) == [("passages=3", "4 ")]
+    assert warnings(training_mesh, shapes, "fsdp=4,passages=2", **passages) == []
+    assert warnings(evaluation_mesh, tiny_weights, "model=8", **passages) == [("model=8", "4 ")]
+    assert warnings(evaluation_mesh, tiny_weights, "passages=3", **passages) == [("passages=3", "4 ")]
+    assert warnings(evaluation_mesh, tiny_weights, "passages=4,model=2", **passages) == []
+    retriever_only = dataclasses.replace(tiny_weights, cfg=dataclasses.replace(shapes, reader=None))
+    assert warnings(evaluation_mesh, retriever_only, "passages=3", **passages) == []
+    assert evaluation_mesh(tiny_config, tiny_weights).shape["data"] == 8  # not fsdp: nothing is trained
 
 
 def test_a_smaller_mesh_warns_of_idle_devices(caplog):
@@ -182,9 +184,9 @@ def test_a_batch_is_sharded_over_the_batch_axes_only():
 
 
 def test_an_axis_that_does_not_divide_is_left_out():
-    """Five passages on two devices; six rows on eight, of which the first axis divides them; the others divide."""
+    """Five passages are not split over two devices; six rows are split over the first axis only; the others divide."""
     mesh = make_mesh("data=2,passages=2,model=2")
-    for put, shape, share in (
+    for put, shape, shard_shape in (
         (put_passages, (4, 5, 3), (2, 5, 3)),
         (put_passages, (4, 6, 3), (2, 3, 3)),
         (put_rows, (6, 3), (3, 3)),
@@ -193,14 +195,14 @@ def test_an_axis_that_does_not_divide_is_left_out():
     ):
         array = np.arange(np.prod(shape)).reshape(shape)
         found = put(mesh, array)
-        assert {shard.data.shape for shard in found.addressable_shards} == {share}
+        assert {shard.data.shape for shard in found.addressable_shards} == {shard_shape}
         np.testing.assert_array_equal(found, array)
 
 
 @pytest.mark.parametrize("reader", T5_CONFIGS)
 def test_every_parameter_matches_one_row_of_param_specs(reader):
     """All published readers, encoders tied and untied; every row is used, and replicated parameters are small."""
-    used, kept, total = set(), 0, 0
+    used, replicated, total = set(), 0, 0
     for untied in (False, True):
         for path, x in param_shapes(AtlasConfig(T5_CONFIGS[reader], ContrieverConfig(), untied)).items():
             rows = [pattern for pattern, _ in PARAM_SPECS if re.fullmatch(pattern, path)]
@@ -208,14 +210,14 @@ def test_every_parameter_matches_one_row_of_param_specs(reader):
             used.update(rows)
             total += x.size
             if not any(param_spec(path, x.ndim)):
-                kept += x.size
+                replicated += x.size
                 assert x.size <= 24 * 4096, path
-    assert kept < 0.005 * total
+    assert replicated < 0.005 * total
     assert len(used) == len(PARAM_SPECS) - (T5_CONFIGS[reader].tied)  # a tied reader has no lm_head
 
 
 def test_a_parameter_without_a_row_is_an_error():
-    """No parameter is replicated by oversight."""
+    """A parameter that matches no row raises KeyError."""
     with pytest.raises(KeyError, match="reader/new/kernel: 0 rows"):
         param_spec("reader/new/kernel", 2)
 
@@ -223,7 +225,7 @@ def test_a_parameter_without_a_row_is_an_error():
 def test_parameters_are_sharded_as_param_specs_says():
     """Both axes at once, with or without stacked layers; each device holds its slice of the array."""
     mesh = make_mesh("fsdp=2,passages=2,model=2")
-    for path, shape, share in (
+    for path, shape, shard_shape in (
         ("reader/encoder/layers/attn/q/kernel", (3, 8, 4, 5), (3, 2, 2, 5)),
         ("reader/decoder/layers/mlp/down/kernel", (3, 6, 8), (3, 3, 2)),
         ("reader/lm_head/kernel", (8, 10), (2, 5)),
@@ -232,12 +234,12 @@ def test_parameters_are_sharded_as_param_specs_says():
     ):
         array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
         found = put_parameter(mesh, path, array)
-        assert {shard.data.shape for shard in found.addressable_shards} == {share}, path
+        assert {shard.data.shape for shard in found.addressable_shards} == {shard_shape}, path
         np.testing.assert_array_equal(found, array)
 
 
 def test_importing_starts_no_device():
-    """Several hosts have to find each other before JAX looks for devices; the counter-case is a program that looks."""
+    """Several hosts have to find each other before JAX looks for devices; the counter-case initialises them."""
     program = """
 import importlib, pkgutil, atlas_jax, jax
 for module in pkgutil.walk_packages(atlas_jax.__path__, "atlas_jax."):
@@ -248,13 +250,13 @@ jax.devices()
 jax.config.update("jax_num_cpu_devices", 4)
 """
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert ended.stdout == "none yet\n", ended.stderr
-    assert "before backends are initialized" in ended.stderr
+    completed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert completed.stdout == "none yet\n", completed.stderr
+    assert "before backends are initialized" in completed.stderr
 
 
 def test_arrays_made_in_host_memory_are_on_the_cpu():
-    """Whichever device is the default; the counter-case is the same array made outside of the block."""
+    """Even if another device is the default; the counter-case is the same array made outside of the block."""
     with jax.default_device(jax.devices()[3]):
         with in_host_memory():
             inside = jnp.zeros(2)

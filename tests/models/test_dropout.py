@@ -11,7 +11,7 @@ from atlas_jax.models.dropout import dropout, keep_mask
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.003])
 def test_the_fraction_dropped_is_the_rate(rate):
-    """To five standard errors, in either half of the random words and in every row; kept elements are scaled up."""
+    """Within five standard errors, in either half of the random words and in every row; kept elements are scaled up."""
     kept = np.asarray(keep_mask(jax.random.key(0), rate, (4, 3, 200, 150)))
     for part in (kept, kept[:, :, :100], kept[:, :, 100:], *kept):
         assert abs(1 - part.mean() - rate) < 5 * (rate * (1 - rate) / part.size) ** 0.5

@@ -17,7 +17,7 @@ class Fault:
     headers: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # replaced; None removes one
     content: bytes | None = None  # send the bytes of another file
     start: int | None = None  # send from this byte, whatever the request says; 0: the whole file
-    stop_after: int | None = None  # send so many bytes of the body, call `action` and close the connection
+    stop_after: int | None = None  # send this many bytes of the body, call `action` and close the connection
     action: Callable[[], object] = lambda: None
     before: Callable[[], object] = lambda: None  # called while the client waits for the response
 

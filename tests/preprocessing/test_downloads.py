@@ -125,12 +125,12 @@ def test_a_broken_connection_is_resumed_at_its_last_byte(run, server, target, wh
     assert server.bytes_sent[FILE] == len(CONTENT)
 
 
-def test_retries_are_counted_anew_after_progress(run, server, target):
+def test_progress_resets_the_number_of_retries(run, server, target):
     """With --retries 1, six breaks with progress pass, and one without ends the command; the next one resumes there."""
     server.faults["GET", FILE] = [Fault(stop_after=9)] * 6 + [Fault(stop_after=0)]
-    gave_up = run("--retries", "1")
-    assert gave_up.status == 2
-    (line,) = gave_up.errors
+    failed = run("--retries", "1")
+    assert failed.status == 2
+    (line,) = failed.errors
     assert FILE in line
     assert "broke after 54 of 300,000 bytes; gave up (--retries 1), the same command goes on" in line
     assert len(server.gets()) == 7
@@ -216,10 +216,10 @@ def test_a_longer_body_is_cut_and_a_shorter_one_refused(run, server, target):
     assert run().status == 0
     assert target.read_bytes() == CONTENT
     target.unlink()
-    lie = {"Content-Length": "300100", "Content-Range": "bytes 0-300099/300100"}
+    wrong_size = {"Content-Length": "300100", "Content-Range": "bytes 0-300099/300100"}
     (target.parent / "manifest.json").unlink()
-    server.faults["HEAD", FILE] = [Fault(headers=lie)]
-    server.faults["GET", FILE] = [Fault(headers=lie)] + [Fault(status=416)] * 9
+    server.faults["HEAD", FILE] = [Fault(headers=wrong_size)]
+    server.faults["GET", FILE] = [Fault(headers=wrong_size)] + [Fault(status=416)] * 9
     refused = run("--retries", "1")
     assert refused.status == 2
     assert not target.exists()
@@ -328,15 +328,15 @@ def test_retry_after_delays_the_next_request(run, server, target):
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_jobs_files_are_downloaded_at_a_time(run, server, target, jobs):
-    """Exactly --jobs requests are pending at once: a barrier holds each response until there are so many."""
-    together = threading.Barrier(jobs)
+    """Exactly --jobs requests are pending at once: a barrier holds each response until then."""
+    all_pending = threading.Barrier(jobs)
     for name in "abcdef":
         server.files[f"{NAME}/{name}.bin"] = CONTENT
-        server.faults["GET", f"{NAME}/{name}.bin"] = [Fault(before=lambda: together.wait(10))]
+        server.faults["GET", f"{NAME}/{name}.bin"] = [Fault(before=lambda: all_pending.wait(10))]
     assert run("--jobs", str(jobs), files="abcdef").status == 0
     assert server.max_pending == jobs
     assert len(manifest(target)) == 6
-    assert not together.broken
+    assert not all_pending.broken
 
 
 def test_a_failed_file_does_not_stop_the_others(run, server, target):

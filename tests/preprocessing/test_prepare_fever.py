@@ -67,7 +67,7 @@ def test_blank_lines_count_as_lines(originals, tmp_path):
 
 
 def test_existing_files_are_kept_unless_overwritten(originals, tmp_path):
-    """Existing originals are kept and only the subset is made, whoever wrote them; --overwrite replaces them."""
+    """Existing originals, of another program too, are kept, and only the subset is made; --overwrite replaces them."""
     folder = tmp_path / "out/fever_data"
     folder.parent.mkdir()
     originals.rename(folder)

@@ -194,7 +194,7 @@ BAD = {  # csv, line of the error, error
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("split", ["auxiliary_train", "test"])
 def test_a_bad_row_is_named_by_member_and_line(tmp_path, case, split):
-    """One line on stderr names both; nothing is written."""
+    """One line on stderr names member and line; nothing is written."""
     content, line, problem = BAD[case]
     name = "race" if split == "auxiliary_train" else f"anatomy_{split}"
     archive = write_tar(tmp_path / "data.tar", small_archive(**{split: content}))

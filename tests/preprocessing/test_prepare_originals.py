@@ -32,7 +32,7 @@ class Run(NamedTuple):
     err: str
 
     def failed_with(self, *parts: object) -> bool:
-        """Asserts status 2 and one line on stderr that holds `parts` in order; tells whether the line has a remedy."""
+        """Asserts status 2 and one line on stderr that holds `parts` in order; returns whether it has a remedy."""
         assert (self.status, self.err.count("\n")) == (2, 1), self
         start = 0
         for part in map(str, parts):

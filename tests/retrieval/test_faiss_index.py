@@ -186,13 +186,13 @@ def test_equal_scores_are_ordered_by_number(vectors):
 def test_a_query_with_too_few_results_scans_all_lists(vectors, queries, exact_numbers):
     """-1 is never returned as a passage number; queries with enough results scan their nearest lists only."""
     index = FaissIndex.build(vectors, "ivfflat")
-    everything = index.search(queries, 60)
+    all_lists = index.search(queries, 60)
     index.n_probe = 1
     sizes = [index._index.invlists.list_size(i) for i in range(index.n_list)]
     assert min(sizes) < 60 < max(sizes)
     found = index.search(queries, 60)
     assert found.numbers.min() >= 0
-    widened = (found.numbers == everything.numbers).all(axis=1)
+    widened = (found.numbers == all_lists.numbers).all(axis=1)
     assert 0 < widened.sum() < len(queries)
 
 
@@ -203,8 +203,8 @@ def test_empty_lists_are_kept(tmp_path, capfd):
     assert 0 in np.load(tmp_path / "list_sizes.npy")
     np.testing.assert_array_equal(loaded.search(np.ones((1, 4), np.float32), 50).numbers, [range(50)])
     assert not capfd.readouterr().err
-    one = FaissIndex.build(np.ones((1, 4), np.float16), "ivfsq")
-    assert one.search(np.ones((1, 4), np.float32), 1).numbers == 0
+    single = FaissIndex.build(np.ones((1, 4), np.float16), "ivfsq")
+    assert single.search(np.ones((1, 4), np.float32), 1).numbers == 0
 
 
 def test_impossible_builds_and_searches_are_refused(vectors):

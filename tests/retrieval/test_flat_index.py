@@ -82,12 +82,12 @@ def test_results_are_bit_identical_on_every_mesh(monkeypatch):
     monkeypatch.setattr(flat_index, "CHUNK_ROWS", 256)
     vectors, queries = normal(2001, 96), normal(3, 96, seed=1).astype(np.float32)
     vectors[1001:] = vectors[:1000]
-    one = FlatIndex.from_array(vectors, mesh_of(1)).search(queries, 100)
-    np.testing.assert_array_equal(one.numbers[:, 0::2] + 1001, one.numbers[:, 1::2])
+    one_device = FlatIndex.from_array(vectors, mesh_of(1)).search(queries, 100)
+    np.testing.assert_array_equal(one_device.numbers[:, 0::2] + 1001, one_device.numbers[:, 1::2])
     for shape in [(3,), (8,), (2, 3), (2, 2, 2)]:
-        other = FlatIndex.from_array(vectors, mesh_of(*shape)).search(queries, 100)
-        np.testing.assert_array_equal(other.numbers, one.numbers)
-        np.testing.assert_array_equal(other.scores, one.scores)
+        sharded = FlatIndex.from_array(vectors, mesh_of(*shape)).search(queries, 100)
+        np.testing.assert_array_equal(sharded.numbers, one_device.numbers)
+        np.testing.assert_array_equal(sharded.scores, one_device.scores)
 
 
 def test_a_device_holds_its_own_rows_only(tmp_path):

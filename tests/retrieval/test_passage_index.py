@@ -77,9 +77,9 @@ def content(folder):
 
 
 def test_any_number_of_shards_is_one_index(open_index, golden, golden_batch):
-    """One shard or four: the reference's vectors bit for bit, its passages in order, and its search results."""
-    one, four = (open_index(load_index_path=golden / f"index_{name}") for name in ("1shard", "4shards"))
-    for found_index in (one, four):
+    """One shard and four give the reference's vectors bit for bit, its passages in order, and its search results."""
+    one_shard, four_shards = (open_index(load_index_path=golden / f"index_{name}") for name in ("1shard", "4shards"))
+    for found_index in (one_shard, four_shards):
         found = found_index.vectors.search(golden_batch["query_emb"], 5)
         np.testing.assert_array_equal(np.asarray(found_index.vectors.rows)[:240].T, golden_batch["index_embeddings"])
         assert found_index.vectors.count == len(found_index.passages) == 240
@@ -89,9 +89,9 @@ def test_any_number_of_shards_is_one_index(open_index, golden, golden_batch):
         distinct = np.minimum(gaps, np.pad(gaps, ((0, 0), (1, 0)), constant_values=np.inf)[:, :-1]) > 2e-2
         assert (np.asarray(ids) == golden_batch["retrieved_ids"])[distinct].all()
         assert distinct.sum() >= 15
-    everything = range(240)
-    assert one.passages.take(everything) == four.passages.take(everything)
-    assert one.passages.take([0])[0]["title"] == "Chinese mythology: Summary"  # the section is joined once
+    all_numbers = range(240)
+    assert one_shard.passages.take(all_numbers) == four_shards.passages.take(all_numbers)
+    assert one_shard.passages.take([0])[0]["title"] == "Chinese mythology: Summary"  # the section is joined once
 
 
 def test_a_built_index_equals_the_published_one(open_index, golden, golden_batch):
@@ -125,9 +125,9 @@ def test_a_loaded_index_searches_like_the_built_one(open_index, saved, corpus, q
 def test_a_flat_index_can_be_opened_as_faiss(open_index, saved, query_vectors, kind):
     """The faiss index built from its vectors equals the one built from passages; the folder does not change."""
     before = content(saved / "flat")
-    made = open_index(load_index_path=saved / "flat", **KINDS[kind])
+    opened = open_index(load_index_path=saved / "flat", **KINDS[kind])
     assert_equal_results(
-        made.vectors.search(query_vectors, 7),
+        opened.vectors.search(query_vectors, 7),
         open_index(load_index_path=saved / kind, **KINDS[kind]).vectors.search(query_vectors, 7),
     )
     assert content(saved / "flat") == before
@@ -153,9 +153,9 @@ def test_a_faiss_index_opens_as_its_own_kind_only(open_index, saved, kind):
 def test_a_code_size_belongs_to_pq(open_index, saved, corpus, tmp_path, query_vectors):
     """--faiss_code_size is ignored with kinds other than "pq" and "ivfpq", when saving and when opening."""
     flags = {"index_mode": "faiss", "faiss_code_size": 8}
-    made = open_index(passages=(str(corpus),), save_index_path=tmp_path / "index", **flags)
+    opened = open_index(passages=(str(corpus),), save_index_path=tmp_path / "index", **flags)
     assert_equal_results(
-        made.vectors.search(query_vectors, 5),
+        opened.vectors.search(query_vectors, 5),
         open_index(load_index_path=saved / "faiss-flat", **flags).vectors.search(query_vectors, 5),
     )
     open_index(load_index_path=tmp_path / "index", index_mode="faiss")

@@ -68,7 +68,7 @@ def test_title_and_section_are_optional(tmp_path):
     ]
 
 
-ROWS = {  # name of the unusual thing: a line of JSON
+ROWS = {  # what is unusual -> the line of JSON
     "plain": '{"id": "1", "title": "T", "section": "", "text": "x"}',
     "section": '{"id": "1", "title": "T", "section": "S", "text": "x"}',
     "other_order": '{"text": "x", "section": "S", "id": 1, "title": "T"}',
@@ -89,7 +89,7 @@ ROWS = {  # name of the unusual thing: a line of JSON
 
 @pytest.mark.parametrize("case", ROWS)
 def test_rows_are_kept_however_their_json_is_written(tmp_path, case):
-    """Whether the line is copied or serialized anew, the store gives back the parsed row with its section joined."""
+    """Whether the line is copied or re-serialized, the store returns the parsed row with its section joined."""
     path = tmp_path / "corpus.jsonl"
     path.write_text(ROWS[case] + "\n")
     row = json.loads(ROWS[case])
@@ -259,7 +259,7 @@ def test_interrupted_tokenization_leaves_no_files(tmp_path):
 
 
 def test_two_writers_of_the_same_tokens_both_succeed(tmp_path):
-    """As two hosts on shared storage: the files of the first to finish are kept, and the other reads them."""
+    """Like two hosts on shared storage: the files of the first to finish are kept, and the other reads them."""
     folder = PassageStore.build([PASSAGE] * 3, tmp_path / "store").folder
     barrier, taken = threading.Barrier(2, timeout=10), []
 

@@ -94,5 +94,5 @@ class Process:
 
 def exit_lines(processes: dict[int, Process]) -> dict[int, tuple[int, str]]:
     """Waits for all processes; returns the exit status and the last line of each, by index."""
-    ended = {index: process.end() for index, process in processes.items()}
-    return {index: (status, lines[-1]) for index, (status, lines) in ended.items()}
+    results = {index: process.end() for index, process in processes.items()}
+    return {index: (status, lines[-1]) for index, (status, lines) in results.items()}

@@ -46,17 +46,17 @@ def gpus(tmp_path, monkeypatch):
 @pytest.mark.parametrize("missing", [0, 2])
 def test_a_missing_process_is_named(processes, missing):
     """The processes that are present end in time, with the same line, and without JAX's abort."""
-    ended = exit_lines(processes.start("sleep", {0, 1, 2} - {missing}, 3))
-    assert {status for status, _ in ended.values()} == {2}
-    assert all(line.startswith(f"atlas: process {missing} ") and "did not come" in line for _, line in ended.values())
+    results = exit_lines(processes.start("sleep", {0, 1, 2} - {missing}, 3))
+    assert {status for status, _ in results.values()} == {2}
+    assert all(line.startswith(f"atlas: process {missing} ") and "did not come" in line for _, line in results.values())
 
 
 def test_a_process_id_used_twice_is_named(processes):
-    """All processes of the run name it."""
+    """Every process of the run names the duplicate id."""
     port = free_port()
     started = [*processes.start("sleep", [0, 1], 3, port=port).values()]
-    ended = [process.end() for process in [*started, *processes.start("sleep", [1], 3, port=port).values()]]
-    for status, lines in ended:
+    results = [process.end() for process in [*started, *processes.start("sleep", [1], 3, port=port).values()]]
+    for status, lines in results:
         assert status == 2
         assert lines[-1].startswith("atlas: --process_id 1 of ")
         assert lines[-1].endswith(": there are 3 processes, each with its own")
@@ -68,71 +68,73 @@ def test_a_connection_of_another_program_is_closed(processes):
     (first,) = processes.start("nothing", [0], 2, port=port, timeout=10).values()
     for message in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b""):
         end = time.monotonic() + 10
-        stranger = None
-        while stranger is None:
+        foreign_connection = None
+        while foreign_connection is None:
             with contextlib.suppress(ConnectionRefusedError):
-                stranger = socket.create_connection(("127.0.0.1", port))
+                foreign_connection = socket.create_connection(("127.0.0.1", port))
             assert time.monotonic() < end
-        with stranger:
-            stranger.sendall(message)
+        with foreign_connection:
+            foreign_connection.sendall(message)
     (second,) = processes.start("nothing", [1], 2, port=port).values()
     assert [process.end()[0] for process in (first, second)] == [0, 0]
 
 
 @pytest.mark.parametrize("mode", ["version", "devices"])
 def test_a_process_of_another_version_or_device_count_is_named(processes, mode):
-    """Every process names the one that differs, and the value of process 0."""
-    ended = exit_lines(processes.start(mode, range(2), 2))
+    """Every process names the differing process, its value and the value of process 0."""
+    results = exit_lines(processes.start(mode, range(2), 2))
     expected = {"version": "has jax 9.9, process 0", "devices": "has devices 2 x cpu, process 0"}[mode]
-    assert all(status == 2 and "process 1" in line and expected in line for status, line in ended.values()), ended
+    assert all(status == 2 and "process 1" in line and expected in line for status, line in results.values()), results
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_lost_process_is_named(processes, signum, victim):
-    """A killed one at once; a stopped one (SIGSTOP) when it has sent no heartbeat for too long."""
+    """A killed process is named at once; a stopped one (SIGSTOP) when it has sent no heartbeat for too long."""
     started = processes.start("sleep", range(3), 3)
     for process in started.values():
         process.until("up")
     lost = started.pop(victim)
     lost.signal(signum)
-    ended = exit_lines(started)
+    results = exit_lines(started)
     lost.signal(signal.SIGKILL)
     lost.end()
     reason = "is gone" if signum == signal.SIGKILL else "has been silent for 2 s"
-    assert all(status == 75 and f"process {victim} " in line and reason in line for status, line in ended.values()), (
-        ended
+    assert all(status == 75 and f"process {victim} " in line and reason in line for status, line in results.values()), (
+        results
     )
 
 
 @pytest.mark.parametrize("stuck", [0, 2])
 def test_a_stuck_process_is_named(processes, stuck):
     """A process that sends heartbeats, but whose call does not return; those that wait for it do not count as stuck."""
-    ended = exit_lines(processes.start("stuck", range(3), 3, target=stuck))
+    results = exit_lines(processes.start("stuck", range(3), 3, target=stuck))
     start = f"atlas: process {stuck} "
-    assert all(status == 75 and line.startswith(start) and "is stuck" in line for status, line in ended.values()), ended
-    assert all("worker.py, line " in line for _, line in ended.values())
+    assert all(status == 75 and line.startswith(start) and "is stuck" in line for status, line in results.values()), (
+        results
+    )
+    assert all("worker.py, line " in line for _, line in results.values())
 
 
 def test_a_slow_process_is_not_stuck(processes):
     """The counter-case: a process that sleeps as long in total, but wakes up now and then."""
-    ended = exit_lines(processes.start("slow", range(2), 2, seconds=4))
-    assert [status for status, _ in ended.values()] == [0, 0], ended
+    results = exit_lines(processes.start("slow", range(2), 2, seconds=4))
+    assert [status for status, _ in results.values()] == [0, 0], results
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_one_process_ends_all(processes, failing):
     """The failing process prints its error and has its own exit status; the others repeat the error."""
-    ended = exit_lines(processes.start("error", range(2), 2, target=failing))
-    assert ended.pop(failing) == (2, "atlas: bad.jsonl, line 3: no question")
+    results = exit_lines(processes.start("error", range(2), 2, target=failing))
+    assert results.pop(failing) == (2, "atlas: bad.jsonl, line 3: no question")
     assert all(
-        status == 75 and f"process {failing} " in line and "no question" in line for status, line in ended.values()
+        status == 75 and f"process {failing} " in line and "no question" in line for status, line in results.values()
     )
 
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_all_interrupted_processes_have_time_to_save(processes, slow):
-    """Also one that is slower than process 0, whose end would make JAX abort it."""
+    """Process 0 waits for a slower process, which JAX would abort if process 0 ended first."""
     started = processes.start("sleep", range(2), 2, target=slow)
     for process in started.values():
         process.until("up")
@@ -143,21 +145,21 @@ def test_all_interrupted_processes_have_time_to_save(processes, slow):
 
 
 def test_a_process_that_leaves_early_is_named(processes):
-    """After the others had time to stop, too; until then process 0 stays alive, so that JAX does not abort them."""
+    """The others first have time to stop; until then process 0 stays alive, so that JAX does not abort them."""
     started = processes.start("sleep", range(2), 2, seconds=0)
     for process in started.values():
         process.until("up")
     started[0].signal(signal.SIGTERM)
-    ended = exit_lines(started)
-    assert ended[0] == (143, "atlas: interrupted by SIGTERM")
-    assert ended[1][0] == 75
-    assert "process 0 (" in ended[1][1]
-    assert "left before the end" in ended[1][1]
+    results = exit_lines(started)
+    assert results[0] == (143, "atlas: interrupted by SIGTERM")
+    assert results[1][0] == 75
+    assert "process 0 (" in results[1][1]
+    assert "left before the end" in results[1][1]
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_waiting_for_other_processes_can_be_interrupted(processes, index):
-    """At once, with the exit status of the signal."""
+    """SIGTERM ends the wait at once, with the exit status of the signal."""
     (process,) = processes.start("sleep", [index], 2, timeout=30).values()
     time.sleep(0.3)
     begin = time.monotonic()
@@ -178,7 +180,7 @@ def test_waiting_for_other_processes_can_be_interrupted(processes, index):
     ],
 )
 def test_node_lists_are_expanded(text, names):
-    """As `scontrol show hostnames` does."""
+    """The names are those that `scontrol show hostnames` prints."""
     assert expand_node_list(text) == names
 
 
@@ -207,7 +209,7 @@ def test_slurm_step():
 
 @pytest.mark.parametrize("step", [{"SLURM_STEP_ID": "4294967291"}, {"SLURM_STEP_ID": "4294967290"}, {}])
 def test_slurm_without_srun_is_a_single_process(step, caplog):
-    """In the step of a batch script, that of an interactive shell, or none: a single process, and a warning."""
+    """In the step of a batch script, in that of an interactive shell, or in none: a single process, and a warning."""
     plain = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2"}
     with caplog.at_level(logging.WARNING):
         assert detect_cluster(RunConfig(), plain | step) == ClusterSpec()
@@ -242,7 +244,7 @@ def test_gke_tpu_pods():
 
 
 def test_a_kubernetes_job_without_flags_is_a_single_process(caplog):
-    """With a warning, not an error, since this may be intended."""
+    """A warning, not an error, since a single process may be intended."""
     with caplog.at_level(logging.WARNING):
         assert (
             detect_cluster(RunConfig(), {"JOB_COMPLETION_INDEX": "3", "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
@@ -268,7 +270,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 
 
 def test_tpu_vms_ask_the_metadata_server(monkeypatch):
-    """Without attributes of a slice, a single process; without an answer, an error with a remedy."""
+    """A VM without attributes of a slice is a single process; no answer is an error with a remedy."""
     monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", True)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -313,7 +315,7 @@ def test_tasks_of_a_node_share_its_gpus():
 
 
 def test_without_cuda_visible_devices_tasks_share_all_gpus_of_the_host(gpus):
-    """As under `mpirun`; if the variable is set but empty, there are none to share."""
+    """As under `mpirun`, all GPUs of the host are shared; if the variable is set but empty, there are none to share."""
     for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
         (gpus / name).touch()
     assert task_devices({}, 1, 2) == (2, 3)

@@ -28,7 +28,7 @@ def traced():
 
 
 def test_results_equal_the_function(traced):
-    """For the state and the arguments of each call, not those it was compiled with."""
+    """Results are those for the state and the arguments of each call, not of the call that compiled the program."""
     program, calls = traced
     for w in (2.0, 3.0):
         for x in (np.arange(4.0, dtype=np.float32), np.full(4, 7, np.float32)):
@@ -75,7 +75,7 @@ def test_each_compilation_is_logged(traced, caplog):
 
 
 def test_results_keep_the_sharding_of_the_arguments(mesh):
-    """An argument sharded over eight devices gives a result that is sharded alike."""
+    """An argument sharded over eight devices gives a result with the same sharding."""
     from atlas_jax.mesh import put_batch, replicate
 
     state = replicate(mesh, np.full(1, 2.0, np.float32))
@@ -102,7 +102,7 @@ def test_a_donated_state_is_deleted(donate):
 
 
 def test_compile_for_compiles_without_running(traced):
-    """Donates nothing; a later call with the same shapes does not compile again, one with other shapes does."""
+    """`compile_for` donates nothing; a later call compiles only if its shapes are others."""
     _, calls = traced
     runs = []
 
@@ -208,7 +208,7 @@ def test_an_exception_of_a_signal_handler_ends_the_wait_for_xla(monkeypatch):
 
 
 def test_folder_of_the_compilation_cache(monkeypatch, tmp_path, caplog):
-    """The named one; for `auto` JAX_COMPILATION_CACHE_DIR or else the user's cache; none for `none`. It is logged."""
+    """A named folder; for `auto` JAX_COMPILATION_CACHE_DIR or the user's cache; for `none` no folder. It is logged."""
     before = jax.config.jax_compilation_cache_dir
     try:
         with caplog.at_level(logging.INFO, logger="atlas_jax"):

@@ -140,7 +140,7 @@ def test_further_signals_raise_nothing_while_stopping():
 
 @pytest.mark.parametrize("context", ["contextlib.nullcontext()", "interrupts.held()"])
 def test_a_second_ctrl_c_raises_keyboard_interrupt(context):
-    """Also within `held`: it aborts the saving."""
+    """A second Ctrl-C raises within `held` too, where it aborts a save."""
     _, output, _ = run(f"""
         import contextlib
         with Interrupts() as interrupts:
@@ -198,7 +198,7 @@ def test_a_dropped_signal_is_not_sent_after_the_block():
 
 
 def test_check_raises_a_swallowed_interrupted_again():
-    """Each time it is called; without a signal it raises nothing."""
+    """`check` raises at each call; without a signal it raises nothing."""
     _, output, _ = run("""
         with Interrupts() as interrupts:
             interrupts.check()
@@ -287,8 +287,8 @@ def slurm(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("state", ["RUNNING", "CANCELLED", "COMPLETING"])
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
-def test_which_signals_requeue_a_job(slurm, caplog, name, state):
-    """SIGUSR1 does, SIGTERM unless the job is being cancelled, Ctrl-C never."""
+def test_a_job_is_requeued_unless_it_is_cancelled(slurm, caplog, name, state):
+    """SIGUSR1 requeues the job, SIGTERM does unless the job is being cancelled, Ctrl-C never does."""
     calls = slurm(state)
     requeue(getattr(signal, name))
     is_running = state == "RUNNING"
@@ -310,8 +310,8 @@ def test_which_signals_requeue_a_job(slurm, caplog, name, state):
         ({"JOB_ID": ""}, []),
     ],
 )
-def test_which_job_is_requeued(slurm, variables, expected):
-    """This job, or in a job array its task; only the first process requeues, and none outside SLURM."""
+def test_the_first_process_requeues_its_own_job(slurm, variables, expected):
+    """The job, or in a job array its task, is requeued; other processes, and a run outside SLURM, requeue nothing."""
     calls = slurm(**variables)
     requeue(signal.SIGUSR1)
     assert calls() == expected

@@ -34,23 +34,23 @@ def test_nothing_starts_before_the_first_next():
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_the_thread_works_depth_items_ahead(depth):
     """While the consumer holds item i, the thread computes the items up to i + depth, and no more."""
-    made, condition = [], threading.Condition()
+    computed, condition = [], threading.Condition()
 
     def items():
         for i in range(12):
             with condition:
-                made.append(threading.current_thread())
+                computed.append(threading.current_thread())
                 condition.notify()
             yield i
 
     for i in prefetch(items(), depth):
         with condition:
-            wanted = min(i + 1 + depth, 12)
-            assert condition.wait_for(lambda wanted=wanted: len(made) >= wanted, timeout=10)
-            assert not condition.wait_for(lambda wanted=wanted: len(made) > wanted, timeout=0.02)
-    assert len(made) == 12
-    assert len(set(made)) == 1
-    assert made[0] is not threading.current_thread()
+            expected = min(i + 1 + depth, 12)
+            assert condition.wait_for(lambda expected=expected: len(computed) >= expected, timeout=10)
+            assert not condition.wait_for(lambda expected=expected: len(computed) > expected, timeout=0.02)
+    assert len(computed) == 12
+    assert len(set(computed)) == 1
+    assert computed[0] is not threading.current_thread()
 
 
 def test_the_consumer_does_not_wait_for_the_next_item():
@@ -62,10 +62,10 @@ def test_the_consumer_does_not_wait_for_the_next_item():
         assert first_is_received.wait(timeout=10)
         yield 1
 
-    ahead = prefetch(items())
-    assert next(ahead) == 0
+    iterator = prefetch(items())
+    assert next(iterator) == 0
     first_is_received.set()
-    assert list(ahead) == [1]
+    assert list(iterator) == [1]
 
 
 def test_an_error_is_raised_in_place_of_its_item():
@@ -77,46 +77,46 @@ def test_an_error_is_raised_in_place_of_its_item():
         yield 1
         raise error
 
-    ahead, seen = prefetch(items(), 3), []
+    iterator, seen = prefetch(items(), 3), []
     with pytest.raises(OSError, match="disk") as raised:
-        seen.extend(item for item in ahead)  # keeps the items before the error
+        seen.extend(item for item in iterator)  # keeps the items before the error
     assert raised.value is error
-    assert next(ahead, "over") == "over"
+    assert next(iterator, "over") == "over"
     assert not workers()
-    ahead = prefetch(items(), 3)
-    assert (next(ahead), next(ahead)) == (0, 1)
+    iterator = prefetch(items(), 3)
+    assert (next(iterator), next(iterator)) == (0, 1)
     with pytest.raises(OSError, match="disk"):
-        next(ahead)
+        next(iterator)
 
 
 @pytest.mark.parametrize("how", ["close", "delete"])
 def test_an_abandoned_iterator_stops_the_thread(how):
     """Closed or garbage-collected: the item being computed is finished, later ones are not begun."""
-    made, second, gate = [], threading.Event(), threading.Event()
+    computed, second, gate = [], threading.Event(), threading.Event()
 
     def items():
         for i in range(10**9):
-            made.append(i)
+            computed.append(i)
             if i == 1:
                 second.set()
                 assert gate.wait(timeout=10)
             yield i
 
-    ahead = prefetch(items(), 3)
-    for _ in ahead:
+    iterator = prefetch(items(), 3)
+    for _ in iterator:
         break
     assert second.wait(timeout=10)
     threading.Timer(0.3, gate.set).start()  # closing waits for the second item
     if how == "close":
-        ahead.close()
-    del ahead
+        iterator.close()
+    del iterator
     assert not workers()
-    assert made == [0, 1]
+    assert computed == [0, 1]
 
 
 @given(st.lists(st.integers()), st.integers(1, 5))
 def test_map_in_order_equals_map(items, count):
-    """For any number of threads, which have ended by the last result."""
+    """The results are equal for any number of threads, all of which have ended by the last result."""
     assert list(map_in_order(lambda item: item + 1, items, count)) == [item + 1 for item in items]
     assert not workers()
 
@@ -145,8 +145,8 @@ def test_an_error_ends_map_in_order():
         done.append(item)
         return item
 
-    ahead = map_in_order(work, range(100), 2)
+    iterator = map_in_order(work, range(100), 2)
     with pytest.raises(OSError, match="the disk"):
-        list(ahead)
+        list(iterator)
     assert len(done) < 6
     assert not workers()

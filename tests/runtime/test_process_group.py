@@ -32,17 +32,17 @@ def test_collectives_give_every_process_the_values_of_all(processes, count):
 
 
 def test_a_process_that_does_not_answer_is_named(processes):
-    """Every process that waits for it names it."""
+    """Each waiting process's error names the missing process."""
     started = processes.start("late", range(3), 3)
     late = started.pop(1)
-    ended = exit_lines(started)
+    results = exit_lines(started)
     late.end()
     message = "did not answer within 0.5 s (main)"
-    assert all("process 1 (" in line and message in line for _, line in ended.values()), ended
+    assert all("process 1 (" in line and message in line for _, line in results.values()), results
 
 
 def test_a_group_of_one_returns_its_own_values():
-    """Without a key-value store."""
+    """A group of one process needs no key-value store."""
     group = ProcessGroup()
     assert group.all_gather(b"x") == [b"x"]
     assert group.all_max(3, -1) == [3, -1]

@@ -32,7 +32,7 @@ def logged(caplog):
 
 
 def test_a_line_at_most_every_30_seconds(clock, logged):
-    """With units done, rate, time and time left; the last line is logged at the end."""
+    """Lines have units done, rate, time and time left; the last line is logged at the end."""
     with progress("embedding", "passages", 400) as advance:
         for _ in range(40):
             clock.seconds += 2
@@ -45,7 +45,7 @@ def test_a_line_at_most_every_30_seconds(clock, logged):
 
 
 def test_without_a_total_no_time_left_is_logged(clock, logged):
-    """Units done, rate and time only."""
+    """Lines have units done, rate and time only."""
     with progress("reading", "passages") as advance:
         clock.seconds += 31
         advance(62)
@@ -54,7 +54,7 @@ def test_without_a_total_no_time_left_is_logged(clock, logged):
 
 
 def test_short_work_logs_one_line_at_its_end(logged):
-    """Also if it took no time at all; work without any units logs none."""
+    """One line even if the work took no time at all; work without any units logs none."""
     with progress("reading", "rows", 3) as advance:
         advance(1)
         advance(2)

@@ -31,8 +31,8 @@ def serve_forks() -> dict:
             print(pid, flush=True)
         else:
             with open(request["output"], "wb") as output, open(os.devnull) as null:
-                for own, standard in ((null, 0), (output, 1), (output, 2)):
-                    os.dup2(own.fileno(), standard)
+                for source, standard in ((null, 0), (output, 1), (output, 2)):
+                    os.dup2(source.fileno(), standard)
             threading.main_thread()._set_native_id()  # Python 3.11 keeps the parent's
             return request
     os._exit(0)
@@ -88,7 +88,7 @@ def check_rows(path: Path) -> None:
 
 
 def stay_awake(seconds: float) -> None:
-    """Takes `seconds`, awake every 0.1 s, so that the watchdog does not take the process for stuck."""
+    """Sleeps for `seconds`, waking every 0.1 s so that the watchdog does not report the process as stuck."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.1)

@@ -88,7 +88,7 @@ def kill(folder, file):
 
 
 def test_the_next_writer_removes_the_drafts_of_killed_processes(tmp_path, monkeypatch):
-    """Kept are drafts of live processes, of other targets, and of other machines, whose pids mean nothing here."""
+    """Drafts of live processes, of other targets and of other machines, whose pids mean nothing here, stay."""
     folder, file = tmp_path / "folder[1]", tmp_path / "file"  # "[1]" would be a pattern for glob
     for _ in range(2):
         kill(folder, file)

@@ -27,12 +27,12 @@ def test_an_example_has_the_fields_of_its_row(tokenizer):
 
 
 def test_accuracy_is_an_exact_match_with_any_answer():
-    """Without normalization: another case or an article does not match."""
+    """Texts are not normalized: another case or an article does not match."""
     assert [Base().score(text, ["y", "the Y"])["accuracy"] for text in ("y", "the Y", "Y", "")] == [1, 1, 0, 0]
 
 
 def test_merge_records_returns_the_only_record():
-    """Unchanged, and with no scores over several examples."""
+    """The record is unchanged, and there are no scores over several examples."""
     record = {"query": "q"}
     assert Base().merge_records([record]) == (record, {})
     assert Base().metrics == ("accuracy", "eval_loss")

@@ -86,6 +86,6 @@ def test_f1_and_exact_match_of_any_two_texts(left, right):
 
 @given(TEXTS, st.lists(TEXTS, min_size=1, max_size=4), TEXTS)
 def test_a_score_is_the_best_over_the_answers(prediction, answers, added):
-    """With one more answer, it is the maximum of the score before and the score with that answer alone."""
+    """With one more answer, the score is the maximum of the score before and the score with that answer alone."""
     for score in (lambda texts: f1(prediction, texts), lambda texts: exact_match(prediction, texts, normalize)):
         assert score([*answers, added]) == max(score(answers), score([added]))

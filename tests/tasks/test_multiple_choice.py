@@ -102,7 +102,7 @@ def test_the_first_of_tied_options_is_chosen(margin, chosen):
 
 @pytest.mark.parametrize("options", range(1, 6))
 def test_option_orders_are_distinct_permutations(options):
-    """One order, as many as options, or their factorial; the first is the original, cyclic ones rotate it."""
+    """There are one, as many as options, or their factorial; the first is the original, cyclic ones rotate it."""
     original = tuple(range(options))
     for permutations, expected in (("single", 1), ("cyclic", options), ("all", math.factorial(options))):
         orders = option_orders(options, permutations)
@@ -146,7 +146,7 @@ def test_the_answer_moves_with_its_option_among_equal_texts(tokenizer, permutati
     assert sum(a != b for a, b in zip(reference, letters_of_d, strict=True)) == len(examples) // 2
     assert sum(example.metadata["is_original"] for example in examples) == 1
     same_texts = [e.metadata["options"] == row["options"] for e in examples]
-    assert sum(same_texts) == (2 if permutations == "all" else 1)  # texts alone do not tell which is the original
+    assert sum(same_texts) == (2 if permutations == "all" else 1)  # texts alone do not identify the original
 
 
 def test_options_with_equal_texts_are_averaged_separately(tokenizer):
@@ -172,7 +172,7 @@ def test_options_with_equal_texts_are_averaged_separately(tokenizer):
     texts=st.lists(st.sampled_from(["x", "y", "z"]), min_size=3, max_size=3),
 )
 def test_averaged_probabilities_sum_to_1(logits, texts):
-    """For any logits and texts; the generation has the largest probability, to TIE_MARGIN."""
+    """The sum is 1 for any logits and texts; the generation has the largest probability, to TIE_MARGIN."""
     task, records = MultipleChoice(3, "cyclic"), []
     for order, values in zip(option_orders(3, "cyclic"), logits, strict=True):
         options = {letter: texts[option] for letter, option in zip("ABC", order, strict=True)}

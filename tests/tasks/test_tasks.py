@@ -11,7 +11,7 @@ from atlas_jax.tasks.qa import QA
 
 
 def test_make_task_returns_the_named_task():
-    """With the flags that belong to the task; a task that is not built is a UserError."""
+    """`make_task` passes the flags that belong to the task; a task that is not implemented is a UserError."""
 
     def task(name, **flags):
         return make_task(TaskConfig(name, **flags))

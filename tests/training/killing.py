@@ -2,7 +2,7 @@
 
     python tests/training/killing.py --kills 100 [--processes 2]
 
-A killed run must end with the parameters, bit for bit, and the metrics of one that nobody killed. Of several processes
+A killed run must end with the parameters, bit for bit, and the metrics of an uninterrupted run. Of several processes
 one is killed, and the others must end by themselves.
 """
 
@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 STEPS = 12
 
 
-def command(name: str, folder: Path, *more: str) -> list[str]:
+def command(name: str, folder: Path, *extra_flags: str) -> list[str]:
     """The command of a run with shuffling and dropout that trains both models, refreshes, evaluates and saves."""
     flags = {
         "--name": name,
@@ -44,7 +44,7 @@ def command(name: str, folder: Path, *more: str) -> list[str]:
         "--generation_max_length": "4",
         "--temperature_gold": "0.1",
         "--temperature_score": "0.1",
-        "--freeze_retriever_steps": "3",  # while passages are found a step ahead
+        "--freeze_retriever_steps": "3",  # during which passages are retrieved a step ahead
         "--refresh_index": "4",
         "--total_steps": str(STEPS),
         "--warmup_steps": "2",
@@ -55,13 +55,13 @@ def command(name: str, folder: Path, *more: str) -> list[str]:
         "--eval_freq": "5",
         "--compile_cache": str(folder / "programs"),
     }
-    given = [text for flag, value in flags.items() for text in (flag, value)]
-    return [sys.executable, "-m", "atlas_jax", "train", *given, "--shuffle", "--train_retriever", *more]
+    arguments = [text for flag, value in flags.items() for text in (flag, value)]
+    return [sys.executable, "-m", "atlas_jax", "train", *arguments, "--shuffle", "--train_retriever", *extra_flags]
 
 
-def start(name: str, folder: Path, *more: str, processes: int = 1) -> list[subprocess.Popen]:
+def start(name: str, folder: Path, *extra_flags: str, processes: int = 1) -> list[subprocess.Popen]:
     """The run, with one device a process."""
-    return start_processes(command(name, folder, *more), folder / f"{name}.log", processes)
+    return start_processes(command(name, folder, *extra_flags), folder / f"{name}.log", processes)
 
 
 def start_processes(command: list[str], log: Path, processes: int, devices: int = 1) -> list[subprocess.Popen]:
@@ -74,9 +74,9 @@ def start_processes(command: list[str], log: Path, processes: int, devices: int 
     hosts = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", str(processes), "--host_timeout", "60"]
     started = []
     for index in range(processes):
-        more = [*hosts, "--process_id", str(index)] if processes > 1 else []
+        extra_flags = [*hosts, "--process_id", str(index)] if processes > 1 else []
         with log.with_suffix(f".{index}{log.suffix}" if index else log.suffix).open("a") as out:
-            started.append(subprocess.Popen([*command, *more], stdout=out, stderr=out, env=environment))
+            started.append(subprocess.Popen([*command, *extra_flags], stdout=out, stderr=out, env=environment))
     return started
 
 
@@ -87,15 +87,15 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def finish(name: str, folder: Path, *more: str, processes: int = 1) -> float:
+def finish(name: str, folder: Path, *extra_flags: str, processes: int = 1) -> float:
     """Runs to the end; returns the seconds it took."""
     began = time.monotonic()
-    statuses = [process.wait() for process in start(name, folder, *more, processes=processes)]
+    statuses = [process.wait() for process in start(name, folder, *extra_flags, processes=processes)]
     assert not any(statuses), (statuses, (folder / f"{name}.log").read_text()[-3000:])
     return time.monotonic() - began
 
 
-def killed(
+def run_with_kills(
     name: str,
     folder: Path,
     kills: int,
@@ -105,21 +105,21 @@ def killed(
     processes: int = 1,
 ) -> int:
     """Kills the run at random moments of its first `seconds`, then lets it end; returns how often it was killed."""
-    done = 0
+    kill_count = 0
     for _ in range(kills):
         run = start(name, folder, processes=processes)
         victim = rng.choice(run)
         try:
             status = victim.wait(rng.uniform(0.0, seconds))
-            assert status == 0, (status, (folder / f"{name}.log").read_text()[-3000:])  # it was done
+            assert status == 0, (status, (folder / f"{name}.log").read_text()[-3000:])  # the run had finished
             break
         except subprocess.TimeoutExpired:
             victim.send_signal(rng.choice(signals))
             for process in run:
                 process.wait(120)
-            done += 1
+            kill_count += 1
     finish(name, folder, processes=processes)
-    return done
+    return kill_count
 
 
 def outcome(run: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
@@ -131,9 +131,9 @@ def outcome(run: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
     return load(run / f"checkpoint/step-{STEPS}").params, metrics
 
 
-def same(one: Path, other: Path) -> bool:
+def same(first: Path, second: Path) -> bool:
     """Whether two runs have bitwise equal parameters and equal metrics."""
-    (params, metrics), (others, other_metrics) = outcome(one), outcome(other)
+    (params, metrics), (others, other_metrics) = outcome(first), outcome(second)
     equal = params.keys() == others.keys() and all(x.tobytes() == others[p].tobytes() for p, x in params.items())
     return equal and metrics == other_metrics
 
@@ -144,17 +144,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
-    given = parser.parse_args()
-    rng, kills, runs, different = random.Random(given.seed), 0, 0, 0
+    arguments = parser.parse_args()
+    rng, kills, runs, different = random.Random(arguments.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = prepare(Path(temporary))
-        finish("warm", folder, processes=given.processes)
-        seconds = finish("whole", folder, processes=given.processes)
+        finish("warm", folder, processes=arguments.processes)
+        seconds = finish("whole", folder, processes=arguments.processes)
         signals = signal.SIGKILL, signal.SIGTERM
-        while kills < given.kills:
+        while kills < arguments.kills:
             name = f"killed-{runs}"
-            most = min(10, given.kills - kills)
-            kills += killed(name, folder, most, 1.1 * seconds, rng, signals, given.processes)
+            limit = min(10, arguments.kills - kills)
+            kills += run_with_kills(name, folder, limit, 1.1 * seconds, rng, signals, arguments.processes)
             runs += 1
             different += not same(folder / "whole", folder / name)
             print(f"{kills} kills, {runs} runs, {different} different", flush=True)

@@ -2,8 +2,8 @@
 
     python -m tests.training.layouts --runs linear flat --meshes model=4 --processes 2
 
-Eight questions a step, shuffled, with dropout, on eight devices (`model=4`: four). A run is begun and ended on a
-layout, and then ended once more by the layout after it, from the checkpoint in the middle.
+Eight questions a step, shuffled, with dropout, on eight devices (`model=4`: four). A run is started and finished on one
+layout, then finished again on the next layout from the checkpoint in the middle.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from tests.training import killing
 from tests.training.test_loop import COLUMNS, RUNS
 
 GOLDEN = killing.GOLDEN
-# and their questions a device of the batch axes
+# mesh -> questions per device of the batch axes
 MESHES = {"data=8": 1, "fsdp=8": 1, "model=4": 8, "data=2,fsdp=2,model=2": 2, "fsdp=4,passages=2": 2}
-# Codes that centroids decide would change with the last bit of a vector, so training has the exact kind
+# Training uses an exact faiss index: codes relative to centroids would change with the last bit of a vector
 FAISS = "--index_mode faiss --refresh_index 2 --freeze_retriever_steps 2"
 TRAININGS = RUNS | {"linear_faiss": ["--scheduler", "linear", *FAISS.split()]}
 INDEXES = {"flat": ["--index_mode", "flat"], "faiss": ["--index_mode", "faiss", "--faiss_index_type", "ivfsq"]}
@@ -50,10 +50,10 @@ TRAINING = {
     "--log_freq": "1",
 }
 EVALUATION = {"--generation_max_length": "6"}
-LEARNT = "learnt/"  # before the path of a parameter: by how much its last three steps changed it
+CHANGE = "change/"  # prefix of a parameter's path: its change in the last three steps
 
 
-def listed(flags: dict[str, str]) -> list[str]:
+def as_arguments(flags: dict[str, str]) -> list[str]:
     return [text for flag, value in flags.items() for text in (flag, value)]
 
 
@@ -73,16 +73,16 @@ def train(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dict[s
     """Resumes the run of that folder or starts it; returns its last parameters and metrics."""
     from atlas_jax.checkpoints.store import load
 
-    flags = [*listed(MODEL | TRAINING), "--train_retriever", "--shuffle", *TRAININGS[name]]
+    flags = [*as_arguments(MODEL | TRAINING), "--train_retriever", "--shuffle", *TRAININGS[name]]
     command = [*ATLAS, "train", "--name", "run", "--checkpoint_dir", str(folder), *flags]
     run(command, folder, mesh, processes)
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     trace = {column: np.asarray([row[column] for row in rows if column in row]) for column in COLUMNS}
     middle, end = (load(folder / f"run/checkpoint/step-{step}").params for step in (3, 6))
-    return trace | dict(end) | {LEARNT + path: array - middle[path] for path, array in end.items()}
+    return trace | dict(end) | {CHANGE + path: array - middle[path] for path, array in end.items()}
 
 
-def back_to_the_middle(folder: Path) -> None:
+def restore_middle_checkpoint(folder: Path) -> None:
     """Restores the files of a run that was killed after it had saved step 3."""
     checkpoints = folder / "run/checkpoint"
     shutil.rmtree(checkpoints / "step-6")
@@ -95,7 +95,13 @@ def evaluate(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dic
     folder.mkdir(parents=True, exist_ok=True)
     rows = (GOLDEN / "qa.jsonl").read_text().splitlines(keepends=True)[:7]
     (folder / "rows.jsonl").write_text("".join(rows))
-    flags = [*listed(MODEL | EVALUATION), "--eval_data", str(folder / "rows.jsonl"), *INDEXES[name], "--write_results"]
+    flags = [
+        *as_arguments(MODEL | EVALUATION),
+        "--eval_data",
+        str(folder / "rows.jsonl"),
+        *INDEXES[name],
+        "--write_results",
+    ]
     command = [*ATLAS, "evaluate", "--name", "run", "--checkpoint_dir", str(folder), *flags]
     run(command, folder, mesh, processes)
     lines = [json.loads(line) for line in (folder / "run/rows-step-1.jsonl").read_text().splitlines()]
@@ -109,30 +115,30 @@ def evaluate(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dic
     }
 
 
-def difference(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> tuple[float, str]:
-    """The largest difference, in units of its tolerance, and where it is.
+def difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, str]:
+    """Returns the largest difference in units of its tolerance, and the name of the array.
 
-    That is 3e-4 of each number, and of a parameter 5e-3 of what it has learnt, as norms: AdamW makes whole steps of
-    gradients that are nothing but rounding, and one device with other options of its compiler comes to 2.3e-3. What
-    learns nothing has to be the same.
+    The tolerance is 3e-4 of each number; for a parameter 5e-3 of its change in the last three steps, as norms: AdamW
+    amplifies gradients at rounding level, and one device with other compiler options comes to 2.3e-3; untrained
+    parameters must be equal.
     """
-    assert found.keys() == wanted.keys()
+    assert found.keys() == expected.keys()
     worst = 0.0, ""
-    for name, array in wanted.items():
-        if name.startswith(LEARNT):
+    for name, array in expected.items():
+        if name.startswith(CHANGE):
             continue
         if array.dtype.kind in "US":
             assert (found[name] == array).all(), name
             continue
         assert found[name].shape == array.shape, name
-        apart = found[name] - array
-        if LEARNT + name in wanted:
-            apart, allowed = np.linalg.norm(apart), 5e-3 * np.linalg.norm(wanted[LEARNT + name])
+        delta = found[name] - array
+        if CHANGE + name in expected:
+            delta, allowed = np.linalg.norm(delta), 5e-3 * np.linalg.norm(expected[CHANGE + name])
         else:
             allowed = 3e-4 * np.abs(array)
         with np.errstate(divide="ignore", invalid="ignore"):
-            shares = np.where(apart == 0, 0.0, np.abs(apart) / allowed)
-        worst = max(worst, (float(np.max(np.where(np.isnan(shares), np.inf, shares), initial=0.0)), name))
+            ratios = np.where(delta == 0, 0.0, np.abs(delta) / allowed)
+        worst = max(worst, (float(np.max(np.where(np.isnan(ratios), np.inf, ratios), initial=0.0)), name))
     return worst
 
 
@@ -142,29 +148,29 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=[*TRAININGS, *INDEXES], choices=[*TRAININGS, *INDEXES])
     parser.add_argument("--meshes", nargs="+", default=[*MESHES], choices=[*MESHES])
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
-    given = parser.parse_args()
-    layouts, failed = list(itertools.product(given.meshes, given.processes)), 0
+    args = parser.parse_args()
+    layouts, failed = list(itertools.product(args.meshes, args.processes)), 0
 
     def report(name: str, layout: str, worst: tuple[float, str]) -> None:
         nonlocal failed
         equal = worst[0] < 1
         failed += not equal
-        said = f"{worst[0]:.2f} of the tolerance at {worst[1]}"
-        print(f"{'equal' if equal else 'DIFFERENT'} ({said}): {name}, {layout}", flush=True)
+        summary = f"{worst[0]:.2f} of the tolerance at {worst[1]}"
+        print(f"{'equal' if equal else 'DIFFERENT'} ({summary}): {name}, {layout}", flush=True)
 
     with tempfile.TemporaryDirectory() as temporary:
-        for name in given.runs:
-            here = train if name in TRAININGS else evaluate
-            wanted = here(name, Path(temporary) / name / "one")
-            before = None
+        for name in args.runs:
+            command = train if name in TRAININGS else evaluate
+            expected = command(name, Path(temporary) / name / "one")
+            previous = None
             for number, (mesh, processes) in enumerate(layouts):
                 layout, folder = f"{mesh} on {processes} processes", Path(temporary) / name / str(number)
-                report(name, layout, difference(here(name, folder, mesh, processes), wanted))
-                if before and name in TRAININGS:
-                    back_to_the_middle(before[1])
-                    worst = difference(here(name, before[1], mesh, processes), wanted)
-                    report(name, f"begun by {before[0]}, ended by {layout}", worst)
-                before = layout, folder
+                report(name, layout, difference(command(name, folder, mesh, processes), expected))
+                if previous and name in TRAININGS:
+                    restore_middle_checkpoint(previous[1])
+                    worst = difference(command(name, previous[1], mesh, processes), expected)
+                    report(name, f"started by {previous[0]}, finished by {layout}", worst)
+                previous = layout, folder
     sys.exit(bool(failed))
 
 

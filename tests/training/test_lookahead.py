@@ -14,7 +14,7 @@ from atlas_jax.training import loop
 from atlas_jax.training.lookahead import Lookahead, can_look_ahead
 
 STEPS = 6
-# Steps 4 to 6 train it, and much. On eight devices: later runs have their programs from the cache, see `cpu_threads`
+# Steps 4 to 6 train the retriever, at a high rate. Later runs load their programs from the cache, see `cpu_threads`
 FLAGS = (
     "--freeze_retriever_steps 3 --lr_retriever 0.03 --per_gpu_batch_size 1 --n_context 2 --retriever_n_context 2 "
     "--text_maxlength 32 --target_maxlength 8 --shuffle --dropout 0.1"
@@ -48,22 +48,23 @@ def run(tmp_path, flags, quick_compiler):
     def run(name):
         assert main(["train", "--name", name, "--checkpoint_dir", str(tmp_path), *flags, *FLAGS.split()]) == 0
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        told = [{key: value for key, value in row.items() if not key.startswith("runtime/")} for row in rows]
-        return load(tmp_path / name / f"checkpoint/step-{STEPS}").params, told
+        metrics = [{key: value for key, value in row.items() if not key.startswith("runtime/")} for row in rows]
+        return load(tmp_path / name / f"checkpoint/step-{STEPS}").params, metrics
 
     return run
 
 
-def same(one, other) -> bool:
+def same(first, second) -> bool:
     """Whether parameters, bit for bit, and metrics are equal."""
-    params = all(np.array_equal(array, other[0][path]) for path, array in one[0].items())
-    return params and one[1] == other[1]
+    params = all(np.array_equal(array, second[0][path]) for path, array in first[0].items())
+    return params and first[1] == second[1]
 
 
 def test_lookahead_matches_serial_training(run, events, monkeypatch):
     """Steps 2 to 4 are retrieved ahead, since steps 1 to 3 do not train the retriever; the results are the same.
 
-    The counter-case: where a step that trains it is not waited for, the next finds other passages, and the end differs.
+    The counter-case: without waiting for a step that trains the retriever, the next step finds other passages, and the
+    results differ.
     """
     ahead = run("ahead")
     waited = [text for step in (5, 6) for text in (f"begin {step}", "step")]
@@ -89,7 +90,7 @@ def test_lookahead_matches_serial_training(run, events, monkeypatch):
     ],
 )
 def test_no_lookahead_after_a_step_that_changes_retriever_or_index(tiny_config, learns, changes, expected):
-    """`y` for each step that the next may be retrieved before."""
+    """`y`: the next step's passages may be retrieved before this step."""
     config: Config = tiny_config
     groups = {}
     for group in ("distill", "optim", "retrieval"):

@@ -19,7 +19,7 @@ __all__ = ["batch"]  # the fixture
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
-def placed(mesh, batch: Batch) -> Batch:
+def put_doubled_batch(mesh, batch: Batch) -> Batch:
     """The batch on the mesh with each question twice, one for each of eight devices: no mean changes."""
 
     def put(x, *, passages=False):
@@ -49,28 +49,28 @@ def program(spec: str, cfg: StepConfig) -> CompiledFunction:
 @pytest.mark.parametrize("spec", MESHES)
 def test_losses_and_gradients_equal_the_reference_on_every_mesh(golden, tiny_weights, batch, spec):
     """Both losses and the norms of both gradients; remat in one case, since it gathers parameters once more."""
-    wanted = np.load(golden / "loss_ppmean.npz")
+    expected = np.load(golden / "loss_ppmean.npz")
     mesh = make_mesh(spec)
     remat = spec.startswith("data=2")
     cfg = config(tiny_weights, remat_reader=remat, remat_retriever=remat)
     params = {path: put_parameter(mesh, path, array) for path, array in tiny_weights.params.items()}
-    questions = placed(mesh, batch)
+    questions = put_doubled_batch(mesh, batch)
     (_, metrics), gradients = program(spec, cfg)(params, questions)
-    np.testing.assert_allclose(metrics["loss/reader_loss"], wanted["reader_loss"], rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss/retriever_loss"], wanted["retriever_loss"], rtol=1e-4)
-    np.testing.assert_allclose(norm(gradients, "reader"), wanted["grad_norm_reader"], rtol=1e-4)
-    np.testing.assert_allclose(norm(gradients, "retriever"), wanted["grad_norm_retriever"], rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss/reader_loss"], expected["reader_loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/retriever_loss"], expected["retriever_loss"], rtol=1e-4)
+    np.testing.assert_allclose(norm(gradients, "reader"), expected["grad_norm_reader"], rtol=1e-4)
+    np.testing.assert_allclose(norm(gradients, "retriever"), expected["grad_norm_retriever"], rtol=1e-4)
     if spec == "fsdp=8":
-        keeps_no_whole_layers(program(spec, cfg).compile_for(params, questions).as_text(), tiny_weights.params)
+        assert_no_whole_layers(program(spec, cfg).compile_for(params, questions).as_text(), tiny_weights.params)
 
 
-def keeps_no_whole_layers(text: str, params) -> None:
-    """The program holds shards of stacked layers and no whole stack: layers are gathered one at a time."""
+def assert_no_whole_layers(text: str, params) -> None:
+    """Asserts that the program holds shards of stacked layers and no whole stack: layers are gathered one at a time."""
     for path, array in params.items():
         if "/layers/" in path and path.endswith("kernel"):
-            shape, share = list(array.shape), list(array.shape)
-            share[param_spec(path, array.ndim).index(PARAM_AXES)] //= 8
-            assert f"f32[{','.join(map(str, share))}]" in text, path
+            shape, shard = list(array.shape), list(array.shape)
+            shard[param_spec(path, array.ndim).index(PARAM_AXES)] //= 8
+            assert f"f32[{','.join(map(str, shard))}]" in text, path
             assert f"f32[{','.join(map(str, shape))}]" not in text, path
 
 
@@ -78,17 +78,17 @@ def test_dropout_does_not_depend_on_the_mesh(tiny_weights, batch):
     """Equal losses with dropout on one device and on eight; the counter-case is another key."""
     cfg = config(tiny_weights, dropout=True, model=tiny_weights.cfg.with_computation(dropout=0.1))
 
-    def noisy(params, batch, key):
+    def losses_with_dropout(params, batch, key):
         return joint_loss(build_model(params, cfg.model), batch, nnx.Rngs(dropout=key), cfg)[1]
 
     found = []
     for spec in ("data=1", "data=2,fsdp=2,model=2"):
         mesh = make_mesh(spec)
-        losing, questions = CompiledFunction("noisy", noisy, mesh), placed(mesh, batch)
+        compiled, questions = CompiledFunction("losses", losses_with_dropout, mesh), put_doubled_batch(mesh, batch)
         params = {path: put_parameter(mesh, path, array) for path, array in tiny_weights.params.items()}
         for seed in (0, 1):
-            metrics = losing(params, questions, replicate(mesh, jax.random.key(seed)))
+            metrics = compiled(params, questions, replicate(mesh, jax.random.key(seed)))
             found.append(np.asarray([metrics["loss/reader_loss"], metrics["loss/retriever_loss"]]))
-    here, other, there, _ = found
-    np.testing.assert_allclose(there, here, rtol=1e-5)
-    assert (abs(other / here - 1) > 1e-3).all()
+    one_device, other_key, eight_devices, _ = found
+    np.testing.assert_allclose(eight_devices, one_device, rtol=1e-5)
+    assert (abs(other_key / one_device - 1) > 1e-3).all()

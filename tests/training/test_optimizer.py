@@ -15,22 +15,22 @@ def test_updates_equal_adamw():
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(3, 2)).astype(np.float32), "b": rng.normal(size=4).astype(np.float32)}
     learner = init_optimizer({path: jnp.asarray(x) for path, x in params.items()})
-    theirs = {path: x.astype(np.float64) for path, x in params.items()}
-    m, v = ({path: np.zeros_like(x) for path, x in theirs.items()} for _ in range(2))
+    expected = {path: x.astype(np.float64) for path, x in params.items()}
+    m, v = ({path: np.zeros_like(x) for path, x in expected.items()} for _ in range(2))
     for t in range(1, 4):
         gradients = {path: rng.normal(size=x.shape).astype(np.float32) for path, x in params.items()}
-        given = {path: jnp.asarray(g) for path, g in gradients.items()}
-        learner = adamw_update(cfg, learner, given, jnp.float32(0.05), jnp.bool(True))
-        worse = {path: g * jnp.nan for path, g in given.items()}
-        same = adamw_update(cfg, learner, worse, jnp.float32(0.05), jnp.bool(False))
-        for now, then in zip(jax.tree.leaves(same), jax.tree.leaves(learner), strict=True):
-            np.testing.assert_array_equal(now, then)
+        device_gradients = {path: jnp.asarray(g) for path, g in gradients.items()}
+        learner = adamw_update(cfg, learner, device_gradients, jnp.float32(0.05), jnp.bool(True))
+        nan_gradients = {path: g * jnp.nan for path, g in device_gradients.items()}
+        skipped = adamw_update(cfg, learner, nan_gradients, jnp.float32(0.05), jnp.bool(False))
+        for after, before in zip(jax.tree.leaves(skipped), jax.tree.leaves(learner), strict=True):
+            np.testing.assert_array_equal(after, before)
         for path, g in gradients.items():
             m[path] = 0.9 * m[path] + 0.1 * g
             v[path] = 0.99 * v[path] + 0.01 * g.astype(np.float64) ** 2
             step = (m[path] / (1 - 0.9**t)) / (np.sqrt(v[path] / (1 - 0.99**t)) + 1e-3)
-            theirs[path] = theirs[path] * (1 - 0.05 * 0.1) - 0.05 * step
-    for path, x in theirs.items():
+            expected[path] = expected[path] * (1 - 0.05 * 0.1) - 0.05 * step
+    for path, x in expected.items():
         np.testing.assert_allclose(learner.params[path], x, rtol=1e-5, atol=1e-6)
         assert np.abs(x - params[path]).max() > 0.05
 

@@ -21,8 +21,8 @@ ATLAS = [sys.executable, "-m", "atlas_jax"]
 pytestmark = pytest.mark.usefixtures("quick_compiler_in_subprocesses")
 
 
-def ended(processes: list[subprocess.Popen], log: Path) -> tuple[list[int], str]:
-    """Exit statuses of the processes, which must end by themselves, and the output of the first."""
+def wait_and_read(processes: list[subprocess.Popen], log: Path) -> tuple[list[int], str]:
+    """Waits until the processes end by themselves; returns their exit statuses and the output of the first."""
     return [process.wait(180) for process in processes], log.read_text()
 
 
@@ -41,36 +41,36 @@ def test_a_trajectory_does_not_depend_on_processes_and_devices(golden, tmp_path,
     """
     name, log, run = "cosine_refresh", tmp_path / "log.txt", tmp_path / "cosine_refresh"
     command = [*ATLAS, "train", "--name", name, "--checkpoint_dir", str(tmp_path), *flags, *RUNS[name]]
-    several = [*command, "--per_gpu_batch_size", "1", "--mesh", "data=2,fsdp=2,model=2", "--save_freq", "1"]
+    parallel_command = [*command, "--per_gpu_batch_size", "1", "--mesh", "data=2,fsdp=2,model=2", "--save_freq", "1"]
 
-    two = killing.start_processes(several, log, 2, devices=4)
-    wait_for((run / "checkpoint/step-2").exists, two, log)
-    two[1].kill()
-    statuses, said = ended(two, log)
+    processes = killing.start_processes(parallel_command, log, 2, devices=4)
+    wait_for((run / "checkpoint/step-2").exists, processes, log)
+    processes[1].kill()
+    statuses, output = wait_and_read(processes, log)
     assert statuses == [75, -signal.SIGKILL]
-    assert said.splitlines()[-1].startswith("atlas: process 1 (")
-    assert "is gone: it was killed or its host failed" in said.splitlines()[-1]
+    assert output.splitlines()[-1].startswith("atlas: process 1 (")
+    assert "is gone: it was killed or its host failed" in output.splitlines()[-1]
 
     newest = max((run / "checkpoint").glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
     chunk = max((newest / "training/reader/nu/reader/embed/embedding").glob("0*"))
     chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
 
-    two = killing.start_processes(several, log, 2, devices=4)
-    wait_for(lambda: f"going on from {run}/checkpoint/step-" in log.read_text(), two, log)
+    processes = killing.start_processes(parallel_command, log, 2, devices=4)
+    wait_for(lambda: f"going on from {run}/checkpoint/step-" in log.read_text(), processes, log)
     refused = rf"{newest.name} is damaged, step-\d is tried next: .*/nu/.* is not what was saved"
     assert re.search(refused, log.read_text())
-    two[1].send_signal(signal.SIGTERM)
-    statuses, said = ended(two, log)
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, output = wait_and_read(processes, log)
     assert statuses == [128 + signal.SIGTERM] * 2
-    assert "interrupted by SIGTERM; the same command goes on from its newest checkpoint" in said.splitlines()[-1]
+    assert "interrupted by SIGTERM; the same command goes on from its newest checkpoint" in output.splitlines()[-1]
 
-    other = killing.start_processes([*command, "--per_gpu_batch_size", "8"], tmp_path / "other.txt", 1)
-    statuses, said = ended(other, tmp_path / "other.txt")
+    mismatched = killing.start_processes([*command, "--per_gpu_batch_size", "8"], tmp_path / "other.txt", 1)
+    statuses, output = wait_and_read(mismatched, tmp_path / "other.txt")
     assert statuses == [2]
-    assert "a run of 4 queries a step, not 8; go on with --per_gpu_batch_size" in said
-    statuses, said = ended(killing.start_processes(command, log, 1), log)
+    assert "a run of 4 queries a step, not 8; go on with --per_gpu_batch_size" in output
+    statuses, output = wait_and_read(killing.start_processes(command, log, 1), log)
     assert statuses == [0]
-    assert said.count("going on from") == 2
+    assert output.count("going on from") == 2
     compare(golden, tmp_path, name)
 
 
@@ -87,26 +87,26 @@ def test_an_evaluation_does_not_depend_on_processes(golden, tmp_path):
     for count in (1, 3):
         command = [*ATLAS, "evaluate", *flags, "--name", f"run-{count}", "--per_gpu_batch_size", str(6 // count)]
         log = tmp_path / f"log-{count}.txt"
-        statuses, said = ended(killing.start_processes(command, log, count), log)
-        assert statuses == [0] * count, said
+        statuses, output = wait_and_read(killing.start_processes(command, log, count), log)
+        assert statuses == [0] * count, output
         run = tmp_path / f"run-{count}"
         lines = [json.loads(line) for line in (run / "rows-step-1.jsonl").read_text().splitlines()]
         assert len(lines) == len(rows)
         assert all(json.loads(row)["question"] in line["query"] for line, row in zip(lines, rows, strict=True))
         scores = json.loads((run / "rows-step-1.metrics.json").read_text())
-        kept = {name: scores[name] for name in ("exact_match", "f1", "examples", "prompts")}
+        selected = {name: scores[name] for name in ("exact_match", "f1", "examples", "prompts")}
         passages = [[passage["id"] for passage in line["passages"]] for line in lines]
-        found.append((kept, [line["generation"] for line in lines], passages, scores["eval_loss"]))
+        found.append((selected, [line["generation"] for line in lines], passages, scores["eval_loss"]))
         assert sorted(path.name for path in run.iterdir()) == [
             "config.json",
             "rows-step-1.jsonl",
             "rows-step-1.metrics.json",
             "run.log",
         ]
-    (*alike, loss), (*others, other_loss) = found
-    assert alike == others
+    (*results, loss), (*other_results, other_loss) = found
+    assert results == other_results
     assert abs(loss - other_loss) < 1e-4 * loss
-    assert len({str(one) for one in alike[2]}) > 1
+    assert len({str(ids) for ids in results[2]}) > 1
 
 
 @pytest.mark.parametrize("mode", ["flat", "faiss"])
@@ -119,15 +119,15 @@ def test_a_process_killed_in_a_search_is_named(golden, tmp_path, mode):
     flags += ["--reader_model_type", str(golden / "assets/reader"), "--text_maxlength", "64", "--n_context", "3"]
     flags += ["--retriever_model_path", str(golden / "assets/retriever"), "--index_mode", mode]
     command = [*ATLAS, "evaluate", *flags, "--checkpoint_dir", str(tmp_path), "--name", "run"]
-    two = killing.start_processes(command, log, 2)
-    wait_for(lambda: "compiled query encoder" in log.read_text(), two, log)
-    two[1].kill()
-    statuses, said = ended(two, log)
-    assert statuses == [75, -signal.SIGKILL], said
-    assert "atlas: process 1 (" in said.splitlines()[-1]
+    processes = killing.start_processes(command, log, 2)
+    wait_for(lambda: "compiled query encoder" in log.read_text(), processes, log)
+    processes[1].kill()
+    statuses, output = wait_and_read(processes, log)
+    assert statuses == [75, -signal.SIGKILL], output
+    assert "atlas: process 1 (" in output.splitlines()[-1]
     assert not list(run.glob("rows*"))
-    statuses, said = ended(killing.start_processes(command, log, 2), log)
-    assert statuses == [0, 0], said
+    statuses, output = wait_and_read(killing.start_processes(command, log, 2), log)
+    assert statuses == [0, 0], output
     results = {"rows-step-1.jsonl", "rows-step-1.metrics.json"}
     assert {path.name for path in run.iterdir()} == {"config.json", "run.log"} | results
     lines = [json.loads(line) for line in (run / "rows-step-1.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What a run says of itself: whole lines, exact means, and after a resume what an unbroken run would have said."""
+"""Reporting: complete lines, exact means, and a resumed run's file equal to an uninterrupted run's."""
 
 import contextlib
 import json
@@ -47,11 +47,11 @@ def events(run) -> list[Event]:
 
 def scalars(run) -> list[tuple[int, str, float]]:
     """Step, name and value of each scalar."""
-    return [(one.step, value.tag, value.simple_value) for one in events(run) for value in one.summary.value]
+    return [(event.step, value.tag, value.simple_value) for event in events(run) for value in event.summary.value]
 
 
 def test_a_line_covers_the_steps_since_the_last_one(tmp_path):
-    """The mean over the steps that had the metric, the last rate and count of skipped steps; `step` comes first."""
+    """Means over the steps that had the metric, the last learning rate and number of skipped steps; `step` is first."""
     with MetricsReporter(tmp_path, 7, 3, 0) as report:
         for step in range(1, 8):
             report.step(step, metrics(step))
@@ -88,9 +88,9 @@ def test_json_has_no_nan(tmp_path, bad):
 @pytest.mark.parametrize("torn", ["", '{"step": 12, "loss/tr', "\0\0\0\n"])
 @pytest.mark.parametrize("saved", [1, 4, 7, 8])
 def test_a_resumed_run_writes_the_file_of_an_uninterrupted_one(tmp_path, saved, torn):
-    """To the last digit, wherever it was saved and stopped; not so without the sums saved with the checkpoint."""
+    """Equal bytes, wherever the run was saved and stopped; not without the sums that are saved with the checkpoint."""
 
-    def tell(run, start, stop, pending=None, saves=None):
+    def report_steps(run, start, stop, pending=None, saves=None):
         run.mkdir(exist_ok=True)
         sums = None
         with MetricsReporter(run, 12, 4, start, pending) as report:
@@ -100,18 +100,18 @@ def test_a_resumed_run_writes_the_file_of_an_uninterrupted_one(tmp_path, saved, 
                     sums = json.loads(json.dumps(report.pending(), allow_nan=False))
         return sums
 
-    tell(tmp_path / "unbroken", 0, 12)
-    expected = (tmp_path / "unbroken" / "metrics.jsonl").read_bytes()
-    pending = tell(tmp_path / "broken", 0, 11, saves=saved)
-    path = tmp_path / "broken" / "metrics.jsonl"
+    report_steps(tmp_path / "uninterrupted", 0, 12)
+    expected = (tmp_path / "uninterrupted" / "metrics.jsonl").read_bytes()
+    pending = report_steps(tmp_path / "resumed", 0, 11, saves=saved)
+    path = tmp_path / "resumed" / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + torn.encode())
-    told = path.read_bytes()
-    tell(tmp_path / "broken", saved, 12, pending)
+    before = path.read_bytes()
+    report_steps(tmp_path / "resumed", saved, 12, pending)
     assert path.read_bytes() == expected
-    path.write_bytes(told)
-    tell(tmp_path / "broken", saved, 12)
+    path.write_bytes(before)
+    report_steps(tmp_path / "resumed", saved, 12)
     assert (path.read_bytes() == expected) == (saved % 4 == 0)
-    assert [path.name for path in (tmp_path / "broken").glob(".*")] == []
+    assert [path.name for path in (tmp_path / "resumed").glob(".*")] == []
 
 
 def test_a_nan_survives_saving_and_resuming(tmp_path):
@@ -125,7 +125,7 @@ def test_a_nan_survives_saving_and_resuming(tmp_path):
 
 
 def test_a_fresh_start_drops_an_old_file(tmp_path):
-    """A resumed run in a new folder finds no file to cut."""
+    """A new run empties an old metrics.jsonl; a resumed run in a folder without the file creates it."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with MetricsReporter(tmp_path, 2, 2, 0) as report:
         report.step(1, {"lr": 1.0})
@@ -189,10 +189,10 @@ def test_a_log_file_has_no_bar(tmp_path, capfd):
 
 def test_a_terminal_shows_a_bar(tmp_path, monkeypatch, caplog):
     """The bar starts at the run's step and shows loss and seconds a step; log lines stand above it."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (25, 120))
+    controller, terminal_fd = pty.openpty()
+    termios.tcsetwinsize(terminal_fd, (25, 120))
     caplog.set_level(logging.INFO, logger="atlas_jax")
-    with os.fdopen(theirs, "w") as terminal:
+    with os.fdopen(terminal_fd, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         handler = logging.StreamHandler(terminal)
         logging.getLogger().addHandler(handler)
@@ -203,10 +203,10 @@ def test_a_terminal_shows_a_bar(tmp_path, monkeypatch, caplog):
         finally:
             logging.getLogger().removeHandler(handler)
     shown = b""
-    with contextlib.suppress(OSError):  # how Linux says that it is over
-        while more := os.read(ours, 4096):
+    with contextlib.suppress(OSError):  # Linux raises EIO at the end
+        while more := os.read(controller, 4096):
             shown += more
-    os.close(ours)
+    os.close(controller)
     shown_lines = [line.split("\r") for line in shown.decode().replace("\r\n", "\n").split("\n")]
     assert re.match(r" 75%.*\| 6/8 \[", shown_lines[0][1])
     assert shown_lines[0][-1].startswith("8 / 8 | loss/train_loss: 1.79 | ")

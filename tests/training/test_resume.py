@@ -43,8 +43,8 @@ def test_metrics_hold_the_seconds_of_each_part(folder):
 def test_a_stopped_run_ends_like_an_uninterrupted_one(folder, signals):
     """Stopped twice at random moments: while loading, training, refreshing, evaluating or saving."""
     folder, seconds = folder
-    name = "-".join(one.name for one in signals)
-    assert killing.killed(name, folder, 2, 0.8 * seconds, random.Random(len(signals)), signals)
+    name = "-".join(signum.name for signum in signals)
+    assert killing.run_with_kills(name, folder, 2, 0.8 * seconds, random.Random(len(signals)), signals)
     assert killing.same(folder / "whole", folder / name)
 
 
@@ -74,7 +74,7 @@ def test_the_comparison_of_runs_notices_differences(folder):
 
 
 def test_a_finished_run_that_is_started_again_only_evaluates_what_is_missing(folder):
-    """No step, no change and no embedding, unless the last evaluation is missing, which is made up for."""
+    """No step, no change and no embedding; if the last evaluation is missing, it alone is repeated."""
     folder, _ = folder
     log, scores = folder / "whole.log", folder / "whole" / f"eval-step-{killing.STEPS}.metrics.json"
     before, found = killing.outcome(folder / "whole")[1], json.loads(scores.read_text())
@@ -86,8 +86,8 @@ def test_a_finished_run_that_is_started_again_only_evaluates_what_is_missing(fol
         assert killing.outcome(folder / "whole")[1] == before
         assert f"step {killing.STEPS} of {killing.STEPS}: the run is finished" in log.read_text()
         assert ("embedding" in log.read_text()) == missing
-    again = json.loads(scores.read_text())
-    assert all(again[name] == found[name] for name in ("exact_match", "f1", "eval_loss"))
+    repeated = json.loads(scores.read_text())
+    assert all(repeated[name] == found[name] for name in ("exact_match", "f1", "eval_loss"))
 
 
 RULES = [
@@ -105,8 +105,8 @@ def test_flags_may_change_on_resume_as_config_says(tiny_config, tiny_weights, tm
     start = RunStart(tiny_weights, store.ResumeState({}, metadata))
     config = tiny_config
     for group in ("run", "optim"):
-        known = {field.name for field in dataclasses.fields(getattr(config, group))}
-        changed = dataclasses.replace(getattr(config, group), **{k: v for k, v in changes.items() if k in known})
+        names = {field.name for field in dataclasses.fields(getattr(config, group))}
+        changed = dataclasses.replace(getattr(config, group), **{k: v for k, v in changes.items() if k in names})
         config = dataclasses.replace(config, **{group: changed})
     if refusal:
         with pytest.raises(DifferentRun) as error:
@@ -118,3 +118,6 @@ def test_flags_may_change_on_resume_as_config_says(tiny_config, tiny_weights, tm
     assert [record.args[0] for record in caplog.records] == warned
     with pytest.raises(DifferentRun, match="a run of 4 queries a step, not 5"):
         check_same_run(start, tiny_config, tmp_path, 5)
+    metadata["flags"]["of_a_later_version"] = 1
+    with pytest.raises(DifferentRun, match="another version, which has --of_a_later_version"):
+        check_same_run(start, tiny_config, tmp_path, 4)

@@ -32,7 +32,7 @@ def batch(golden) -> Batch:
     return Batch(ReaderBatch(*reader), lengths, RetrieverBatch(*retriever))
 
 
-def config(weights, **how) -> StepConfig:
+def config(weights, **changes) -> StepConfig:
     base = StepConfig(
         weights.cfg,
         OptimConfig(total_steps=6, warmup_steps=3, scheduler="linear", lr=1e-3, lr_retriever=3e-4, weight_decay=0.01),
@@ -49,10 +49,10 @@ def config(weights, **how) -> StepConfig:
         remat_reader=False,
         remat_retriever=False,
     )
-    return dataclasses.replace(base, **how)
+    return dataclasses.replace(base, **changes)
 
 
-def fresh(weights, cfg: StepConfig) -> TrainState:
+def initial_state(weights, cfg: StepConfig) -> TrainState:
     params = {path: jnp.asarray(array) for path, array in weights.params.items()}
     parts = [{p: x for p, x in params.items() if p.startswith(part)} for part in ("reader", "retriever")]
     gradients = jax.tree.map(jnp.zeros_like, params)  # as with --accumulation_steps: one program for all tests
@@ -76,29 +76,29 @@ def norm(gradients, part):
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_and_gradients_equal_the_reference(golden, tiny_weights, batch, mode):
     """Both losses, the norm of each model's gradient, and single gradients; `test_mesh_step` has rematerialisation."""
-    wanted = np.load(golden / f"loss_{mode}.npz")
+    reference = np.load(golden / f"loss_{mode}.npz")
     cfg = config(tiny_weights, gold=mode)
     (_, metrics), gradients = losses(tiny_weights.params, batch, cfg)
-    np.testing.assert_allclose(metrics["loss/reader_loss"], wanted["reader_loss"], rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss/retriever_loss"], wanted["retriever_loss"], rtol=1e-4)
-    np.testing.assert_allclose(norm(gradients, "reader"), wanted["grad_norm_reader"], rtol=1e-4)
-    np.testing.assert_allclose(norm(gradients, "retriever"), wanted["grad_norm_retriever"], rtol=1e-4)
-    theirs = export_weights({path: np.asarray(x) for path, x in gradients.items()}, tiny_weights.cfg)
-    names = [name for name in wanted.files if name.startswith("grad/")]
+    np.testing.assert_allclose(metrics["loss/reader_loss"], reference["reader_loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/retriever_loss"], reference["retriever_loss"], rtol=1e-4)
+    np.testing.assert_allclose(norm(gradients, "reader"), reference["grad_norm_reader"], rtol=1e-4)
+    np.testing.assert_allclose(norm(gradients, "retriever"), reference["grad_norm_retriever"], rtol=1e-4)
+    exported = export_weights({path: np.asarray(x) for path, x in gradients.items()}, tiny_weights.cfg)
+    names = [name for name in reference.files if name.startswith("grad/")]
     assert len(names) == 14
     for name in names:
-        found, expected = theirs[name.removeprefix("grad/").replace("/", ".")], wanted[name]
+        found, expected = exported[name.removeprefix("grad/").replace("/", ".")], reference[name]
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max(), err_msg=name)
 
 
 def test_attention_statistics_equal_the_reference(golden, tiny_weights, batch):
     """All 24 correlations with the gold scores; they differ from each other."""
-    wanted = np.load(golden / "stats.npz")
+    reference = np.load(golden / "stats.npz")
     (_, metrics), _ = losses(tiny_weights.params, batch, config(tiny_weights, stats=True))
-    assert {name.removeprefix("corr/") for name in metrics if name.startswith("corr/")} == set(wanted.files)
-    for name in wanted.files:
-        np.testing.assert_allclose(metrics[f"corr/{name}"], wanted[name], atol=1e-4, err_msg=name)
-    assert np.ptp([wanted[name] for name in wanted.files]) > 0.5
+    assert {name.removeprefix("corr/") for name in metrics if name.startswith("corr/")} == set(reference.files)
+    for name in reference.files:
+        np.testing.assert_allclose(metrics[f"corr/{name}"], reference[name], atol=1e-4, err_msg=name)
+    assert np.ptp([reference[name] for name in reference.files]) > 0.5
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -126,19 +126,19 @@ def step(state, batch, key, cfg, update=True):
 def test_a_step_is_a_pure_function_of_state_batch_and_key(tiny_weights, batch):
     """Equal keys give equal bits; another key drops other activations, but only with dropout."""
     keys = [jax.random.key(n) for n in (0, 0, 1)]
-    noisy = config(tiny_weights, dropout=True, model=tiny_weights.cfg.with_computation(dropout=0.1))
-    quiet = config(tiny_weights)
-    for cfg, alike in ((noisy, False), (quiet, True)):
-        ends = [step(fresh(tiny_weights, cfg), batch, key, cfg)[0].params for key in keys]
+    with_dropout = config(tiny_weights, dropout=True, model=tiny_weights.cfg.with_computation(dropout=0.1))
+    without_dropout = config(tiny_weights)
+    for cfg, equal in ((with_dropout, False), (without_dropout, True)):
+        ends = [step(initial_state(tiny_weights, cfg), batch, key, cfg)[0].params for key in keys]
         first, second, other = ([np.asarray(x).tobytes() for x in end.values()] for end in ends)
         assert first == second
-        assert (first == other) == alike
+        assert (first == other) == equal
 
 
 def test_accumulated_gradients_are_summed(tiny_weights, batch):
     """Twice the same batch, then an update: the gradient is twice as long; without an update no parameter changes."""
     cfg = config(tiny_weights)
-    state = fresh(tiny_weights, cfg)
+    state = initial_state(tiny_weights, cfg)
     key = jax.random.key(0)
     alone = step(state, batch, key, cfg)[1]["grad_norm"]
     between, _ = step(state, batch, key, cfg, update=False)
@@ -150,9 +150,9 @@ def test_accumulated_gradients_are_summed(tiny_weights, batch):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tiny_weights, batch):
-    """With a NaN parameter the metric `bad` is 1, no parameter changes, and the sum of gradients starts again."""
+    """With a NaN parameter the metric `bad` is 1, no parameter changes, and the sum of gradients is reset."""
     cfg = config(tiny_weights)
-    good = fresh(tiny_weights, cfg)
+    good = initial_state(tiny_weights, cfg)
     params = good.reader.params | {"reader/decoder/final_norm/scale": jnp.full(64, jnp.nan, jnp.float32)}
     bad = good._replace(reader=init_optimizer(params), gradients=jax.tree.map(jnp.ones_like, good.params))
     for state, is_bad in ((good, 0), (bad, 1)):
@@ -162,5 +162,5 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny_weights, batch):
         before, now = (np.asarray(x.params["retriever/encoder/embed_norm/scale"]) for x in (state, after))
         assert (before.tobytes() == now.tobytes()) == bool(is_bad)
     assert all((x == 0).all() for x in after.gradients.values())
-    kept, _ = step(bad, batch, jax.random.key(0), cfg, update=False)
-    assert all((x == 0).all() for x in kept.gradients.values())
+    accumulated, _ = step(bad, batch, jax.random.key(0), cfg, update=False)
+    assert all((x == 0).all() for x in accumulated.gradients.values())

@@ -167,7 +167,7 @@ class StoredArray(LazyArray):
         self._store, self._folder = store, folder / name
         self._checksum = Checksum(self.dtype, self.shape)
         self._lock = threading.Lock()  # several threads may read parts
-        self.shard_checksum: Checksum | None = None  # of the elements that this process has to verify
+        self.shard_checksum: Checksum | None = None  # checksum of the elements that this process verifies
 
     def read(self, index: Slices = ()) -> np.ndarray:
         part = self._read(index)

@@ -93,8 +93,8 @@ def transpose(source: Num[np.ndarray, "a b"], out: Float16[np.ndarray, "b a"]) -
     for start in range(0, b, TILE):
         width = min(TILE, b - start)
         columns[:, :width] = source[:, start : start + width]
-        fours = np.ascontiguousarray(columns.view(np.uint64).T).view(np.uint16)  # "b/4 (a 4)"
-        rows = fours.reshape(TILE // 4, a, 4).transpose(0, 2, 1)
+        packed = np.ascontiguousarray(columns.view(np.uint64).T).view(np.uint16)  # "b/4 (a 4)"
+        rows = packed.reshape(TILE // 4, a, 4).transpose(0, 2, 1)
         if width == TILE:
             out[start : start + width].view(np.uint16).reshape(rows.shape)[:] = rows
         else:

@@ -121,7 +121,7 @@ def check_agreement(value: Any, data: bytes) -> None:
 
 
 def typed_repr(value: Any) -> str:
-    """Returns a `repr` with sets sorted: unlike `==`, it tells 1 from True, and NaN equals NaN."""
+    """Returns a `repr` with sets sorted: unlike `==`, it distinguishes 1 from True, and NaN equals NaN."""
     match value:
         case set() | frozenset():
             parts = sorted(map(typed_repr, value))
@@ -158,9 +158,9 @@ class Run:
                 check_agreement(value, data)
             self.counts[f"{kind} {'refused' if value is None else 'read'}"] += 1
         except BaseException as error:
-            kept = Path(tempfile.gettempdir()) / f"fuzz-{kind}-{os.getpid()}"
-            shutil.copy(self.path, kept)
-            print(f"FAILED: {kind} reader, {type(error).__name__}: {error!s:.500}; the file is {kept}", flush=True)
+            saved = Path(tempfile.gettempdir()) / f"fuzz-{kind}-{os.getpid()}"
+            shutil.copy(self.path, saved)
+            print(f"FAILED: {kind} reader, {type(error).__name__}: {error!s:.500}; the file is {saved}", flush=True)
             raise
         finally:
             signal.alarm(0)
@@ -211,9 +211,9 @@ def run_guided(run: Run, seconds: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--inputs", type=float, default=float("inf"), help="at most so many, by rules")
+    parser.add_argument("--inputs", type=float, default=float("inf"), help="maximum number of files composed by rules")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
-    parser.add_argument("--only", choices=["rules", "guided"], help="one half, in this process")
+    parser.add_argument("--only", choices=["rules", "guided"], help="run one kind of fuzzing, in this process")
     args = parser.parse_args()
     if args.only:
         with tempfile.TemporaryDirectory() as folder:

@@ -75,10 +75,10 @@ def test_tensors_of_one_storage_share_memory(path):
     value = load_torch(write(path, body, _0=values.tobytes(), _1=values.tobytes()))
     x = values.reshape(4, 6)
     expected = (x, x[1:, 1:].T, x[3, 5], np.stack([values[3:7]] * 2), np.empty((0, 3)), values, x[:1, :2])
-    for array, wanted in zip(value, expected, strict=True):
-        assert array.shape == wanted.shape
+    for array, expected_array in zip(value, expected, strict=True):
+        assert array.shape == expected_array.shape
         assert not array.flags.writeable
-        np.testing.assert_array_equal(array, wanted)
+        np.testing.assert_array_equal(array, expected_array)
     assert np.shares_memory(value[0], value[1])
     assert not np.shares_memory(value[0], value[5])
 

@@ -26,9 +26,9 @@ def test_five_versions_with_two_protocols_each():
 def test_weights_are_read_bit_exact(content):
     """A Parameter and transposed, sliced, 0-d, expanded and empty views are exact, and tied tensors share memory."""
     model = content["model"]
-    wanted = {"weight": X[:2], "tied": X[:2], "view": X.T, "part": X[1:, 2:5], "one": X[1, 1], "many": X[[0] * 5]}
-    assert list(model) == list(wanted)
-    for name, array in wanted.items():
+    expected = {"weight": X[:2], "tied": X[:2], "view": X.T, "part": X[1:, 2:5], "one": X[1, 1], "many": X[[0] * 5]}
+    assert list(model) == list(expected)
+    for name, array in expected.items():
         assert model[name].dtype == np.float32
         assert not model[name].flags.writeable
         np.testing.assert_array_equal(model[name], array, strict=True)

@@ -42,7 +42,7 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (DIM, 256), (DIM, 255), (DIM, 257), (768, 1000)])
 def test_transpose_equals_numpy(shape):
-    """Bit for bit, from any strides, also NaN and -0; float32 is rounded alike; nothing is written beyond `out`."""
+    """Bit for bit, from any strides, NaN and -0 included; float32 is rounded as by NumPy; only `out` is written."""
     source = np.random.default_rng(0).integers(0, 2**16, shape, np.uint16).view(np.float16)
     wide = np.repeat(source, 2, axis=1)[:, ::2]
     for view in (source, np.asfortranarray(source), wide, np.nan_to_num(source).astype(np.float32) * 1.0001):
