@@ -73,6 +73,6 @@ def test_t5_sentinels_count_down_and_absorb_the_next_space():
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Mn", "Mc", "Me"], exclude_characters="\x85"), max_size=40))
 def test_reader_ids_equal_sentencepiece(text):
-    """Any text without combining marks and special tokens: the ids of the sentencepiece library with T5's model file."""
+    """Any text without combining marks and special tokens has the ids that the sentencepiece library gives."""
     assume(not any(special in text for special in ("</s>", "<pad>", "<unk>", "<extra_id_")))
     assert TOKENIZERS["reader"].ids([text]) == [SENTENCEPIECE.encode(text)]
