@@ -56,7 +56,7 @@ types: setup ## mypy
 check: setup lint types ## lint, types and the tests that compile little or nothing, for the work at hand
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m 'not slow'
 
-docs: setup ## docs/flags.md from atlas_jax/config.py
+docs: setup ## docs/flags.md from atlas_jax/config/
 	$(BIN)/python docs/make_flags.py
 
 test: setup lint types ## lint, types and all tests

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes docs/flags.md from atlas_jax/config.py: `make docs`."""
+"""Writes docs/flags.md from atlas_jax/config/: `make docs`."""
 
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -14,7 +14,7 @@ INTRODUCTION = """# Flags
 
 Every flag of `atlas train` and `atlas evaluate`, which take the same ones. Names, defaults and meaning are those of the
 reference, but for flags that JAX needs. `atlas plan` takes them too, with those at the end; `atlas index` and
-`atlas convert` list theirs with `--help`. Made from `atlas_jax/config.py` by `make docs`.
+`atlas convert` list theirs with `--help`. Made from `atlas_jax/config/` by `make docs`.
 
 The column *resume* says what happens if a run is started again with another value: nothing (`may change`), a warning
 (`warns`), or, if it is empty, the run is refused, because it would learn something else.

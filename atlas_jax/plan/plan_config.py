@@ -1,4 +1,4 @@
-"""The flags that only `atlas plan` has. The comment beside a field is its `--help`, as in `atlas_jax/config.py`."""
+"""The flags that only `atlas plan` has. The comment beside a field is its `--help`, as in `atlas_jax/config/`."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""docs/flags.md is what atlas_jax/config.py says."""
+"""docs/flags.md is what atlas_jax/config/ says."""
 
 import importlib.util
 from pathlib import Path
