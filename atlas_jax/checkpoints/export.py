@@ -12,7 +12,7 @@ from atlas_jax.checkpoints.formats.torch_writer import Attributes, write_torch
 from atlas_jax.checkpoints.restore import PUBLISHED
 from atlas_jax.checkpoints.store import REMEDY, Weights, check_free_space, user_errors_on_write
 from atlas_jax.checkpoints.weights import ExportedArray, encoder_names, weight_entries
-from atlas_jax.data.tokens import Tokenizer
+from atlas_jax.data.tokens import CLEAN_UP, Tokenizer
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5Config
@@ -152,19 +152,20 @@ def _write_model(
     if tokenizer:
         with user_errors_on_write(folder):
             tokenizer.save(folder)
-        _rewrite_for_transformers_4(folder / "tokenizer_config.json")
+        _rewrite_for_transformers(folder / "tokenizer_config.json")
     write_json(folder / "config.json", config)
     write_safetensors(folder / "model.safetensors", arrays, on_bytes)
 
 
-def _rewrite_for_transformers_4(path: Path) -> None:
-    """Renames and drops fields of transformers 5 that transformers 4 cannot read; version 5 reads the result too."""
+def _rewrite_for_transformers(path: Path) -> None:
+    """Changes tokenizer_config.json so that transformers 4 and 5 take tokenizer.json as it is."""
     config = read_json(path)
     extra = config.pop("extra_special_tokens", None)
     if isinstance(extra, list):
-        config["additional_special_tokens"] = extra
-    for unwanted in ("add_prefix_space", "is_local", "local_files_only"):
-        config.pop(unwanted, None)
+        config["additional_special_tokens"] = extra  # the name in version 4, which version 5 reads too
+    config.pop("add_prefix_space", None)  # version 4 would make the tokenizer anew, by rules of its own
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # version 5's T5Tokenizer splits at white space in any case
+    config.setdefault(CLEAN_UP, False)  # checkpoints of older versions do not say so
     write_json(path, config)
 
 

@@ -7,6 +7,7 @@ the tokenizers `reader/` and `retriever/`. A training run adds what it needs to 
 
 import contextlib
 import dataclasses
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,8 @@ from atlas_jax.runtime.process_group import process_group
 from atlas_jax.storage.files import fsync, read_json, write_json
 from atlas_jax.storage.lazy_array import ArrayLike, LocalShards, read
 from atlas_jax.storage.shared_files import atomic_shared_folder
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2
 CHANNEL = "checkpoint"  # the process group's channel for saves, which run in a background thread
@@ -211,7 +214,19 @@ def open_checkpoint(folder: Path) -> Weights:
     index = _metadata_field(folder, "index", str | None)
     params = _open_tree(folder, "params", expected)
     retriever_tokenizer = Tokenizer.load(folder / "retriever") if cfg.retriever else None
-    return Weights(params, cfg, Tokenizer.load(folder / "reader"), retriever_tokenizer, step, index)
+    return Weights(params, cfg, _load_reader_tokenizer(folder / "reader"), retriever_tokenizer, step, index)
+
+
+def _load_reader_tokenizer(folder: Path) -> Tokenizer:
+    """The reader's tokenizer, with one line in the log if an older version saved it, whose ids were others."""
+    tokenizer = Tokenizer.load(folder, clean_up=False)
+    if not tokenizer.says_clean_up:
+        logger.warning(
+            "%s: saved by an older version, whose token ids can differ from the reference's; the checkpoint goes on "
+            "unchanged; to get the reference's ids, convert the published weights again with atlas convert",
+            folder,
+        )
+    return tokenizer
 
 
 def load_resume_state(folder: Path) -> ResumeState | None:

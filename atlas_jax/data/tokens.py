@@ -14,10 +14,17 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
 
+from atlas_jax.data.tokenizer_files import (
+    VOCABULARIES,
+    TokenizerFiles,
+    read_tokenizer_files,
+    write_tokenizer_files,
+)
 from atlas_jax.errors import UserError
 
 _CHUNK = 1024  # texts per call: bounds the memory of the encodings, which hold more than ids
-_VOCABULARY_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json")
+CLEAN_UP = "clean_up_tokenization_spaces"  # in tokenizer_config.json
+_SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 _SPLITTERS = {"WhitespaceSplit", "Whitespace", "BertPreTokenizer", "Metaspace"}  # no piece spans a space
@@ -33,43 +40,38 @@ _PROBES = (  # texts around one space; those that end in an invisible character 
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, used through its Rust core: `ids` has no special tokens, `add_special_tokens` has.
+    """A tokenizer of Hugging Face's library `tokenizers`: `ids` has no special tokens, `add_special_tokens` has."""
 
-    The core is a private copy without truncation or padding, so other users of `hf` cannot change the ids.
-    """
-
-    def __init__(self, hf: Any):
-        backend = getattr(hf, "backend_tokenizer", None)
-        if backend is None:
-            raise UserError(f"{hf.name_or_path}: a tokenizer without tokenizer.json; save it as a fast tokenizer first")
-        if hf.pad_token_id is None:
-            raise UserError(f"{hf.name_or_path}: no pad token; set pad_token in its tokenizer_config.json")
-        self._hf = hf
-        self._core = tokenizers.Tokenizer.from_str(backend.to_str())
+    def __init__(self, files: TokenizerFiles):
+        self._files, self._clean_up = files, bool(files.config.get(CLEAN_UP))
+        self._core = tokenizers.Tokenizer.from_str(files.core.to_str())
         self._core.no_truncation()
         self._core.no_padding()
-        self.pad_id = int(hf.pad_token_id)
+        pad_id = self._core.token_to_id(files.config.get("pad_token", ""))
+        if pad_id is None:
+            raise UserError("no pad token; set pad_token in its tokenizer_config.json")
+        self.pad_id = pad_id
         self.vocab_size = 1 + max(self._core.get_vocab().values())  # no id is larger, even when some are unused
         self.fingerprint = hashlib.sha256(self._core.to_str().encode()).hexdigest()
         self.prefix, self.suffix = self._special_tokens()
 
     @classmethod
-    def load(cls, name: str | os.PathLike[str]) -> "Tokenizer":
-        """Loads from a local folder, or by name from the Hugging Face hub or its cache; UserError if it cannot."""
-        local = Path(name).is_dir()
-        if local and not any((Path(name) / file).is_file() for file in _VOCABULARY_FILES):
-            files = ", ".join(_VOCABULARY_FILES)  # transformers would invent a vocabulary of special tokens
-            raise UserError(f"{name}: no tokenizer in this folder; copy one of {files} into it")
+    def load(cls, name: str | os.PathLike[str], *, clean_up: bool = True) -> "Tokenizer":
+        """Loads from a local folder, or by name from the Hugging Face hub or its cache; UserError if it cannot.
+
+        `clean_up`: whether `decode` joins punctuation to words if tokenizer_config.json does not say so.
+        """
+        folder = Path(name) if Path(name).is_dir() else _hub_folder(os.fspath(name))
         try:
-            return cls(_from_pretrained(os.fspath(name), local))
-        except (UserError, KeyboardInterrupt):
+            files = read_tokenizer_files(folder)
+            return cls(files._replace(config={CLEAN_UP: True} | files.config) if clean_up else files)
+        except UserError as error:
+            raise UserError(f"{name}: {str(error).removeprefix(f'{folder}: ')}") from None
+        except KeyboardInterrupt:
             raise
-        except Exception as error:  # transformers, hub and tokenizers raise many types
+        except Exception as error:  # tokenizers and transformers raise many types
             reason = " ".join(str(error).split()) or type(error).__name__
-            if local:
-                raise UserError(f"{name}: the tokenizer cannot be loaded ({reason:.200}); repair its files") from None
-            not_found = "neither a folder nor a tokenizer that the Hugging Face hub or its cache could give"
-            raise UserError(f"{name}: {not_found} ({reason:.200}); pass a folder that holds tokenizer.json") from None
+            raise UserError(f"{name}: the tokenizer cannot be loaded ({reason:.200}); repair its files") from None
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, uncut and without special tokens. Runs on all cores and releases the GIL."""
@@ -87,21 +89,35 @@ class Tokenizer:
         """Returns the ids of the reader's targets: text + `</s>`, no other special token, cut (the `</s>` too)."""
         return [ids[:max_length] for ids in self.ids([text.removesuffix("</s>") + "</s>" for text in texts])]
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Returns the text of `ids` without special tokens."""
-        return self._hf.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
+        """Returns the text of `ids`, without special tokens unless told otherwise.
+
+        Reference: transformers 4.18.0 joins punctuation and contractions to the word before, in the text as in the ids.
+        """
+        text = self._core.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=skip_special_tokens)
+        return clean_up_spaces(text) if self._clean_up else text
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that `load` can read."""
-        self._hf.save_pretrained(folder)
+        write_tokenizer_files(Path(folder), self._files._replace(core=self._core))
+
+    @property
+    def says_clean_up(self) -> bool:
+        """Whether tokenizer_config.json says if `decode` cleans up; those of older checkpoints do not."""
+        return CLEAN_UP in self._files.config
 
     @functools.cached_property
     def splits_at_spaces(self) -> bool:
-        """Whether ids(a + " " + b) == ids(a) + ids(" " + b) for all `a` that `ends_in_visible_character`, and all `b`.
+        """Whether ids(a + " " + b) == ids(a) + ids(" " + b) for all `a` that `can_end_a_part`, and all `b`.
 
         True only if this follows from the tokenizer's configuration and holds for `_PROBES`; False if in doubt.
         """
         return _splits_by_construction(json.loads(self._core.to_str())) and self._splits_on_probes()
+
+    def can_end_a_part(self, text: str) -> bool:
+        """Whether `text` ends in a visible character that does not become a space, as U+FFFD does in T5."""
+        normalizer = self._core.normalizer
+        return ends_in_visible_character(text) and not (normalizer and normalizer.normalize_str(text).endswith(" "))
 
     def _special_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the special tokens that an encoding adds before and after the text."""
@@ -113,7 +129,7 @@ class Tokenizer:
         """Whether `splits_at_spaces` holds for pairs of `_PROBES` and added tokens."""
         added = [token.content for token in self._core.get_added_tokens_decoder().values()]
         firsts = [*_PROBES, *(f"x{token}" for token in added), *(f"x {token}" for token in added)]
-        firsts = [a for a in firsts if ends_in_visible_character(a)]
+        firsts = [a for a in firsts if self.can_end_a_part(a)]
         seconds = [*_PROBES, *(f"{token}x" for token in added)]
         pairs = [*itertools.product(firsts, _PROBES), *itertools.product(_PROBES[:3], seconds)]
         left = self.ids([a for a, _ in pairs])
@@ -127,16 +143,28 @@ def ends_in_visible_character(text: str) -> bool:
     return bool(text) and unicodedata.category(text[-1])[0] not in "ZC"
 
 
-def _from_pretrained(name: str, local: bool) -> Any:
-    """Returns the Hugging Face tokenizer: from a folder, else from the hub's cache, else from the hub."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # silences "PyTorch was not found"
-    import huggingface_hub  # these two take seconds to import, and only loading needs them
-    import transformers
+def clean_up_spaces(text: str) -> str:
+    """Removes the spaces before punctuation and English contractions; the order of the replacements matters."""
+    for spaced in _SPACED:
+        text = text.replace(spaced, spaced.strip() if spaced != " ' " else "'")
+    return text
 
-    cached = local or any(isinstance(huggingface_hub.try_to_load_from_cache(name, f), str) for f in _VOCABULARY_FILES)
-    if not cached:
-        huggingface_hub.model_info(name, timeout=20)  # fails at once, where transformers retries for most of a minute
-    return transformers.AutoTokenizer.from_pretrained(name, local_files_only=cached)
+
+def _hub_folder(name: str) -> Path:
+    """Returns a folder with the tokenizer files of a repository of the hub, from its cache if they are there."""
+    import huggingface_hub  # takes a second, and only names need it
+
+    def fetch(*, cached: bool) -> Path:
+        files = [*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=cached))
+
+    try:
+        cached = any(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in VOCABULARIES)
+        return fetch(cached=cached)
+    except Exception as error:  # the hub raises many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        not_found = "neither a folder nor a tokenizer that the Hugging Face hub or its cache could give"
+        raise UserError(f"{name}: {not_found} ({reason:.200}); pass a folder that holds tokenizer.json") from None
 
 
 def _splits_by_construction(core: dict[str, Any]) -> bool:

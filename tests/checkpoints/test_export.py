@@ -1,8 +1,10 @@
 """Exported files: a model.pth.tar for `torch.load(weights_only=True)`, safetensors, config.json."""
 
+import dataclasses
 import io
 import pickle
 import pickletools
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -21,6 +23,7 @@ from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.checkpoints.formats.torch_writer import ALIGNMENT, Attributes, dump, write_torch
 from atlas_jax.checkpoints.pretrained import reader_config, retriever_config
 from atlas_jax.checkpoints.store import Weights
+from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS
@@ -174,11 +177,19 @@ def test_config_json_of_retrievers_is_read_back(tmp_path, fields):
         retriever_config(str(tmp_path))
 
 
-def test_transformers_loads_the_tokenizers(weights, tmp_path):
+@pytest.mark.parametrize("files", [("tokenizer.json", "tokenizer_config.json"), ("spiece.model",)])
+def test_transformers_loads_the_tokenizers(weights, tmp_path, golden, files):
     """AutoTokenizer of each folder gives our ids, and tokenizer_config.json has no fields of this machine."""
+    (tmp_path / "reader").mkdir()
+    for file in files:
+        shutil.copy(golden / "assets" / "reader" / file, tmp_path / "reader")
+    weights = dataclasses.replace(weights, tokenizer=Tokenizer.load(tmp_path / "reader"))
     write_huggingface(tmp_path / "out", weights, ignore_bytes)
     for name, tokenizer in (("reader", weights.tokenizer), ("retriever", weights.retriever_tokenizer)):
         auto_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / name)
-        for text in ("question: Who? answer: <extra_id_0>", "naïve 25 x 6", ""):
-            assert auto_tokenizer(text)["input_ids"] == tokenizer.add_special_tokens(tokenizer.ids([text])[0])
+        for text in ("question: Who? answer: <extra_id_0>", "naïve 25 x 6", "", " two  spaces "):
+            ids = tokenizer.add_special_tokens(tokenizer.ids([text])[0])
+            assert auto_tokenizer(text)["input_ids"] == ids
+            if name == "reader":
+                assert auto_tokenizer.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
         assert "local" not in (tmp_path / "out" / name / "tokenizer_config.json").read_text()
