@@ -88,13 +88,17 @@ class OptimConfig:
     lr: float = 1e-4  # highest learning rate of the reader
     lr_retriever: float = 1e-5  # highest learning rate of the retriever
     accumulation_steps: int = 1  # steps whose gradients add up to one update
-    clip: float = 1.0  # largest norm of the gradient, reader and retriever together
+    loss_group: int | None = changeable(None)  # consecutive questions whose answer tokens share a mean loss, as those
+    # of one GPU do in the PyTorch code; left out: --per_gpu_batch_size, or what the run was started with
+    clip: float = 1.0  # largest norm of the gradient of reader and retriever together; with --shard_optim of each
+    shard_optim: bool = False  # clip the gradients of reader and retriever each by its own norm; the optimizers are
+    # always divided over devices, by the fsdp axis of --mesh
     weight_decay: float = 0.1  # AdamW: decoupled, on every parameter
     beta2: float = 0.999  # AdamW: decay of the second moment
     epsilon: float = 1e-6  # AdamW: added to the root of the second moment
 
     def __post_init__(self) -> None:
-        at_least(1, self, "total_steps", "accumulation_steps")
+        at_least(1, self, "total_steps", "accumulation_steps", "loss_group")
         at_least(0, self, "warmup_steps", "lr", "lr_retriever", "weight_decay", "epsilon")
         above_zero(self, "clip")
         require(0 <= self.beta2 < 1, self, "beta2", "must be at least 0 and below 1")
@@ -106,9 +110,7 @@ class NoEffectConfig:
 
     local_rank: int = changeable(-1)  # a process takes the GPUs it sees, under SLURM and Open MPI its share of
     # CUDA_VISIBLE_DEVICES
-    shard_optim: bool = changeable(False)  # the fsdp axis of --mesh, on which all is by default, splits parameters and
-    # optimizers
-    shard_grads: bool = changeable(False)  # the fsdp axis of --mesh splits gradients too
+    shard_grads: bool = changeable(False)  # the fsdp axis of --mesh, on which all is by default, splits gradients
     save_index_n_shards: int = changeable(128)  # an index is read by the files it has, whatever their number
     scheduler_steps: int | None = changeable(None)  # schedules end at --total_steps; the PyTorch code does not read it
     # either

@@ -23,7 +23,7 @@ from atlas_jax.retrieval.flat_index import best_rows, chunk_rows, padded_queries
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.tasks import make_task
 from atlas_jax.training.batches import put_training_batch
-from atlas_jax.training.resume import init_state, put_state
+from atlas_jax.training.resume import averaging_of_flags, init_state, put_state
 from atlas_jax.training.setup import compiled_step, step_config, training_mesh
 from atlas_jax.training.step import Batch, StepConfig, TrainState
 
@@ -56,7 +56,7 @@ def make_plan(config: Config, mesh: Mesh, passages_count: int) -> Plan:
     """Plans the run of `config` on a mesh, with a flat index of `passages_count` passages; 0: without an index."""
     model = _model_config(config)
     params = {path: put_parameter(mesh, path, shape) for path, shape in param_shapes(model).items()}
-    cfg = step_config(config, model, mesh, PAD_ID, EOS_ID)
+    cfg = step_config(config, model, averaging_of_flags(config), mesh, PAD_ID, EOS_ID)
     state = put_state(mesh, jax.eval_shape(functools.partial(init_state, config), params))
     atlas = build_model(params, cfg.model)
     index = _index_shape(atlas, mesh, passages_count) if config.index.index_mode == "flat" else None

@@ -170,7 +170,8 @@ class Trainer:
             progress.skipped, progress.pending = self.metrics.skipped, self.reporter.pending()
             progress.index, progress.loaded = index.fingerprint, index.loaded_fingerprint
             metadata = {"progress": dataclasses.asdict(progress), "flags": to_dict(self.config)}
-            resume_state = ResumeState(arrays | index.resume_arrays(), metadata | {"queries": self.setup.batcher.size})
+            metadata = metadata | {"queries": self.setup.batcher.size, **self.setup.cfg.averaging._asdict()}
+            resume_state = ResumeState(arrays | index.resume_arrays(), metadata)
             weights = dataclasses.replace(weights, index=progress.index)
             self.checkpoints.save(progress.step, weights, resume_state)
             self.saved_step = progress.step

@@ -15,6 +15,16 @@ from atlas_jax.models.t5 import EncoderStates
 ATTENTION_NORMALIZER = 256  # Reference: cross-attention sums are divided by this, however long a passage is
 
 
+def token_weights(mask: Bool[Array, "b t"], group: int) -> Float[Array, " b"]:
+    """The weight of each target token of a query in the mean over groups of the mean over a group's tokens.
+
+    A group is `group` consecutive queries. Reference: each device averages over the tokens of its own queries, and
+    gradients are averaged over devices.
+    """
+    tokens = mask.sum(-1).reshape(-1, group).sum(-1)  # of each group
+    return jnp.repeat(1.0 / (len(tokens) * jnp.maximum(tokens, 1)), group)
+
+
 def mean_loss(losses: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, " b"]:
     """Mean loss of each target over the tokens in `mask`."""
     return losses.sum(-1) / jnp.maximum(mask.sum(-1), 1)
@@ -91,16 +101,17 @@ def emdr_loss(
     logits: Float[Array, "b n t v"],
     target: Int[Array, "b t"],
     target_mask: Bool[Array, "b t"],
+    weights: Float[Array, " b"],
     temperature_score: float,
     temperature_gold: float,
 ) -> Float[Array, ""]:
     """EMDR2 (arXiv 2106.05346): minus the log-likelihood per token, marginalised over passages at each token.
 
-    `logits` are those of `single_passage_logits`.
+    `logits` are those of `single_passage_logits`, `weights` the `token_weights` by which tokens are averaged.
     """
     scaled = logits / temperature_gold
     chosen = jnp.take_along_axis(scaled, target[:, None, :, None], axis=-1)[..., 0]
     log_prob = chosen - jax.nn.logsumexp(scaled, axis=-1)  # "b n t"
     log_score = jax.nn.log_softmax(scores / temperature_score)
     likelihood = jax.nn.logsumexp(log_prob + log_score[..., None], axis=1)
-    return -jnp.where(target_mask, likelihood, 0.0).sum() / target_mask.sum()
+    return -(jnp.where(target_mask, likelihood, 0.0).sum(-1) * weights).sum()

@@ -24,7 +24,7 @@ from atlas_jax.mesh import ArrayOrShape, global_batch_size, put_parameter, repli
 from atlas_jax.storage.lazy_array import ArrayLike, LazyArray, LocalShards
 from atlas_jax.storage.lazy_array import read as read_array
 from atlas_jax.training.optimizer import init_optimizer
-from atlas_jax.training.step import TrainState
+from atlas_jax.training.step import Averaging, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,16 @@ class RunStart:
         """The progress that the checkpoint holds; that of a new run is at step 0."""
         return Progress(**self.resume_state.metadata["progress"]) if self.resume_state else Progress()
 
+    def averaging(self, config: Config, queries: int) -> Averaging:
+        """How the run averages its loss and clips: as its checkpoint says, or the flags; `queries` are those of a step.
+
+        Checkpoints of older versions do not say: their runs have one group and one norm for both models.
+        """
+        if self.resume_state is None:
+            return averaging_of_flags(config)
+        saved = self.resume_state.metadata
+        return Averaging(saved.get("loss_group", queries), saved.get("separate_clip", False))
+
     @property
     def index_params(self) -> dict[str, np.ndarray]:
         """Parameters of the passage encoder that built the index, by path; empty unless the run built it itself."""
@@ -64,6 +74,11 @@ class RunStart:
             for path, x in arrays.items()
             if path.startswith(INDEX_PREFIX)
         }
+
+
+def averaging_of_flags(config: Config) -> Averaging:
+    """How a new run averages its loss and clips its gradients."""
+    return Averaging(config.optim.loss_group or config.run.per_gpu_batch_size, config.optim.shard_optim)
 
 
 def restore_or_init(config: Config, checkpoints: RunCheckpoints, mesh: Mesh) -> tuple[RunStart, TrainState]:
@@ -120,6 +135,9 @@ def check_same_run(start: RunStart, config: Config, folder: Path, queries: int) 
             f"{folder}: a run of {saved_queries} queries a step, not {queries}; go on with "
             f"{batch_flags(saved_queries, jax.device_count())}, or choose another --name"
         )
+    loss_group = start.averaging(config, queries).loss_group
+    if start.resume_state and config.optim.loss_group not in (None, loss_group):
+        changed["loss_group"] = loss_group
     if changed:
         listed = ", ".join(f"--{flag} {flags[flag]} (was {value})" for flag, value in changed.items())
         raise DifferentRun(f"{folder}: a run with other flags: {listed}; choose another --name, or remove this folder")

@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
 from atlas_jax.checkpoints.restore import compute_dtype
-from atlas_jax.config import Config
+from atlas_jax.config import Config, require
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.evaluation.evaluator import Evaluator
-from atlas_jax.mesh import is_single_cpu, make_mesh, replicate, sharded_sizes
+from atlas_jax.mesh import global_batch_size, is_single_cpu, make_mesh, replicate, sharded_sizes
 from atlas_jax.models.atlas import AtlasConfig, param_shapes
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.tasks import make_task
@@ -22,7 +22,7 @@ from atlas_jax.training.clock import Clock
 from atlas_jax.training.index_refresh import RefreshableIndex
 from atlas_jax.training.lookahead import Lookahead
 from atlas_jax.training.resume import RunStart
-from atlas_jax.training.step import Batch, Metrics, StepConfig, TrainState, train_step
+from atlas_jax.training.step import Averaging, Batch, Metrics, StepConfig, TrainState, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,11 @@ def build_setup(
 ) -> TrainingSetup:
     """Opens or builds the index, and makes everything else from the flags and the restored weights."""
     tokenizer, retriever_tokenizer = start.weights.tokenizer, start.weights.retriever_tokenizer
-    cfg = step_config(config, start.weights.cfg, mesh, tokenizer.pad_id, tokenizer.suffix[0])
+    queries = global_batch_size(mesh, config.run.per_gpu_batch_size)
+    averaging = start.averaging(config, queries)
+    remedy = f"must divide the {queries} questions of a step"
+    require(queries % averaging.loss_group == 0, config.optim, "loss_group", remedy)
+    cfg = step_config(config, start.weights.cfg, averaging, mesh, tokenizer.pad_id, tokenizer.suffix[0])
     index = RefreshableIndex(config, start, mesh, scratch)
     batcher = TrainingBatcher(config, tokenizer, retriever_tokenizer, mesh)
     steps = {update: compiled_step(cfg, mesh, update=update) for update in (True, False)}
@@ -86,7 +90,9 @@ def compiled_step(cfg: StepConfig, mesh: Mesh, *, update: bool) -> CompiledFunct
     return CompiledFunction(name, step, mesh, donate=True, gather=True)
 
 
-def step_config(config: Config, model: AtlasConfig, mesh: Mesh, pad_id: int, eos_id: int) -> StepConfig:
+def step_config(
+    config: Config, model: AtlasConfig, averaging: Averaging, mesh: Mesh, pad_id: int, eos_id: int
+) -> StepConfig:
     """The constants of the compiled step, from the flags, the shapes of the models and the reader's special tokens."""
     rate = config.model.dropout
     return StepConfig(
@@ -95,6 +101,7 @@ def step_config(config: Config, model: AtlasConfig, mesh: Mesh, pad_id: int, eos
         config.distill.gold,
         config.distill.temperature_score,
         config.distill.temperature_gold,
+        averaging,
         config.retrieval.n_context,
         pad_id,
         eos_id,

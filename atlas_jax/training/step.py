@@ -27,6 +27,7 @@ from atlas_jax.training.losses import (
     leave_one_out_gold,
     perplexity_gold,
     single_passage_logits,
+    token_weights,
 )
 from atlas_jax.training.optimizer import Params, TrainableParams, adamw_update, clip_factor, schedule
 
@@ -65,6 +66,13 @@ class TrainState(NamedTuple):
         return self.frozen | self.reader.params | (self.retriever.params if self.retriever else {})
 
 
+class Averaging(NamedTuple):
+    """How a run averages its loss and clips its gradients. A checkpoint holds it, under these names."""
+
+    loss_group: int  # consecutive queries whose target tokens share a mean loss
+    separate_clip: bool  # clip the gradients of reader and retriever each by its own norm, not by the norm of both
+
+
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
     """The constants of a run that the compiled step depends on."""
@@ -74,6 +82,7 @@ class StepConfig:
     gold: GoldMode
     temperature_score: float
     temperature_gold: float
+    averaging: Averaging
     n_context: int  # passages that the reader is trained on; the retriever is trained on all of a batch
     pad_id: int
     eos_id: int
@@ -110,10 +119,12 @@ def train_step(
         accumulated = {path: jnp.where(finite, total, 0.0) for path, total in gradients.items()}
         return state._replace(gradients=accumulated), metrics
 
-    relative_rate, factor = schedule(cfg.optim, state.updates.astype(jnp.float32)), clip_factor(cfg.optim, norm)
+    relative_rate = schedule(cfg.optim, state.updates.astype(jnp.float32))
 
     def updated(part: TrainableParams, peak_rate: float) -> TrainableParams:
-        clipped = {path: factor * gradients[path] for path in part.params}
+        own = {path: gradients[path] for path in part.params}
+        factor = clip_factor(cfg.optim, optax.tree.norm(own) if cfg.averaging.separate_clip else norm)
+        clipped = {path: factor * gradient for path, gradient in own.items()}
         return adamw_update(cfg.optim, part, clipped, peak_rate * relative_rate, finite)
 
     new_state = state._replace(
@@ -129,7 +140,10 @@ def train_step(
 def joint_loss(
     model: AtlasModel, batch: Batch, rngs: nnx.Rngs | None, cfg: StepConfig
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The reader's mean cross-entropy per target token, plus the retriever's loss if the batch trains it."""
+    """The reader's cross-entropy per target token, plus the retriever's loss if the batch trains it.
+
+    Tokens are averaged over each group of --loss_group queries, and then over groups.
+    """
     reader, reader_batch = model.reader, batch.reader
     assert reader is not None
     n = min(cfg.n_context, reader_batch.passages.shape[1])
@@ -143,7 +157,7 @@ def joint_loss(
         inputs, source, rngs=rngs, remat=cfg.remat_reader, with_cross_attention=with_stats
     )
     losses = token_losses(logits, reader_batch.target, reader_batch.target_mask)
-    reader_loss = losses.sum() / jnp.maximum(reader_batch.target_mask.sum(), 1)
+    reader_loss = (losses.sum(-1) * token_weights(reader_batch.target_mask, cfg.averaging.loss_group)).sum()
     metrics = {"loss/reader_loss": reader_loss}
     if batch.retriever is None or model.retriever is None:
         return reader_loss, metrics
@@ -193,7 +207,8 @@ def retriever_loss(
     temperatures = cfg.temperature_score, cfg.temperature_gold
     if cfg.gold == "emdr":
         logits = single_passage_logits(reader, states, reader_batch.mask, reader_batch.target, cfg.pad_id)
-        return emdr_loss(scores, logits, reader_batch.target, reader_batch.target_mask, *temperatures), None
+        weights = token_weights(reader_batch.target_mask, cfg.averaging.loss_group)
+        return emdr_loss(scores, logits, reader_batch.target, reader_batch.target_mask, weights, *temperatures), None
     gold = gold_scores(reader, states, reader_batch, cfg)
     return kl_to_gold(scores, gold, *temperatures), gold
 

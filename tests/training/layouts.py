@@ -73,7 +73,7 @@ def train(name: str, folder: Path, mesh: str = "", processes: int = 1) -> dict[s
     """Resumes the run of that folder or starts it; returns its last parameters and metrics."""
     from atlas_jax.checkpoints.store import load
 
-    flags = [*as_arguments(MODEL | TRAINING), "--train_retriever", "--shuffle", *TRAININGS[name]]
+    flags = [*as_arguments(MODEL | TRAINING), "--train_retriever", "--shuffle", "--loss_group", "8", *TRAININGS[name]]
     command = [*ATLAS, "train", "--name", "run", "--checkpoint_dir", str(folder), *flags]
     run(command, folder, mesh, processes)
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]

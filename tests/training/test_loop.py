@@ -18,13 +18,19 @@ RUNS = {
     "fixed_queryside": ["--scheduler", "fixed", "--query_side_retriever_training", "--gold_score_mode", "adist"],
     "accumulate": ["--scheduler", "linear", "--accumulation_steps", "2", "--freeze_retriever_steps", "2"],
 }
+SEPARATE = ["--scheduler", "linear", "--shard_optim", "--clip", "0.05"]
+FOUR_DEVICES = ["--per_gpu_batch_size", "1", "--mesh", "fsdp=4"]
+SEVERAL_DEVICES = {  # the reference's runs on four devices with one question each, and where each is repeated here
+    "published": [*SEPARATE, "--loss_group", "1"],
+    "published_emdr": [*SEPARATE, "--gold_score_mode", "emdr", *FOUR_DEVICES],
+}
 COLUMNS = ("loss/reader_loss", "loss/retriever_loss", "lr", "grad_norm")
 
 
-def train(folder: Path, name: str, *flags: str) -> subprocess.CompletedProcess:
-    """Runs `atlas train` on one device."""
+def train(folder: Path, name: str, *flags: str, devices: int = 1) -> subprocess.CompletedProcess:
+    """Runs `atlas train` on CPU devices."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     command = [sys.executable, "-m", "atlas_jax", "train", "--name", name, "--checkpoint_dir", str(folder), *flags]
@@ -39,6 +45,14 @@ def metrics(run) -> list[dict]:
 def test_a_trajectory_equals_the_reference(golden, tmp_path, flags, name):
     """Losses and gradient norms of all six steps, the learning rates exactly, and parameters after them."""
     done = train(tmp_path, name, *flags, *RUNS[name])
+    assert done.returncode == 0, done.stderr
+    compare(golden, tmp_path, name)
+
+
+@pytest.mark.parametrize(("name", "devices"), [("published", 1), ("published_emdr", 4)])
+def test_a_trajectory_on_several_devices_equals_the_reference(golden, tmp_path, flags, name, devices):
+    """A mean loss for each of four questions, and separate clips: on one device with --loss_group 1, and on four."""
+    done = train(tmp_path, name, *flags, *SEVERAL_DEVICES[name], devices=devices)
     assert done.returncode == 0, done.stderr
     compare(golden, tmp_path, name)
 
@@ -67,8 +81,8 @@ def compare(golden: Path, folder: Path, name: str) -> None:
 
 def test_the_trajectories_differ(golden):
     """The counter-case: the reference's runs differ from each other by more than the tolerance."""
-    traces = [np.load(golden / f"train_{name}.npz")["trace"][-1, 0] for name in RUNS]
-    assert min(abs(a - b) / a for i, a in enumerate(traces) for b in traces[:i]) > 3e-3
+    traces = [np.load(golden / f"train_{name}.npz")["trace"][-1, 0] for name in (*RUNS, *SEVERAL_DEVICES)]
+    assert min(abs(a - b) / a for i, a in enumerate(traces) for b in traces[:i]) > 1e-3
 
 
 def test_a_run_that_diverges_stops(tmp_path, flags, monkeypatch):

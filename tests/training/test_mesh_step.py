@@ -10,9 +10,10 @@ from flax import nnx
 from atlas_jax.mesh import PARAM_AXES, make_mesh, param_spec, put_batch, put_parameter, put_passages, replicate
 from atlas_jax.models.atlas import build_model
 from atlas_jax.runtime.compiled import CompiledFunction
-from atlas_jax.training.step import Batch, StepConfig, joint_loss
+from atlas_jax.training.step import Averaging, Batch, StepConfig, joint_loss
 from tests.training.test_step import batch, config, norm
 
+TOGETHER = Averaging(loss_group=8, separate_clip=False)  # the eight questions of `put_doubled_batch`
 MESHES = ("fsdp=8", "model=4", "data=2,fsdp=2,model=2", "passages=5")
 
 __all__ = ["batch"]  # the fixture
@@ -52,7 +53,7 @@ def test_losses_and_gradients_equal_the_reference_on_every_mesh(golden, tiny_wei
     expected = np.load(golden / "loss_ppmean.npz")
     mesh = make_mesh(spec)
     remat = spec.startswith("data=2")
-    cfg = config(tiny_weights, remat_reader=remat, remat_retriever=remat)
+    cfg = config(tiny_weights, averaging=TOGETHER, remat_reader=remat, remat_retriever=remat)
     params = {path: put_parameter(mesh, path, array) for path, array in tiny_weights.params.items()}
     questions = put_doubled_batch(mesh, batch)
     (_, metrics), gradients = program(spec, cfg)(params, questions)
@@ -76,7 +77,7 @@ def assert_no_whole_layers(text: str, params) -> None:
 
 def test_dropout_does_not_depend_on_the_mesh(tiny_weights, batch):
     """Equal losses with dropout on one device and on eight; the counter-case is another key."""
-    cfg = config(tiny_weights, dropout=True, model=tiny_weights.cfg.with_computation(dropout=0.1))
+    cfg = config(tiny_weights, averaging=TOGETHER, dropout=True, model=tiny_weights.cfg.with_computation(dropout=0.1))
 
     def losses_with_dropout(params, batch, key):
         return joint_loss(build_model(params, cfg.model), batch, nnx.Rngs(dropout=key), cfg)[1]

@@ -13,7 +13,7 @@ from atlas_jax.evaluation.generation import GenerationSettings
 from atlas_jax.mesh import PARAM_AXES, make_mesh, param_spec, put_parameter, replicate
 from atlas_jax.models.atlas import build_model
 from atlas_jax.plan import hlo
-from tests.training.test_mesh_step import program, put_doubled_batch
+from tests.training.test_mesh_step import TOGETHER, program, put_doubled_batch
 from tests.training.test_step import batch, config
 
 __all__ = ["batch"]  # the fixture
@@ -25,7 +25,9 @@ QUESTIONS, N, WIDTH, TARGET = 8, 5, 64, 16
 def collectives(spec, weights, batch):
     mesh = make_mesh(spec)
     params = {path: put_parameter(mesh, path, array) for path, array in weights.params.items()}
-    text = program(spec, config(weights)).compile_for(params, put_doubled_batch(mesh, batch)).as_text()
+    text = (
+        program(spec, config(weights, averaging=TOGETHER)).compile_for(params, put_doubled_batch(mesh, batch)).as_text()
+    )
     sharded = {path: x.shape for path, x in params.items() if not x.sharding.is_fully_replicated}
     return hlo.count(hlo.parse(text)).collectives, sharded
 
@@ -70,7 +72,7 @@ def test_fsdp_gathers_parameters_and_scatters_gradients(tiny_weights, batch):
     heads, length, width = 4, 160, 48
     parameters = {layer(path, array.shape)[1] for path, array in tiny_weights.params.items()}
     biases = {(heads, length, length), (heads, TARGET, TARGET)}  # position bias of each head
-    assert reduced.keys() <= {tuple(sorted(sizes)) for sizes in parameters | biases | {(length, width), ()}}
+    assert reduced.keys() <= {tuple(sorted(sizes)) for sizes in parameters | biases | {(length, width), (), (1,)}}
     for path, shape in sharded.items():
         layers, sizes = layer(path, shape)
         used = (length, width) if path.endswith("positions/embedding") else sizes  # the first of 512 positions

@@ -40,7 +40,18 @@ def test_a_trajectory_does_not_depend_on_processes_and_devices(golden, tmp_path,
     resumes from the newest complete checkpoint. The counter-case: another number of queries a step is refused.
     """
     name, log, run = "cosine_refresh", tmp_path / "log.txt", tmp_path / "cosine_refresh"
-    command = [*ATLAS, "train", "--name", name, "--checkpoint_dir", str(tmp_path), *flags, *RUNS[name]]
+    command = [
+        *ATLAS,
+        "train",
+        "--name",
+        name,
+        "--checkpoint_dir",
+        str(tmp_path),
+        *flags,
+        *RUNS[name],
+        "--loss_group",
+        "4",
+    ]
     parallel_command = [*command, "--per_gpu_batch_size", "1", "--mesh", "data=2,fsdp=2,model=2", "--save_freq", "1"]
 
     processes = killing.start_processes(parallel_command, log, 2, devices=4)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
 import signal
 
@@ -12,6 +13,7 @@ from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.run_checkpoints import DifferentRun
 from atlas_jax.config import resume_rules, to_dict
 from atlas_jax.training.resume import RunStart, check_same_run
+from atlas_jax.training.step import Averaging
 from tests.training import killing
 
 pytestmark = pytest.mark.usefixtures("quick_compiler_in_subprocesses")
@@ -121,3 +123,31 @@ def test_flags_may_change_on_resume_as_config_says(tiny_config, tiny_weights, tm
     metadata["flags"]["of_a_later_version"] = 1
     with pytest.raises(DifferentRun, match="another version, which has --of_a_later_version"):
         check_same_run(start, tiny_config, tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("saved", "flags", "expected"),
+    [
+        ({"loss_group": 1, "separate_clip": True}, {}, Averaging(1, True)),
+        ({"loss_group": 1, "separate_clip": True}, {"loss_group": 1}, Averaging(1, True)),
+        ({"loss_group": 1, "separate_clip": True}, {"loss_group": 2}, "--loss_group 2 (was 1)"),
+        ({}, {}, Averaging(4, False)),  # an older version's run of four questions a step
+        ({}, {"loss_group": 1}, "--loss_group 1 (was 4)"),
+    ],
+)
+def test_a_resumed_run_averages_and_clips_as_it_did(tiny_config, tiny_weights, tmp_path, saved, flags, expected):
+    """On other devices too, with another --per_gpu_batch_size; another --loss_group is refused."""
+    config = dataclasses.replace(
+        tiny_config,
+        optim=dataclasses.replace(tiny_config.optim, shard_optim=True, **flags),
+        run=dataclasses.replace(tiny_config.run, per_gpu_batch_size=2),
+    )
+    metadata = json.loads(json.dumps({"progress": {}, "flags": to_dict(config), "queries": 4} | saved))
+    start = RunStart(tiny_weights, store.ResumeState({}, metadata))
+    if isinstance(expected, str):
+        with pytest.raises(DifferentRun, match=re.escape(expected)):
+            check_same_run(start, config, tmp_path, 4)
+    else:
+        check_same_run(start, config, tmp_path, 4)
+        assert start.averaging(config, 4) == expected
+    assert RunStart(tiny_weights, None).averaging(config, 4) == Averaging(flags.get("loss_group", 2), True)

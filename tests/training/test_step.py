@@ -13,7 +13,7 @@ from atlas_jax.config import OptimConfig
 from atlas_jax.models.atlas import build_model
 from atlas_jax.models.fid import ReaderBatch
 from atlas_jax.training.optimizer import init_optimizer
-from atlas_jax.training.step import Batch, RetrieverBatch, StepConfig, TrainState, joint_loss, train_step
+from atlas_jax.training.step import Averaging, Batch, RetrieverBatch, StepConfig, TrainState, joint_loss, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 MODES = ("ppmean", "evalnormsum", "loop", "emdr")
@@ -39,6 +39,7 @@ def config(weights, **changes) -> StepConfig:
         gold="ppmean",
         temperature_score=0.1,
         temperature_gold=0.1,
+        averaging=Averaging(loss_group=4, separate_clip=False),
         n_context=5,
         pad_id=0,
         eos_id=1,
