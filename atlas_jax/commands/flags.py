@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from atlas_jax.commands.presets import PRESETS
 from atlas_jax.config import (
     CHECKPOINT_FILE,
     READERS,
@@ -72,7 +73,8 @@ def parse_plan(argv: Sequence[str]) -> tuple[Config, PlanConfig]:
 def _flag_values(command: Command, argv: Sequence[str]) -> dict[str, Any]:
     """Values of the flags on the command line, by name; UserError if one is unknown or a required one is missing."""
     namespace, unknown = _parser(command).parse_known_args(argv)
-    values = vars(namespace)
+    given = vars(namespace)
+    values = PRESETS[command][given.pop("preset")]() | given if "preset" in given else given
     flags = {field.name: field for group in _groups(command) for field in fields(group)}
     if unknown:
         problem = "no such flag" if unknown[0].startswith("-") else "a value that belongs to no flag"
@@ -81,7 +83,7 @@ def _flag_values(command: Command, argv: Sequence[str]) -> dict[str, Any]:
     for flag, field in flags.items():
         if field.default is MISSING and flag not in values and command != "plan":
             raise UserError(f"--{flag} is missing: {_suggest('', get_args(field.type) or READERS)}")
-        if flag in NO_EFFECT and flag in values:
+        if flag in NO_EFFECT and flag in given:
             logger.warning("--%s has no effect: %s", flag, NO_EFFECT[flag])
     return values
 
@@ -161,9 +163,25 @@ class Parser(argparse.ArgumentParser):
 @functools.cache
 def _parser(command: Command) -> argparse.ArgumentParser:
     parser = Parser(f"atlas {command}", EXAMPLES[command], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument_group("Preset (a published experiment, see docs/training.md)").add_argument(
+        "--preset",
+        metavar="NAME",
+        type=functools.partial(_preset_name, command),
+        help=f"start from the flags of {', '.join(PRESETS[command])}; flags beside it replace its own, and --no-FLAG "
+        "turns a switch off",
+    )
     for group in _groups(command):
         add_flags(parser.add_argument_group(group.__doc__), group, *(field.name for field in fields(group)))
     return parser
+
+
+def _preset_name(command: Command, name: str) -> str:
+    """The name itself; UserError if the command has no such preset."""
+    if name not in PRESETS[command]:
+        others = [other for other, presets in PRESETS.items() if name in presets and other != "plan"]
+        remedy = f"is for atlas {others[0]}" if others else _suggest(name, list(PRESETS[command]))
+        raise UserError(f"--preset {name}: {remedy}")
+    return name
 
 
 def _groups(command: Command) -> list[type[Any]]:
@@ -184,7 +202,7 @@ def _argument_options(field: Field[Any], text: str) -> dict[str, Any]:
     flag_type: Any = get_args(field.type)[0] if NoneType in get_args(field.type) else field.type
     text = text.replace("%", "%%")
     if flag_type is bool:
-        return {"help": text, "action": "store_true"}
+        return {"help": text, "action": argparse.BooleanOptionalAction}
     if field.default not in (None, ()):
         text += " (required)" if field.default is MISSING else f" (default: {field.default})"
     if get_origin(flag_type) is tuple:
