@@ -10,7 +10,7 @@ PROCESSES ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup plan-env lint types check test docs soak layouts fuzz demo clean
+.PHONY: help setup plan-env lint types check test docs soak layouts recipes fuzz demo clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,9 @@ soak: setup ## kill training runs, of PROCESSES=1 each, a hundred times at rando
 
 layouts: setup ## train and evaluate on every mesh with 1, 2 and 4 processes, and compare with one device (two hours)
 	$(BIN)/python -m tests.training.layouts
+
+recipes: setup ## the published zero-shot and 5-shot MMLU commands with all their flags, on small weights (half an hour)
+	$(BIN)/python -m tests.recipes.uncut
 
 fuzz: setup ## hostile files, for MINUTES=10, for the readers of PyTorch files and pickles; the one that broke them is kept
 	@$(PIP) -qq atheris || echo 'make: no atheris for this Python; files by rules only' >&2

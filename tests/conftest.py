@@ -36,7 +36,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 # Folders and files whose tests compile models, train, or start processes; `make check` leaves them out
-SLOW = ("checkpoints", "commands", "compatibility", "evaluation", "launch", "mesh", "models", "training")
+SLOW = ("checkpoints", "commands", "compatibility", "evaluation", "launch", "mesh", "models", "recipes", "training")
 SLOW_FILES = ("docs/test_commands.py", "runtime/test_cluster.py", "runtime/test_process_group.py")
 QUICK_FILES = ("checkpoints/formats", "commands/test_flags.py")
 QUICK_FILES += ("training/test_optimizer.py", "training/test_reporting.py")
@@ -88,6 +88,15 @@ def one_faiss_thread():
 def golden() -> Path:
     """The folder of the figures that the PyTorch reference computed."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def published(golden, tmp_path_factory) -> Path:
+    """A folder with copies of the golden index_1shard and index_4shards, beside whose shards a run writes its copy."""
+    folder = tmp_path_factory.mktemp("published")
+    for name in ("index_1shard", "index_4shards"):
+        shutil.copytree(golden / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

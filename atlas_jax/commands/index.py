@@ -63,7 +63,7 @@ in parts, side by side on several machines: give each some of the files and an -
     add_flags(parser, IndexConfig, "passages", "max_passages", "index_mode", "faiss_index_type", "faiss_code_size")
     add_flags(parser, IndexConfig, "per_gpu_embedder_batch_size")
     add_flags(parser, TextConfig, "text_maxlength", "retriever_format")
-    add_flags(parser, RunConfig, "seed", "mesh", "compile_cache")
+    add_flags(parser, RunConfig, "seed", "mesh", "cache_dir", "compile_cache")
     _add_output(parser)
     args = vars(parser.parse_args(argv))
     config, output = _config(args), _output_folder(args)
@@ -266,8 +266,9 @@ def _load_embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[
     from atlas_jax.mesh import make_mesh
     from atlas_jax.retrieval.embedder import Embedder
     from atlas_jax.runtime.compiled import enable_compilation_cache
+    from atlas_jax.storage.cache import cache_folder
 
-    enable_compilation_cache(config.run.compile_cache)
+    enable_compilation_cache(config.run.compile_cache, cache_folder(config.run.cache_dir))
     mesh, weights = make_mesh(config.run.mesh), restore(config)
     retriever, tokenizer = place_on_mesh(weights, config.model, mesh).retriever, weights.retriever_tokenizer
     assert retriever is not None

@@ -34,8 +34,10 @@ class RunConfig:
     # files
     mesh: str = changeable("auto")  # how devices share the work: sizes of data, fsdp, passages and model, as
     # data=8,fsdp=8; or auto
-    compile_cache: str = changeable("auto")  # folder that keeps compiled programs for the next run; auto: the user's
-    # cache; or none
+    cache_dir: str | None = changeable(None)  # folder for what is made once and used by later runs: compiled programs,
+    # published indexes and token ids where theirs cannot be written; left out: $ATLAS_CACHE, or the user's cache
+    compile_cache: str = changeable("auto")  # folder that keeps compiled programs for the next run; auto: in
+    # --cache_dir; or none
     coordinator: str | None = changeable(None)  # several hosts: host:port of process 0; SLURM, Open MPI and Google's
     # TPUs need none
     num_processes: int | None = changeable(None)  # with --coordinator: how many processes there are

@@ -22,6 +22,7 @@ from atlas_jax.retrieval.passage_retriever import PassageRetriever
 from atlas_jax.retrieval.passage_source import PassageSource, RowPassages
 from atlas_jax.runtime.compiled import enable_compilation_cache
 from atlas_jax.runtime.process_group import process_group
+from atlas_jax.storage.cache import cache_folder
 from atlas_jax.storage.files import atomic_file, write_json
 from atlas_jax.storage.shared_files import shared_scratch
 from atlas_jax.tasks import Task, make_task
@@ -41,7 +42,7 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
     task = make_task(config.task)
     files = checked_files(config.run.eval_data, task)
     check_passage_index(config)
-    enable_compilation_cache(config.run.compile_cache)
+    enable_compilation_cache(config.run.compile_cache, cache_folder(config.run.cache_dir))
     check_mesh(config.run.mesh)  # before the weights are read
     weights = restore(config)
     mesh = evaluation_mesh(config, weights)

@@ -33,10 +33,12 @@ from atlas_jax.retrieval.formats.index_folder import (
 from atlas_jax.retrieval.formats.npy_files import VectorFile, read_array
 from atlas_jax.retrieval.formats.torch_shards import TorchShards
 from atlas_jax.retrieval.passage_store import PassageStore, build_passages
+from atlas_jax.retrieval.published_index import take_over
 from atlas_jax.retrieval.search import VectorIndex
 from atlas_jax.retrieval.sharded_faiss_index import ShardedFaissIndex
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.runtime.progress import progress
+from atlas_jax.storage.cache import cache_folder
 from atlas_jax.storage.files import atomic_folder, read_json
 from atlas_jax.storage.shared_files import atomic_shared_folder
 
@@ -60,13 +62,17 @@ def open_passage_index(
     """Opens the index that the flags name, or builds it first.
 
     `fingerprints`: accepted fingerprints; the first is the current passage encoder's. A built index is written to
-    --save_index_path, or into the folder `scratch`, and opened from there. UserError if the index was built by another
-    retriever, holds too few passages, or is damaged.
+    --save_index_path, or into the folder `scratch`, and opened from there; published shards without --save_index_path
+    are taken over once for all runs. UserError if the index was built by another retriever, holds too few passages, or
+    is damaged.
     """
     folder = Path(config.index.load_index_path or "")
     if not config.index.load_index_path or not process_group().run_on_first(lambda: is_index(folder)):
-        folder = Path(os.path.abspath(config.index.save_index_path or scratch / "index"))
-        build_passage_index(config, embedder, fingerprints[0], folder)
+        if config.index.load_index_path and not config.index.save_index_path:
+            folder = _take_over(config, embedder.dim, folder)
+        else:
+            folder = Path(os.path.abspath(config.index.save_index_path or scratch / "index"))
+            build_passage_index(config, embedder, fingerprints[0], folder)
     return _open(folder, config, embedder.dim, fingerprints, mesh, scratch)
 
 
@@ -87,12 +93,26 @@ def build_passage_index(config: Config, embedder: Embedder, fingerprint: str, fo
 def _convert_shards(config: Config, dim: int, fingerprint: str, folder: Path) -> None:
     """Writes the published shards in --load_index_path as the kind of index that the flags ask for."""
     shards = TorchShards(Path(config.index.load_index_path or ""))
-    check_retriever(shards.folder / "embeddings.0.pt", {"dim": shards.dim, "retriever": None}, dim, [])
     check_replaceable(folder)
     with atomic_folder(folder, _REMEDY, replace=True) as draft:
-        metadata = write_flat_index(shards, draft)
-        write_metadata(
-            draft, _write_arrays(read_vectors(draft, metadata), config, draft), _origin(config.text, fingerprint)
+        _convert(shards, config, dim, _origin(config.text, fingerprint), draft)
+
+
+def _convert(shards: TorchShards, config: Config, dim: int, origin: Origin, draft: Path) -> None:
+    """Writes shards of vectors that are `dim` wide into a folder, as the kind of index that the flags ask for."""
+    check_retriever(shards.folder / "embeddings.0.pt", {"dim": shards.dim, "retriever": None}, dim, [])
+    metadata = write_flat_index(shards, draft)
+    write_metadata(draft, _write_arrays(read_vectors(draft, metadata), config, draft), origin)
+
+
+def _take_over(config: Config, dim: int, folder: Path) -> Path:
+    """The copy of the published shards in `folder` that all runs share. Its origin stays unknown, as theirs is."""
+    kind: dict[str, Any] = {"mode": config.index.index_mode}
+    if config.index.index_mode == "faiss":
+        kind |= {"kind": _requested_faiss_kind(config.index), "seed": config.run.seed}
+    with process_group().process_0_first():
+        return take_over(
+            folder, config.run.cache_dir, kind, lambda shards, draft: _convert(shards, config, dim, Origin(), draft)
         )
 
 
@@ -144,7 +164,7 @@ def _open(
     metadata = read_metadata(folder)
     check_retriever(folder, metadata, dim, fingerprints)
     _warn_of_differences(folder, metadata, config)
-    passages = PassageStore.open(folder / PASSAGES)
+    passages = PassageStore.open(folder / PASSAGES, cache_folder(config.run.cache_dir))
     if len(passages) != metadata.get("count"):
         raise UserError(
             f"{folder}: {metadata.get('count')} vectors, but {len(passages)} passages; build the index again"

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,10 @@ from atlas_jax.data.ragged import Numbers, RaggedArray, RaggedWriter
 from atlas_jax.data.reader_inputs import render
 from atlas_jax.data.tokens import Tokenizer, flatten
 from atlas_jax.errors import UserError
+from atlas_jax.storage.cache import choose_place, exclusive, fingerprint_files
 from atlas_jax.storage.files import atomic_folder
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], object]  # called with the number of passages just done, like `update` of a tqdm bar
 PathLike = str | os.PathLike[str]
@@ -23,6 +27,7 @@ PathLike = str | os.PathLike[str]
 _VERSION = 1
 _BATCH = 1024  # passages in memory at a time when writing
 _REMEDY = "pass --save_index_path with a folder that can be written and has room"
+_TOKENS_REMEDY = "pass --cache_dir with a folder that can be written and has room"
 _REBUILD = "delete the folder and build the passages again"
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -75,10 +80,10 @@ class PassageStore:
     Files: passages.json (version, count), text.bin (the JSON of all passages, concatenated), text.offsets.npy.
     """
 
-    def __init__(self, folder: Path, text: RaggedArray):
-        self.folder = folder
+    def __init__(self, folder: Path, text: RaggedArray, cache: Path | None = None):
+        self.folder, self.cache = folder, cache
         self._text = text
-        self._tokens: dict[Path, PassageTokens] = {}
+        self._tokens: dict[str, PassageTokens] = {}
 
     @classmethod
     def build(cls, rows: Iterable[Mapping], folder: PathLike, progress: Progress | None = None) -> "PassageStore":
@@ -105,11 +110,14 @@ class PassageStore:
         return cls.open(folder)
 
     @classmethod
-    def open(cls, folder: PathLike) -> "PassageStore":
-        """Memory-maps a store; UserError if a file is missing, truncated or of another version."""
+    def open(cls, folder: PathLike, cache: Path | None = None) -> "PassageStore":
+        """Memory-maps a store; UserError if a file is missing, truncated or of another version.
+
+        `cache`: a folder for token ids if `folder` cannot be written; they are found there again.
+        """
         folder = Path(os.path.abspath(folder))
         metadata = _read_metadata(folder / "passages.json", _REBUILD)
-        return cls(folder, RaggedArray.open(folder, "text", np.dtype(np.uint8), metadata["count"], _REBUILD))
+        return cls(folder, RaggedArray.open(folder, "text", np.dtype(np.uint8), metadata["count"], _REBUILD), cache)
 
     def __len__(self) -> int:
         return len(self._text)
@@ -127,20 +135,36 @@ class PassageStore:
     def tokens(self, tokenizer: Tokenizer, format: str, name: str, progress: Progress | None = None) -> "PassageTokens":
         """Returns token ids of `format.format(**passage)` for every passage, uncut and without special tokens.
 
-        Computed once per tokenizer and format, and stored in the folder of the passages as `tokens-{name}-{hash}`.
+        Computed once per tokenizer and format, by one process for all that share the storage, and stored in the folder
+        of the passages as `tokens-{name}-{hash}`, or in the cache if that folder cannot be written.
         """
         metadata = {"version": _VERSION, "count": len(self), "tokenizer": tokenizer.fingerprint, "format": format}
         digest = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:12]
-        folder = self.folder / f"tokens-{name}-{digest}"
-        if folder not in self._tokens:
-            if not folder.exists():
-                self._write_tokens(folder, tokenizer, metadata, progress)
-            self._tokens[folder] = PassageTokens.open(folder, metadata)
-        return self._tokens[folder]
+        key = f"tokens-{name}-{digest}"
+        if key not in self._tokens:
+            places = [self.folder / key]
+            if self.cache:
+                places.append(self.cache / "tokens" / fingerprint_files([self.folder / "text.bin"]) / key)
+            found = next(filter(Path.is_dir, places), None)
+            self._tokens[key] = PassageTokens.open(
+                found or self._make_tokens(places, tokenizer, metadata, progress), metadata
+            )
+        return self._tokens[key]
+
+    def _make_tokens(self, places: list[Path], tokenizer: Tokenizer, metadata: dict, progress: Progress | None) -> Path:
+        """Writes token ids to the first of these folders that has room, unless another process does; returns it."""
+        text = (self.folder / "text.bin").stat().st_size
+        size = text // 2 + 8 * len(self)  # 2 bytes for each token of some 4 letters, and its offsets
+        place = choose_place(places, size, f"{self.folder}: token ids")
+        with exclusive(place):
+            if not place.is_dir():
+                _log_replaced_tokenizer(place, metadata)
+                self._write_tokens(place, tokenizer, metadata, progress)
+        return place
 
     def _write_tokens(self, folder: Path, tokenizer: Tokenizer, metadata: dict, progress: Progress | None) -> None:
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "int32"
-        with atomic_folder(folder, _REMEDY) as draft:
+        with atomic_folder(folder, _TOKENS_REMEDY) as draft:
             with RaggedWriter(draft, "tokens", np.dtype(dtype)) as writer:
                 for start in range(0, len(self), _BATCH):
                     passages = self.take(np.arange(start, min(start + _BATCH, len(self))))
@@ -182,6 +206,15 @@ class PassageTokens:
     def lengths(self, numbers: Numbers) -> np.ndarray:
         """Returns the number of ids of each passage."""
         return self._rows.lengths(numbers)
+
+
+def _log_replaced_tokenizer(place: Path, metadata: Mapping[str, Any]) -> None:
+    """Says so if there are token ids of the same format beside `place` that another tokenizer made."""
+    name = place.name.rpartition("-")[0]
+    for other in place.parent.glob(f"{name}-*/tokens.json"):
+        made = json.loads(other.read_bytes())
+        if made.get("format") == metadata["format"] and made.get("tokenizer") != metadata["tokenizer"]:
+            logger.info("%s: made by another tokenizer than this run's; tokenizing again", other.parent)
 
 
 def _validated(row: Mapping, where: str) -> dict[str, Any]:

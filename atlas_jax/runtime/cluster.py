@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 PORTS, FIRST_PORT = 12_000, 20_000  # number and first of the ports to choose from, below Linux's ephemeral ports
 DEVICE_FILES = Path("/dev")  # holds one file per GPU: nvidia0, nvidia1, ...
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # step ids from here on are not srun's: the batch script, an interactive shell
-PER_PROCESS_FLAGS = ("--process_id", "--local_rank", "--compile_cache")  # may differ between the processes of a run
+# Flags that may differ between the processes of a run
+PER_PROCESS_FLAGS = ("--process_id", "--local_rank", "--cache_dir", "--compile_cache")
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,21 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def enable_compilation_cache(folder: str) -> None:
+def enable_compilation_cache(folder: str, cache: Path) -> None:
     """Sets the folder of JAX's persistent compilation cache, from which later runs load compiled programs.
 
-    `auto` is JAX_COMPILATION_CACHE_DIR or else a folder in the user's cache; `none` turns the cache off.
+    `auto` is JAX_COMPILATION_CACHE_DIR or else a folder in `cache`; `none` turns the cache off.
     """
     if folder == "auto":
-        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_user_cache())
+        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache / _programs_name())
     jax.config.update("jax_compilation_cache_dir", None if folder == "none" else folder)
     if folder != "none":
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         logger.info("compiled programs are kept in %s", folder)
 
 
-def _user_cache() -> Path:
-    """Returns a folder in the user's cache, one for each set of CPU features.
+def _programs_name() -> str:
+    """Returns the name of the folder of programs, one for each set of CPU features.
 
     JAX's cache keys do not include these features, and machines with different CPUs may share a home folder.
     """
@@ -43,8 +43,7 @@ def _user_cache() -> Path:
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     kind = hashlib.blake2b(features.encode(), digest_size=4).hexdigest()
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "atlas_jax" / f"programs-{platform.machine()}-{kind}"
+    return f"programs-{platform.machine()}-{kind}"
 
 
 class CompiledFunction:

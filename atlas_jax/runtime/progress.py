@@ -22,9 +22,11 @@ def progress(description: str, unit: str, total: int | None = None) -> Iterator[
             yield bar.update
         return
     start = last_line = time.monotonic()
-    done = 0
+    done = logged = 0
 
     def log_line() -> None:
+        nonlocal logged
+        logged = done
         seconds = max(time.monotonic() - start, 1e-9)
         of_total = f" of {total}" if total else ""
         left = f", {(total - done) * seconds / max(done, 1):.0f} s left" if total and done < total else ""
@@ -38,5 +40,5 @@ def progress(description: str, unit: str, total: int | None = None) -> Iterator[
             log_line()
 
     yield advance
-    if done:
+    if done > logged:
         log_line()

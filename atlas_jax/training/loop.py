@@ -22,6 +22,7 @@ from atlas_jax.retrieval.passage_index import check_passage_index
 from atlas_jax.runtime.compiled import enable_compilation_cache
 from atlas_jax.runtime.interrupts import Interrupted, Interrupts, requeue
 from atlas_jax.runtime.process_group import process_group
+from atlas_jax.storage.cache import cache_folder
 from atlas_jax.storage.shared_files import shared_scratch
 from atlas_jax.tasks import make_task
 from atlas_jax.tasks.row_checks import checked_rows
@@ -47,7 +48,7 @@ def train(config: Config, run: Path) -> None:
     training_rows = [checked_rows(path, make_task(config.task, train=True)) for path in config.run.train_data]
     eval_rows = checked_files(config.run.eval_data, make_task(config.task))
     check_passage_index(config)
-    enable_compilation_cache(config.run.compile_cache)
+    enable_compilation_cache(config.run.compile_cache, cache_folder(config.run.cache_dir))
     with contextlib.ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts(deferred=process_group().count > 1))
         process_group().stop_signal = interrupts.first

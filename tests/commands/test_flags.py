@@ -25,7 +25,7 @@ from tests.commands.reference_flags import INTEGERS_OR_NONE, REFERENCE_CHOICES, 
 from tests.commands.sample_evaluation import evaluate_argv
 
 NEW_FLAGS = {  # flags that the reference does not have
-    **{"mesh": "auto", "compile_cache": "auto", "keep": None, "max_bad_steps": 20},
+    **{"mesh": "auto", "cache_dir": None, "compile_cache": "auto", "keep": None, "max_bad_steps": 20},
     **{"loss_group": None},
     **{"coordinator": None, "num_processes": None, "process_id": None, "host_timeout": 300},
 }

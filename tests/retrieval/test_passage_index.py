@@ -76,9 +76,9 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_any_number_of_shards_is_one_index(open_index, golden, golden_batch):
+def test_any_number_of_shards_is_one_index(open_index, golden_batch, published):
     """One shard and four give the reference's vectors bit for bit, its passages in order, and its search results."""
-    one_shard, four_shards = (open_index(load_index_path=golden / f"index_{name}") for name in ("1shard", "4shards"))
+    one_shard, four_shards = (open_index(load_index_path=published / f"index_{name}") for name in ("1shard", "4shards"))
     for found_index in (one_shard, four_shards):
         found = found_index.vectors.search(golden_batch["query_emb"], 5)
         np.testing.assert_array_equal(np.asarray(found_index.vectors.rows)[:240].T, golden_batch["index_embeddings"])
@@ -94,10 +94,10 @@ def test_any_number_of_shards_is_one_index(open_index, golden, golden_batch):
     assert one_shard.passages.take([0])[0]["title"] == "Chinese mythology: Summary"  # the section is joined once
 
 
-def test_a_built_index_equals_the_published_one(open_index, golden, golden_batch):
+def test_a_built_index_equals_the_published_one(open_index, golden, golden_batch, published):
     """From the same passages: equal passages, vectors within 2e-2, equal results; --max_passages takes the first."""
     built = open_index(passages=(str(golden / "passages.jsonl"),))
-    published = open_index(load_index_path=golden / "index_1shard")
+    published = open_index(load_index_path=published / "index_1shard")
     assert built.passages.take(range(240)) == published.passages.take(range(240))
     np.testing.assert_allclose(
         np.asarray(built.vectors.rows)[:240].T, golden_batch["index_embeddings"], rtol=0, atol=2e-2
@@ -179,18 +179,18 @@ def test_a_saved_index_is_hardly_larger_than_its_vectors(open_index, tmp_path, m
     assert "index.json" in sizes
 
 
-def test_shards_convert_to_every_kind(open_index, golden, tmp_path, golden_batch):
+def test_shards_convert_to_every_kind(open_index, tmp_path, golden_batch, published):
     """Faiss indexes of the shards find what the flat one finds; 240 vectors are too few for "pq"."""
-    flat = open_index(load_index_path=golden / "index_4shards").vectors.search(golden_batch["query_emb"], 5)
+    flat = open_index(load_index_path=published / "index_4shards").vectors.search(golden_batch["query_emb"], 5)
     for kind in ("faiss-flat", "ivfflat"):
         folder = tmp_path / kind
-        open_index(load_index_path=golden / "index_4shards", save_index_path=folder, **KINDS[kind])
+        open_index(load_index_path=published / "index_4shards", save_index_path=folder, **KINDS[kind])
         found = open_index(load_index_path=folder, **KINDS[kind]).vectors.search(golden_batch["query_emb"], 5)
         np.testing.assert_array_equal(found.numbers, flat.numbers)
         np.testing.assert_allclose(found.scores, flat.scores, rtol=1e-5)
         assert not (folder / "embeddings.npy").exists()
     with pytest.raises(UserError, match="there are only 240 passages"):
-        open_index(load_index_path=golden / "index_4shards", save_index_path=tmp_path / "pq", **KINDS["pq"])
+        open_index(load_index_path=published / "index_4shards", save_index_path=tmp_path / "pq", **KINDS["pq"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faiss-flat", "ivfflat"]
 
 
@@ -205,12 +205,12 @@ def test_another_retriever_is_refused(open_index, passage_embedder, saved, kind)
         open_index(load_index_path=saved / kind, embedder=wide, **KINDS[kind])
 
 
-def test_shards_of_another_width_are_refused(open_index, passage_embedder, golden, tmp_path):
+def test_shards_of_another_width_are_refused(open_index, passage_embedder, tmp_path, published):
     """Shards do not name the retriever that built them, but the width must fit."""
     wide = copy.copy(passage_embedder)
     wide.dim = 768
     with pytest.raises(UserError, match=r"embeddings\.0\.pt: vectors of width 48, but this retriever's are 768 wide"):
-        open_index(load_index_path=golden / "index_1shard", save_index_path=tmp_path / "index", embedder=wide)
+        open_index(load_index_path=published / "index_1shard", save_index_path=tmp_path / "index", embedder=wide)
     assert not list(tmp_path.iterdir())
 
 
@@ -245,7 +245,7 @@ def test_a_folder_without_an_index_is_refused(open_index, tmp_path):
         open_index(load_index_path=tmp_path)
 
 
-def test_a_save_path_with_other_files_is_refused(open_index, corpus, tmp_path, golden, monkeypatch):
+def test_a_save_path_with_other_files_is_refused(open_index, corpus, tmp_path, monkeypatch, published):
     """A file, a folder with other files, or the working directory: refused before embedding starts, and unchanged."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -254,7 +254,7 @@ def test_a_save_path_with_other_files_is_refused(open_index, corpus, tmp_path, g
     monkeypatch.setattr(passage_index, "embed_corpus", None)  # a call would fail
     before = content(tmp_path)
     for name in ("folder", "file"):
-        for source in ({"passages": (str(corpus),)}, {"load_index_path": golden / "index_1shard"}):
+        for source in ({"passages": (str(corpus),)}, {"load_index_path": published / "index_1shard"}):
             with pytest.raises(UserError, match=rf"--save_index_path .*{name}: holds something else than an index"):
                 open_index(save_index_path=tmp_path / name, **source)
     assert content(tmp_path) == before

@@ -333,13 +333,13 @@ def test_differences_name_at_most_five_processes():
 
 
 def test_per_process_flags_do_not_change_the_command_hash():
-    """--process_id and --compile_cache may differ between processes, no other flag may."""
+    """--process_id, --cache_dir and --compile_cache may differ between processes, no other flag may."""
     base = command_hash(["train", "--lr", "1"])
     assert (
         command_hash(["train", "--process_id", "3", "--lr", "1"])
         == base
         == command_hash(["train", "--lr", "1", "--process_id=4"])
     )
-    assert command_hash(["train", "--compile_cache", "/scratch/3", "--lr", "1"]) == base
+    assert command_hash(["train", "--compile_cache", "/scratch/3", "--cache_dir", "/scratch/3", "--lr", "1"]) == base
     assert command_hash(["train", "--lr", "2"]) != base
     assert command_hash(["train", "--lr", "1", "--process_ids", "4"]) != base

@@ -208,20 +208,19 @@ def test_an_exception_of_a_signal_handler_ends_the_wait_for_xla(monkeypatch):
 
 
 def test_folder_of_the_compilation_cache(monkeypatch, tmp_path, caplog):
-    """A named folder; for `auto` JAX_COMPILATION_CACHE_DIR or the user's cache; for `none` no folder. It is logged."""
+    """A named folder; for `auto` JAX_COMPILATION_CACHE_DIR or the cache; for `none` no folder. It is logged."""
     before = jax.config.jax_compilation_cache_dir
     try:
         with caplog.at_level(logging.INFO, logger="atlas_jax"):
-            enable_compilation_cache(str(tmp_path / "here"))
+            enable_compilation_cache(str(tmp_path / "here"), tmp_path / "cache")
             assert jax.config.jax_compilation_cache_dir == str(tmp_path / "here")
             monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "there"))
-            enable_compilation_cache("auto")
+            enable_compilation_cache("auto", tmp_path / "cache")
             assert jax.config.jax_compilation_cache_dir == str(tmp_path / "there")
             monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-            enable_compilation_cache("auto")
-            assert Path(jax.config.jax_compilation_cache_dir).parent == tmp_path / "atlas_jax"
-            enable_compilation_cache("none")
+            enable_compilation_cache("auto", tmp_path / "cache")
+            assert Path(jax.config.jax_compilation_cache_dir).parent == tmp_path / "cache"
+            enable_compilation_cache("none", tmp_path / "cache")
             assert jax.config.jax_compilation_cache_dir is None
         assert [message.split(" in ")[0] for message in caplog.messages] == ["compiled programs are kept"] * 3
     finally:

@@ -50,7 +50,19 @@ def test_without_a_total_no_time_left_is_logged(clock, logged):
         clock.seconds += 31
         advance(62)
         clock.seconds += 31
-    assert logged() == ["reading: 62 passages, 2.0/s, 31 s", "reading: 62 passages, 1.0/s, 62 s"]
+        advance(62)
+    assert logged() == ["reading: 62 passages, 2.0/s, 31 s", "reading: 124 passages, 2.0/s, 62 s"]
+
+
+@pytest.mark.parametrize("last", [1, 31])
+def test_the_last_line_is_logged_once(clock, logged, last):
+    """Whether the last units were logged when they were done, or too soon after the line before."""
+    with progress("reading", "passages", 3) as advance:
+        clock.seconds += 31
+        advance(2)
+        clock.seconds += last
+        advance(1)
+    assert [line.split(" passages")[0] for line in logged()] == ["reading: 2 of 3", "reading: 3 of 3"]
 
 
 def test_short_work_logs_one_line_at_its_end(logged):
