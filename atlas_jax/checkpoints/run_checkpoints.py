@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -30,16 +30,18 @@ class DifferentRun(UserError):
 
 
 class RunCheckpoints:
-    """Manages the checkpoints `step-N` in a folder that only this run writes, and the link `latest` to the last one.
+    """Manages the checkpoints `step-N` in a folder that only this run writes, and links to the `latest` and the `best`.
 
-    All processes of a run call the same methods in the same order and get the same results. With `keep`, only that many
-    of the newest complete checkpoints are kept. `save_error`: the message of the last save if it failed, else None.
+    All processes of a run call the same methods in the same order and get the same results. Kept are the best and, with
+    `keep`, that many of the newest complete ones; without it only a former best is removed, if its step is no multiple
+    of `every`. `save_error`: the message of the last save if it failed, else None.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None):
-        self.folder = folder
-        self.keep = keep
+    def __init__(self, folder: Path, keep: int | None = None, every: int = 1):
+        self.folder, self.keep, self.every = folder, keep, every
         self.save_error: str | None = None
+        link = folder / "best"
+        self._best = folder / link.readlink() if link.is_symlink() else None
         self._damaged: set[Path] = set()  # checkpoints that failed to load; their file sizes may still be right
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
@@ -86,6 +88,21 @@ class RunCheckpoints:
         self.wait()
         self._saving = self._pool.submit(self._save, dataclasses.replace(weights, step=step), resume_state)
 
+    def link_best(self, step: int | None) -> None:
+        """Once the last save has ended: links `best` to a step's checkpoint and drops the former best.
+
+        There is no such link if the step is None or has no checkpoint, nor with `keep` 0.
+        """
+        saving = self._saving
+
+        def link() -> None:
+            if saving:
+                saving.result()
+            if not process_group().index:
+                self._link_best(None if step is None or self.keep == 0 else self.folder / f"step-{step}")
+
+        self._saving = self._pool.submit(link)
+
     def wait(self) -> bool:
         """Waits for the last save and returns whether it succeeded; raises errors other than a failure to write."""
         if self._saving:
@@ -99,7 +116,14 @@ class RunCheckpoints:
             return
         for folder in self._newest_first():
             shutil.rmtree(folder, ignore_errors=True)
-        (self.folder / "latest").unlink(missing_ok=True)
+        for name in ("latest", "best"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def remove_best_optimizer(self) -> None:
+        """Removes the moments of the best checkpoint if it is kept only because it is the best."""
+        self.wait()
+        if not process_group().index and self._best and self._best not in self._kept_anyway():
+            store.remove_moments(self._best)
 
     def close(self) -> None:
         """Waits for the last save and accepts no more."""
@@ -124,26 +148,47 @@ class RunCheckpoints:
         self._damaged.discard(folder)
         if process_group().index:
             return
+        self._link("latest", folder)
+        if self.keep is not None:
+            self._remove(set(self._newest_first()) - {folder})
+
+    def _link_best(self, folder: Path | None) -> None:
+        if folder is None or not self._is_whole(folder):
+            (self.folder / "best").unlink(missing_ok=True)
+            return
+        former, self._best = self._best, folder
+        self._link("best", folder)
+        if former:
+            self._remove([former])
+
+    def _link(self, name: str, folder: Path) -> None:
         try:
-            with atomic_file(self.folder / "latest") as link:
+            with atomic_file(self.folder / name) as link:
                 link.symlink_to(folder.name)
         except UserError as error:  # a file system without symbolic links
             logger.warning("%s is saved, but %s", folder, error)
-        if self.keep is not None:
-            self._remove_old_checkpoints(folder, max(self.keep, 1))
 
-    def _remove_old_checkpoints(self, just_written: Path, keep: int) -> None:
-        """Removes all checkpoints but the one just written and the `keep` newest complete ones."""
-        folders = self._newest_first()
-        whole = [folder for folder in folders if folder not in self._damaged and store.is_complete(folder)]
-        for folder in set(folders) - {just_written, *whole[:keep]}:
+    def _remove(self, folders: Iterable[Path]) -> None:
+        """Removes those of the checkpoints that need not be kept."""
+        for folder in set(folders) - {self._best, *self._kept_anyway()}:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _kept_anyway(self) -> list[Path]:
+        """The checkpoints that are kept whether or not they are the best."""
+        folders = self._newest_first()
+        newest = list(itertools.islice(filter(self._is_whole, folders), self.keep or 1))
+        return newest if self.keep is not None else newest + [f for f in folders if _step(f) % self.every == 0]
+
+    def _is_whole(self, folder: Path) -> bool:
+        return folder not in self._damaged and store.is_complete(folder)
+
     def _newest_first(self) -> list[Path]:
-        steps = [
-            int(match[1]) for path in self.folder.glob("step-*") if (match := re.fullmatch(STEP_FOLDER, path.name))
-        ]
-        return [self.folder / f"step-{step}" for step in sorted(steps, reverse=True)]
+        folders = [path for path in self.folder.glob("step-*") if re.fullmatch(STEP_FOLDER, path.name)]
+        return sorted(folders, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _clean_up_killed_saves(folder: Path) -> None:
@@ -154,5 +199,5 @@ def _clean_up_killed_saves(folder: Path) -> None:
             os.rename(retired, target)
     for leftover in [*folder.glob(".step-*.old"), *folder.glob(".step-*.draft")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    for link in folder.glob(".latest.*.draft"):
+    for link in [*folder.glob(".latest.*.draft"), *folder.glob(".best.*.draft")]:
         link.unlink()

@@ -241,6 +241,20 @@ def load_resume_state(folder: Path) -> ResumeState | None:
     return ResumeState(arrays, read_json(folder / TRAINING_FILE))
 
 
+def remove_moments(folder: Path) -> None:
+    """Removes the training arrays of a complete checkpoint, which resuming needs and its weights do not.
+
+    A process that is killed meanwhile leaves a complete checkpoint.
+    """
+    metadata = read_json(folder / CHECKPOINT_FILE)
+    files = {name: size for name, size in metadata["files"].items() if not name.startswith("training/")}
+    write_json(
+        folder / CHECKPOINT_FILE, metadata | {"files": files, "checksums": metadata["checksums"] | {"training": {}}}
+    )
+    fsync(folder / CHECKPOINT_FILE, folder)
+    shutil.rmtree(folder / "training", ignore_errors=True)
+
+
 def has_optimizer(folder: Path) -> bool:
     """True if the checkpoint holds optimizer moments; a finished run may have saved its weights only."""
     checksums = read_json(folder / CHECKPOINT_FILE).get("checksums")

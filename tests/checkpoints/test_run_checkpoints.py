@@ -134,6 +134,82 @@ def test_keep_leaves_the_newest_complete_ones(tmp_path, weights):
     assert os.readlink(tmp_path / "latest") == "step-1"
 
 
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, weights):
+    """keep=1 leaves the newest and the best; a former best goes when it is superseded; a resumed run knows the best."""
+    with RunCheckpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.link_best(None)
+        for step, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4)):
+            checkpoints.save(step, *weights_at_step(weights, step))
+            checkpoints.link_best(best)
+            assert checkpoints.wait()
+            kept = sorted({f"step-{best}", f"step-{step}"})
+            assert file_names(tmp_path) == ["best", "latest", *kept]
+            assert os.readlink(tmp_path / "best") == f"step-{best}"
+            assert store.load(tmp_path / "best").step == best
+    with RunCheckpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.restore(read_step) == (5, tmp_path / "step-5")
+        checkpoints.save(6, *weights_at_step(weights, 6))
+        assert checkpoints.wait()
+        assert file_names(tmp_path) == ["best", "latest", "step-4", "step-6"]
+        checkpoints.link_best(6)
+        assert checkpoints.wait()
+        assert file_names(tmp_path) == ["best", "latest", "step-6"]
+        checkpoints.remove()
+    assert file_names(tmp_path) == []
+
+
+def test_without_keep_a_former_best_goes_unless_it_was_due(tmp_path, weights):
+    """Multiples of `every` stay, and the newest, from which the run would go on; with keep=0 there is no link."""
+    with RunCheckpoints(tmp_path, every=2) as checkpoints:
+        for step in (1, 2, 3, 4, 5, 6, 7):
+            checkpoints.save(step, *weights_at_step(weights, step))
+            checkpoints.link_best(step)
+        assert checkpoints.wait()
+        assert file_names(tmp_path) == ["best", "latest", "step-2", "step-4", "step-6", "step-7"]
+        checkpoints.link_best(4)  # as with another --select_by
+        assert checkpoints.wait()
+        assert file_names(tmp_path) == ["best", "latest", "step-2", "step-4", "step-6", "step-7"]
+        assert os.readlink(tmp_path / "best") == "step-4"
+    with RunCheckpoints(tmp_path, keep=0) as checkpoints:
+        checkpoints.link_best(4)
+    assert not (tmp_path / "best").is_symlink()
+
+
+def test_a_best_step_without_checkpoint_has_no_link(folder, weights):
+    """A step that could not be saved, or whose checkpoint is damaged, is not linked, and the former best stays."""
+    with RunCheckpoints(folder, keep=1) as checkpoints:
+        checkpoints.link_best(2)
+        checkpoints.link_best(7)
+        assert checkpoints.wait()
+        assert file_names(folder) == ["latest", "step-10", "step-2", "step-4"]
+        corrupt_position(folder / "step-10")
+        assert checkpoints.restore(read_step) == (4, folder / "step-4")
+        checkpoints.link_best(10)
+        assert checkpoints.wait()
+        assert not (folder / "best").is_symlink()
+        checkpoints.save(11, *weights_at_step(weights, 11))
+        assert checkpoints.wait()
+        assert file_names(folder) == ["latest", "step-11", "step-2"]
+
+
+def test_the_best_checkpoint_of_a_finished_run_holds_weights_only(folder, weights):
+    """Its moments go, after which it is complete and loads; not if it is among the newest, which a run goes on from."""
+    with RunCheckpoints(folder, keep=2) as checkpoints:
+        checkpoints.link_best(4)
+        checkpoints.remove_best_optimizer()
+        assert (folder / "step-4/training").exists()
+        checkpoints.save(12, *weights_at_step(weights, 12))
+        for _ in range(2):  # again, as after a kill
+            checkpoints.remove_best_optimizer()
+    assert file_names(folder / "best") == ["atlas.json", "params", "reader", "retriever", "training.json"]
+    assert store.is_complete(folder / "step-4")
+    assert all((array == 4).all() for array in store.load(folder / "best").params.values())
+    resume_state = store.load_resume_state(folder / "step-4")
+    assert resume_state
+    assert (resume_state.arrays, resume_state.metadata) == ({}, {"position": 256})
+    assert (folder / "step-12/training").exists()
+
+
 def test_old_checkpoints_stay_until_the_new_one_is_complete(folder, weights, monkeypatch):
     """While a checkpoint is being written, no old one is removed and `latest` stays; `save` itself returns at once."""
     writing, may_finish = threading.Event(), threading.Event()
@@ -172,7 +248,8 @@ def test_leftovers_of_killed_saves_are_removed(folder):
     shutil.copytree(folder / "step-4", folder / ".step-12.0123abcd.draft")
     shutil.copytree(folder / "step-4", folder / ".step-4.0123abcd.old")
     (folder / "step-10").rename(folder / ".step-10.0123abcd.old")
-    (folder / ".latest.0123abcd.draft").symlink_to("step-12")
+    for name in ("latest", "best"):
+        (folder / f".{name}.0123abcd.draft").symlink_to("step-12")
     (folder / ".mine").write_text("")
     assert RunCheckpoints(folder).restore(read_step) == (10, folder / "step-10")
     assert file_names(folder) == [".mine", "latest", "step-10", "step-2", "step-4"]
