@@ -2,6 +2,7 @@
 """Score MMLU predictions: the published accuracy table, from the prediction file of one run or of one run per domain.
 
     evaluate_mmlu_predictions.py --predictions_path runs/demo/mmlu-step-1.jsonl --gold_path mmlu.jsonl
+    evaluate_mmlu_predictions.py --predictions_path runs/full --step best --gold_path combined_test.jsonl
 
 `Acc` scores the option with the highest logit in the original order of the options; `Debias Acc` the option with the
 highest mean probability over all permutations. Both are micro averages: every question of a category counts the same.
@@ -15,7 +16,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 CATEGORIES = {
     "humanities": (
@@ -43,6 +44,7 @@ CATEGORIES = {
 }
 DOMAINS = frozenset(domain for domains in CATEGORIES.values() for domain in domains)
 SPLITS = {"test": ("test",), "val": ("val", "valid"), "valid": ("valid", "val")}  # --split: its spellings in file names
+Step = int | Literal["best"]  # best: the step that the best.json of each run names
 SUFFIXES = ("_test", "_valid", "_val", "_dev")
 
 QuestionKey = tuple[str, str, tuple[tuple[str, str], ...]]  # (domain, question, sorted options) identify a question
@@ -194,11 +196,43 @@ def read_predictions(paths: Sequence[Path]) -> dict[QuestionKey, list[Prediction
     return predictions
 
 
-def domain_files(folder: Path, domains: Sequence[str], step: int, split: str) -> tuple[list[Path], list[str]]:
+def run_step(run: Path, step: Step) -> int | None:
+    """Returns `step`; for "best" the one that the run's best.json names, None if there is no such file."""
+    if step != "best":
+        return step
+    path = run / "best.json"
+    try:
+        best = json.loads(path.read_bytes())["step"]
+        if not isinstance(best, int):
+            raise TypeError(f"the step is {best!r}")
+        return best
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        fail(f"{path}: {error.strerror}; give the --step by number")
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{path}: not what a training run writes ({describe(error)}); give the --step by number")
+
+
+def run_file(run: Path, gold_path: Path, step: Step) -> tuple[Path, int] | None:
+    """Returns the run's predictions for the gold file and their step; None if there are none, or `run` is no run."""
+    number = run_step(run, step)
+    path = run / f"{gold_path.stem}-step-{number}.jsonl"
+    if path.is_file() and number is not None:
+        return path, number
+    if step == "best" and number is not None:
+        fail(f"{path}: no such file of the best step; train with --eval_data {gold_path} --write_results")
+    if step == "best" and run.is_dir() and not any(run.glob("*/best.json")):
+        fail(f"{run}: no best.json, nor {{domain}}/best.json; a training run with --eval_data writes it")
+    return None
+
+
+def domain_files(folder: Path, domains: Sequence[str], step: Step, split: str) -> tuple[list[Path], list[str]]:
     """Returns the files {folder}/{domain}/{domain}.{split}-step-{step}.jsonl that exist, and the domains with none."""
     found, missing = [], []
     for domain in domains:
-        names = (folder / domain / f"{domain}.{name}-step-{step}.jsonl" for name in SPLITS[split])
+        number = run_step(folder / domain, step)
+        names = (folder / domain / f"{domain}.{name}-step-{number}.jsonl" for name in SPLITS[split])
         path = next((path for path in names if path.is_file()), None)
         if path is not None:
             found.append(path)
@@ -207,7 +241,7 @@ def domain_files(folder: Path, domains: Sequence[str], step: int, split: str) ->
     return found, missing
 
 
-def find_files(folder: Path, domains: Sequence[str], step: int, split: str | None) -> tuple[list[Path], str]:
+def find_files(folder: Path, domains: Sequence[str], step: Step, split: str | None) -> tuple[list[Path], str]:
     """Returns the prediction file of each domain and the split: `split`, or else the only one whose files all exist."""
     choices = {name: domain_files(folder, domains, step, name) for name in ([split] if split else ["val", "test"])}
     complete = [name for name, (_, missing) in choices.items() if not missing]
@@ -290,27 +324,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--predictions_path",
         required=True,
         type=Path,
-        help="prediction file, or a folder of runs: {domain}/{domain}.{split}-step-{step}.jsonl",
+        help="prediction file, a run's folder with {gold file's stem}-step-{step}.jsonl, or a folder of runs: "
+        "{domain}/{domain}.{split}-step-{step}.jsonl",
     )
     parser.add_argument("--gold_path", required=True, type=Path, help="jsonl file of the questions that were evaluated")
-    parser.add_argument("--step", type=int, default=16, help="step of the files in a folder of runs (default: 16)")
-    parser.add_argument("--split", choices=SPLITS, help="split of the files in a folder (default: the one that exists)")
+    parser.add_argument(
+        "--step",
+        type=lambda text: text if text == "best" else int(text),
+        default=16,
+        help="step of the files in a folder, or best: the one that a run's best.json names (default: 16)",
+    )
+    parser.add_argument(
+        "--split", choices=SPLITS, help="split of the files in a folder of runs (default: the one that exists)"
+    )
     parser.add_argument("--details", action="store_true", help="also print the questions and 95 %% intervals (Wilson)")
     parser.add_argument("--json", action="store_true", help="print everything, domains too, as one JSON object instead")
     args = parser.parse_args(argv)
 
     questions = read_gold(args.gold_path)
-    paths, split = [args.predictions_path], None
-    if args.predictions_path.is_dir():
-        domains = sorted({question.key[0] for question in questions})
-        paths, split = find_files(args.predictions_path, domains, args.step, args.split)
+    paths, step, split = [args.predictions_path], None, None
+    if found := run_file(args.predictions_path, args.gold_path, args.step):
+        paths, step = [found[0]], found[1]
+    elif args.predictions_path.is_dir():
+        domains, step = sorted({question.key[0] for question in questions}), args.step
+        paths, split = find_files(args.predictions_path, domains, step, args.split)
     scores = score(questions, read_predictions(paths), args.gold_path, args.predictions_path)
     table = summarize(scores)
     if args.json:
         everything = {
             "predictions_path": str(args.predictions_path),
             "gold_path": str(args.gold_path),
-            "step": args.step if split else None,
+            "step": step,
             "split": split,
             "categories": {name: counts.report() for name, counts in table.items()},
             "domains": {name: counts.report() for name, counts in sorted(scores.items())},

@@ -160,6 +160,57 @@ def test_every_missing_domain_is_named_at_once(run, tmp_path):
     assert "anatomy" not in line
 
 
+def test_the_step_of_a_run_is_a_number_or_the_best(run, tmp_path):
+    """A run's folder has predictions named after the gold file; `--step best` takes the step that best.json names."""
+    gold = gold_row("?")
+    gold_path = write_jsonl(tmp_path / "test.jsonl", [gold])
+    for step, letter in ((8, "A"), (16, "B")):
+        write_jsonl(tmp_path / f"p/test-step-{step}.jsonl", [prediction_row(gold, letter, "A")])
+        write_jsonl(tmp_path / f"p/valid-step-{step}.jsonl", [{"not": "read"}])
+    arguments = ("--predictions_path", tmp_path / "p", "--gold_path", gold_path)
+    assert accuracies(run(*arguments))["all"] == ("0.00", "100.00")  # step 16
+    assert accuracies(run(*arguments, "--step", "8"))["all"] == ("100.00", "100.00")
+    (tmp_path / "p/best.json").write_text('{"step": 8}')
+    assert accuracies(run(*arguments, "--step", "best"))["all"] == ("100.00", "100.00")
+    assert json.loads(run(*arguments, "--step", "best", "--json").out)["step"] == 8
+    (tmp_path / "p/best.json").write_text('{"step": 4}')
+    line = error_line(run(*arguments, "--step", "best"))
+    assert f"p/test-step-4.jsonl: no such file of the best step; train with --eval_data {gold_path} --write" in line
+
+
+def test_the_best_steps_of_a_folder_of_runs(run, tmp_path):
+    """Each domain has a best step of its own; a domain without best.json is named."""
+    golds = [gold_row("?", domain) for domain in ("anatomy", "virology")]
+    for gold, best in zip(golds, (8, 16), strict=True):
+        domain = gold["dataset"].removesuffix("_test")
+        for step in (8, 16):
+            right = prediction_row(gold, *("AA" if step == best else "BB"))
+            write_jsonl(tmp_path / f"p/{domain}/{domain}.test-step-{step}.jsonl", [right])
+        (tmp_path / f"p/{domain}/best.json").write_text(json.dumps({"step": best, "metric": "debiased_accuracy"}))
+    gold_path = write_jsonl(tmp_path / "gold.jsonl", golds)
+    arguments = ("--predictions_path", tmp_path / "p", "--gold_path", gold_path)
+    assert accuracies(run(*arguments, "--step", "best"))["all"] == ("100.00", "100.00")
+    assert accuracies(run(*arguments, "--step", "16"))["all"] == ("50.00", "50.00")
+    (tmp_path / "p/anatomy/best.json").unlink()
+    assert "for 1 of 2 domains: anatomy;" in error_line(run(*arguments, "--step", "best"))
+    (tmp_path / "p/virology/best.json").unlink()
+    assert f"{tmp_path}/p: no best.json, nor {{domain}}/best.json;" in error_line(run(*arguments, "--step", "best"))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("{", "Expecting"), ("[]", "list indices"), ("{}", "no field 'step'"), ('{"step": "8"}', "'8'")],
+)
+def test_a_damaged_best_json_is_named(run, tmp_path, text, problem):
+    """One line with the file, what is wrong, and the remedy."""
+    gold_path = write_jsonl(tmp_path / "gold.jsonl", [gold_row("?")])
+    (tmp_path / "best.json").write_text(text)
+    line = error_line(run("--predictions_path", tmp_path, "--gold_path", gold_path, "--step", "best"))
+    assert f"{tmp_path}/best.json: not what a training run writes" in line
+    assert problem in line
+    assert "give the --step by number" in line
+
+
 def test_identical_questions_are_matched_in_order(run, tmp_path):
     """The second of two identical questions takes the second prediction, or the first again if there is only one."""
     golds = [gold_row("?", answer="A"), gold_row("?", answer="B")]

@@ -1,5 +1,6 @@
 """The launch scripts: the commands that they start, on which hosts, and how they forward signals."""
 
+import json
 import math
 import os
 import shlex
@@ -20,6 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SCRIPTS = sorted(path for path in (REPOSITORY / "launch").rglob("*.sh") if path.name != "common.sh")
 EXPERIMENTS = {"zeroshot": "evaluate", "5-shot": "train", "5-shot-multitask": "train", "full": "train"}
+STEPS = {"5-shot": (16, 4, 4), "5-shot-multitask": (250, 25, 16), "full": (2000, 50, 150)}  # as published
 NODES = {
     "node[1-4]-ib": "node1-ib node2-ib node3-ib node4-ib",
     "rack1-[2,4-5]n[1-2]": "rack1-2n1 rack1-2n2 rack1-4n1 rack1-4n2 rack1-5n1 rack1-5n2",
@@ -34,6 +36,10 @@ def check_command(experiment: str, command: str, *flags: str) -> Config:
     assert config.run.seed == 7
     assert (config.retrieval.n_context, config.text.text_maxlength) == (30, 512)
     assert config.distill.train_retriever == (command == "train")
+    if command == "train":
+        assert (config.optim.total_steps, config.optim.warmup_steps, config.run.eval_freq) == STEPS[experiment]
+        assert config.run.keep == (0 if experiment == "5-shot" else 1)
+        assert "valid" in config.run.eval_data[0]  # by which the best step is selected
     return config
 
 
@@ -71,6 +77,40 @@ def test_an_experiment_runs_atlas_with_valid_flags(site, experiment):
         check_command(experiment, *call)
     (table,) = site.read_log("python")
     assert "eval/evaluate_mmlu_predictions.py --predictions_path" in table
+
+
+def write_predictions(path: Path, gold: Path, *, right: bool) -> None:
+    """Writes predictions of all questions of a gold file, all right or all wrong, as `atlas` does."""
+    rows = [json.loads(line) for line in gold.read_text().splitlines()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for row in rows:
+            logits = {letter: float((letter == row["answer"]) == right) for letter in row["options"]}
+            letter = max(logits, key=logits.__getitem__)
+            permutations = [{"metadata": row | {"is_original": True}, "choice_logits": logits}]
+            line = {"generation": letter, "metadata": row | {"is_original": True}, "permutations": permutations}
+            print(json.dumps(line), file=file)
+
+
+@pytest.mark.parametrize("experiment", STEPS)
+def test_the_step_that_is_best_on_validation_is_scored(site, experiment):
+    """One model: the step that its best.json names, and no other. 57 models: step 16, as published."""
+    last, _, every = STEPS[experiment]
+    runs, gold = site.home / f"experiments/base-mmlu-{experiment}", site.home / "data/mmlu_data" / experiment
+    files = {runs: gold / "combined_test.jsonl"}
+    if experiment == "5-shot":
+        files = {runs / name: gold / f"individual_test/{name}.test.jsonl" for name in ("anatomy", "virology")}
+    for step in range(every, last + 1, every):
+        for run, file in files.items():
+            right = step == (16 if experiment == "5-shot" else 2 * every)
+            write_predictions(run / f"{file.stem}-step-{step}.jsonl", file, right=right)
+    for best in (2 * every, every):
+        for run in files:
+            (run / "best.json").write_text(json.dumps({"step": best}, indent=2))
+        scores = {"ATLAS": "true", "SCORES": f"{sys.executable} eval/evaluate_mmlu_predictions.py"}
+        table = site.run(f"launch/mmlu/{experiment}.sh", **scores).splitlines()
+        accuracy = "100.00" if experiment == "5-shot" or best == 2 * every else "0.00"
+        assert table[-1].split() == ["all", accuracy, accuracy]
 
 
 def test_5_shot_trains_each_domain_once(site):
