@@ -29,7 +29,7 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> Sequence[str]:
-        """Names of the scores that an evaluation reports, `eval_loss` among them."""
+        """Names of the scores that an evaluation reports, `eval_loss` among them; the first selects the best step."""
         ...
 
     @property

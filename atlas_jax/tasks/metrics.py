@@ -5,6 +5,13 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
+LOWER_IS_BETTER = ("eval_loss",)
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a score, named as in a task's `metrics`, is better."""
+    return metric not in LOWER_IS_BETTER
+
 
 def normalize(text: str) -> str:
     """Normalizes as SQuAD does (arXiv 1606.05250): lower case, no punctuation, no English articles, single spaces."""

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from atlas_jax.runtime.process_group import process_group
 from atlas_jax.storage.lazy_array import ArrayLike, read
 from atlas_jax.tasks import Example
 from atlas_jax.training.resume import INDEX_PREFIX, RunStart
+
+logger = logging.getLogger(__name__)
 
 PASSAGE_ENCODER = ("retriever/encoder/", "retriever/passage_encoder/")
 
@@ -126,7 +129,21 @@ def is_refresh_due(config: Config, step: int) -> bool:
 
     Reference: never during --freeze_retriever_steps. Unlike it, also never if the passage encoder is not trained.
     """
-    if not trains_passage_encoder(config) or step == 0 or step < config.distill.freeze_retriever_steps:
+    return trains_passage_encoder(config) and _is_scheduled(config, step)
+
+
+def report_unused_refresh(config: Config) -> None:
+    """Logs that nothing is refreshed, if --refresh_index asks for it and the passage encoder is not trained."""
+    asked = any(_is_scheduled(config, step) for step in range(config.optim.total_steps))
+    if asked and not trains_passage_encoder(config):
+        query_side = config.retrieval.query_side_retriever_training
+        cause = "with --query_side_retriever_training" if query_side else "without --train_retriever"
+        flag = config.distill.refresh_index
+        logger.info("--refresh_index %s: nothing is refreshed; the passage encoder does not change %s", flag, cause)
+
+
+def _is_scheduled(config: Config, step: int) -> bool:
+    if step == 0 or step < config.distill.freeze_retriever_steps:
         return False
     for start, end, every in config.distill.refresh_schedule:
         if start <= step < end:
@@ -134,7 +151,12 @@ def is_refresh_due(config: Config, step: int) -> bool:
     return False
 
 
+def passage_encoder_paths(params: Iterable[str]) -> list[str]:
+    """The parameters that embed passages."""
+    return [path for path in params if path.startswith(PASSAGE_ENCODER)]
+
+
 def passage_encoder_params(params: Mapping[str, ArrayLike | Array]) -> dict[str, np.ndarray]:
     """Copies on the host of the parameters that embed passages, by path."""
-    encoder = {path: array for path, array in params.items() if path.startswith(PASSAGE_ENCODER)}
+    encoder = {path: params[path] for path in passage_encoder_paths(params)}
     return {path: to_host(x) if isinstance(x, Array) else np.array(read(x)) for path, x in encoder.items()}

@@ -26,7 +26,9 @@ from atlas_jax.storage.cache import cache_folder
 from atlas_jax.storage.shared_files import shared_scratch
 from atlas_jax.tasks import make_task
 from atlas_jax.tasks.row_checks import checked_rows
-from atlas_jax.training.index_refresh import is_refresh_due
+from atlas_jax.training.best_step import BestStep, is_evaluation_due, missing_evaluations, result_stem
+from atlas_jax.training.checkpoint_space import report_checkpoint_space
+from atlas_jax.training.index_refresh import is_refresh_due, report_unused_refresh
 from atlas_jax.training.lookahead import ReadyBatch, can_look_ahead
 from atlas_jax.training.metrics_buffer import MetricsBuffer
 from atlas_jax.training.reporting import MetricsReporter
@@ -45,8 +47,10 @@ def train(config: Config, run: Path) -> None:
     `run` is the run's folder on process 0 and a temporary folder on the others; checkpoints, which all processes write,
     go to --checkpoint_dir.
     """
+    task = make_task(config.task)
+    best = BestStep(run, config.run, task.metrics)
     training_rows = [checked_rows(path, make_task(config.task, train=True)) for path in config.run.train_data]
-    eval_rows = checked_files(config.run.eval_data, make_task(config.task))
+    eval_rows = checked_files(config.run.eval_data, task)
     check_passage_index(config)
     enable_compilation_cache(config.run.compile_cache, cache_folder(config.run.cache_dir))
     with contextlib.ExitStack() as stack:
@@ -55,20 +59,29 @@ def train(config: Config, run: Path) -> None:
         stack.push(_requeue)
         stack.enter_context(_exclusive_lock(run))
         scratch = stack.enter_context(shared_scratch(config.run_folder, SCRATCH))
-        checkpoints = stack.enter_context(RunCheckpoints(config.run_folder / "checkpoint", config.run.keep))
+        folder = config.run_folder / "checkpoint"
+        checkpoints = stack.enter_context(RunCheckpoints(folder, config.run.keep, config.run.save_freq))
         mesh = training_mesh(config, model_config(config))
         start, state = restore_or_init(config, checkpoints, mesh)
         progress, total = start.progress, config.optim.total_steps
+        best.restore(config, progress.step, progress.scores, eval_rows)
+        checkpoints.link_best(best.step)
         if progress.step >= total:
             logger.info("step %d of %d: the run is finished", progress.step, total)
-        if progress.step < total or config.index.save_index_path or _missing_evaluations(run, eval_rows, progress.step):
+        else:
+            report_unused_refresh(config)
+            report_checkpoint_space(config, progress.step, state)
+        if progress.step < total or config.index.save_index_path or missing_evaluations(run, eval_rows, progress.step):
             setup = build_setup(config, start, training_rows, mesh, scratch)
             reporter = stack.enter_context(
                 MetricsReporter(run, total, config.run.log_freq, progress.step, progress.pending)
             )
-            Trainer(config, run, setup, start, state, eval_rows, reporter, checkpoints, interrupts).run()
+            Trainer(config, run, setup, start, state, eval_rows, best, reporter, checkpoints, interrupts).run()
         if config.run.keep == 0:
             checkpoints.remove()
+        elif not config.run.save_optimizer:
+            checkpoints.remove_best_optimizer()
+        best.log()
     if checkpoints.save_error:
         raise UserError(checkpoints.save_error)
 
@@ -84,6 +97,7 @@ class Trainer:
         start: RunStart,
         state: TrainState,
         eval_rows: Mapping[str, JsonlRows],
+        best: BestStep,
         reporter: MetricsReporter,
         checkpoints: RunCheckpoints,
         interrupts: Interrupts,
@@ -91,7 +105,8 @@ class Trainer:
         self.config, self.run_folder, self.setup, self.state = config, run, setup, state
         self.progress = start.progress
         self.weights = dataclasses.replace(start.weights, params={})  # the arrays are in the state, and only there
-        self.eval_rows, self.reporter, self.checkpoints, self.interrupts = eval_rows, reporter, checkpoints, interrupts
+        self.eval_rows, self.best = eval_rows, best
+        self.reporter, self.checkpoints, self.interrupts = reporter, checkpoints, interrupts
         self.metrics = MetricsBuffer(config, setup.clock, reporter, self.progress.skipped)
         self.saved_step = self.progress.step if start.resume_state else -1
 
@@ -120,9 +135,10 @@ class Trainer:
                         self.stop_after_bad_steps()
                     if step % config.save_freq == 0 or step == total:
                         self.save()
-                    if step % config.eval_freq == 0 or step == total:
+                    if is_evaluation_due(self.config, step):
                         with self.timed("evaluate"):
                             self.evaluate(list(self.eval_rows))
+                        self.save_best()
                     self.interrupts.check()
         except Interrupted:
             self.save()
@@ -170,12 +186,19 @@ class Trainer:
             weights, arrays = snapshot(self.state, self.weights, weights_only=weights_only)
             progress.skipped, progress.pending = self.metrics.skipped, self.reporter.pending()
             progress.index, progress.loaded = index.fingerprint, index.loaded_fingerprint
+            progress.scores = self.best.scores
             metadata = {"progress": dataclasses.asdict(progress), "flags": to_dict(self.config)}
             metadata = metadata | {"queries": self.setup.batcher.size, **self.setup.cfg.averaging._asdict()}
             resume_state = ResumeState(arrays | index.resume_arrays(), metadata)
             weights = dataclasses.replace(weights, index=progress.index)
             self.checkpoints.save(progress.step, weights, resume_state)
             self.saved_step = progress.step
+
+    def save_best(self) -> None:
+        """Saves the current step if it is the best, which no later one of equal score replaces; not with --keep 0."""
+        if self.best.step == self.progress.step and self.config.run.keep != 0:
+            self.save()
+        self.checkpoints.link_best(self.best.step)
 
     def evaluate(self, names: list[str]) -> None:
         """Scores files of --eval_data with the current parameters, and reports the scores."""
@@ -187,14 +210,17 @@ class Trainer:
         self.setup.index.update(model)
         for name in names:
             rows = self.eval_rows[name]
-            result = evaluate_file(self.setup.evaluator, rows, model.reader, self.run_folder, _result_stem(name, step))
+            result = evaluate_file(self.setup.evaluator, rows, model.reader, self.run_folder, result_stem(name, step))
             self.reporter.scores(step, Path(rows.path).name, result.scores)
+            self.best.add(step, Path(rows.path).name, result.scores)
+        self.best.write()
 
     def evaluate_missing(self) -> None:
         """After a resume: evaluates what the interruption left without scores at this step."""
         step = self.progress.step
-        if step and (step % self.config.run.eval_freq == 0 or step == self.config.optim.total_steps):
-            self.evaluate(_missing_evaluations(self.run_folder, self.eval_rows, step))
+        if is_evaluation_due(self.config, step):
+            self.evaluate(missing_evaluations(self.run_folder, self.eval_rows, step))
+            self.save_best()
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -230,15 +256,3 @@ def _exclusive_lock(run: Path) -> Iterator[None]:
         except OSError:
             raise UserError(f"{run}: another process trains there now; wait for it or choose another --name") from None
         yield
-
-
-def _result_stem(name: str, step: int) -> str:
-    """The name, without its suffix, of the files that an evaluation at this step writes."""
-    return f"{name}-step-{step}"
-
-
-def _missing_evaluations(run: Path, eval_rows: Mapping[str, JsonlRows], step: int) -> list[str]:
-    """The files of --eval_data without scores of this step in the run's folder; the same on every process."""
-    missing = [name for name in eval_rows if not (run / f"{_result_stem(name, step)}.metrics.json").exists()]
-    names: list[str] = process_group().run_on_first(lambda: missing)
-    return names

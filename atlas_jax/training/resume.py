@@ -23,6 +23,7 @@ from atlas_jax.config import Config, resume_rules, to_dict
 from atlas_jax.mesh import ArrayOrShape, global_batch_size, put_parameter, replicate
 from atlas_jax.storage.lazy_array import ArrayLike, LazyArray, LocalShards
 from atlas_jax.storage.lazy_array import read as read_array
+from atlas_jax.training.best_step import Scores
 from atlas_jax.training.optimizer import init_optimizer
 from atlas_jax.training.step import Averaging, TrainState
 
@@ -41,6 +42,7 @@ class Progress:
     pending: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sums for the next line of metrics.jsonl
     index: str | None = None  # fingerprint of the passage encoder that built the index in use
     loaded: str | None = None  # fingerprint of the passage encoder that built the index of --load_index_path
+    scores: Scores = dataclasses.field(default_factory=dict)  # of the evaluations so far
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,7 @@ def command(name: str, folder: Path, *extra_flags: str) -> list[str]:
         "--log_freq": "3",
         "--save_freq": "2",
         "--eval_freq": "5",
+        "--select_by": "eval:eval_loss",  # differs at each evaluation
         "--compile_cache": str(folder / "programs"),
     }
     arguments = [text for flag, value in flags.items() for text in (flag, value)]
@@ -122,20 +123,23 @@ def run_with_kills(
     return kill_count
 
 
-def outcome(run: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
-    """The last parameters and the metrics, without times."""
+def outcome(run: Path) -> tuple[dict[str, np.ndarray], list[dict], dict]:
+    """The last parameters, the metrics without times, and the best step, to which `checkpoint/best` links."""
     from atlas_jax.checkpoints.store import load
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [{k: v for k, v in line.items() if not k.startswith("runtime/")} for line in lines]
-    return load(run / f"checkpoint/step-{STEPS}").params, metrics
+    best = json.loads((run / "best.json").read_text())
+    assert os.readlink(run / "checkpoint/best") == f"step-{best['step']}"
+    assert load(run / "checkpoint/best").step == best["step"]
+    return load(run / f"checkpoint/step-{STEPS}").params, metrics, best
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether two runs have bitwise equal parameters and equal metrics."""
-    (params, metrics), (others, other_metrics) = outcome(first), outcome(second)
+    """Whether two runs have bitwise equal parameters, equal metrics, and the same best step with the same scores."""
+    (params, *rest), (others, *other_rest) = outcome(first), outcome(second)
     equal = params.keys() == others.keys() and all(x.tobytes() == others[p].tobytes() for p, x in params.items())
-    return equal and metrics == other_metrics
+    return equal and rest == other_rest
 
 
 def main() -> None:

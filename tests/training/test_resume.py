@@ -92,6 +92,67 @@ def test_a_finished_run_that_is_started_again_only_evaluates_what_is_missing(fol
     assert all(repeated[name] == found[name] for name in ("exact_match", "f1", "eval_loss"))
 
 
+def array_bytes(folder) -> int:
+    """Bytes of the array files of all checkpoints."""
+    trees = [path for tree in ("params", "training") for path in folder.glob(f"step-*/{tree}/**/*")]
+    return sum(path.stat().st_size for path in trees if path.is_file())
+
+
+def files_of(checkpoints) -> dict[str, bool]:
+    """The names in a run's checkpoint folder, and which of them hold moments."""
+    return {path.name: store.has_optimizer(path) for path in checkpoints.iterdir()}
+
+
+def test_the_best_step_is_kept_beside_the_newest(folder):
+    """With --keep 1 and equal scores everywhere, the first evaluated step stays beside the last; the log names it.
+
+    The checkpoints take what the run said. Without --save_optimizer the best holds weights only once the run has
+    finished. Nothing else of the run changes. The counter-case: with --keep 0 nothing stays but best.json.
+    """
+    folder, _ = folder
+    run, log = folder / "best", folder / "best.log"
+    flags = ("--select_by", f"{folder / 'eval.jsonl'}:f1", "--keep")
+    for save_optimizer in (["--save_optimizer"], []):
+        killing.finish("best", folder, *flags, "1", *save_optimizer)
+        best, last = bool(save_optimizer), True
+        assert files_of(run / "checkpoint") == {"best": best, "step-5": best, "latest": last, "step-12": last}
+        assert log.read_text().splitlines()[-1].endswith("best step: 5, with 0.000 f1 of eval.jsonl")
+        if save_optimizer:
+            said = float(re.search(r"and ([\d.]+) MB once the run has finished", log.read_text())[1])
+            assert said < array_bytes(run / "checkpoint") / 1e6 < 1.05 * said  # and the arrays' metadata
+    assert killing.outcome(run)[1] == killing.outcome(folder / "whole")[1]
+    killing.finish("none", folder, *flags, "0")
+    assert not list((folder / "none/checkpoint").iterdir())
+    assert (folder / "none/best.json").read_text() == (run / "best.json").read_text()
+    assert "0.0 MB once the run has finished" in (folder / "none.log").read_text()
+
+
+def test_another_select_by_selects_another_step(folder):
+    """A finished run that is started again compares its evaluations by it; a step without checkpoint has no link."""
+    folder, _ = folder
+    run = shutil.copytree(folder / "whole", folder / "selected", symlinks=True)
+    killing.finish("selected", folder, "--select_by", "eval:exact_match")
+    best = json.loads((run / "best.json").read_text())
+    assert (best["step"], best["metric"], best["value"]) == (5, "exact_match", 0.0)
+    assert not (run / "checkpoint/best").is_symlink()
+    assert not (run / "checkpoint/step-5").exists()  # superseded by step 10
+    killing.finish("selected", folder)
+    assert killing.same(folder / "whole", run)
+
+
+def test_an_older_checkpoint_does_not_know_later_evaluations(folder):
+    """A run that goes on from step 4 or 6, as if later checkpoints were lost, ends like the uninterrupted one."""
+    folder, _ = folder
+    run = shutil.copytree(folder / "whole", folder / "older", symlinks=True)
+    for step in (8, 10, 12):
+        shutil.rmtree(run / f"checkpoint/step-{step}")
+    (run / "checkpoint/latest").unlink()
+    scores = run / "eval-step-10.metrics.json"
+    scores.write_text(scores.read_text().replace('"eval_loss": ', '"eval_loss": -'))  # would be the best
+    killing.finish("older", folder)
+    assert killing.same(folder / "whole", run)
+
+
 RULES = [
     ({"lr": 5e-4}, "a run with other flags: --lr 0.0005 (was 0.0001)"),
     ({"seed": 1, "lr": 5e-4}, "--seed 1 (was 0)"),
