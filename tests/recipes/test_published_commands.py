@@ -1,5 +1,6 @@
 """The commands of the published README, from the downloads to the score tables, on small files in its layout."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -46,3 +47,12 @@ def train_5_shot(reader: Reader) -> None:
     reader.variables["SAVE_DIR"] = str(reader.save)
     predictions = [reader.save / f"5-shot/{domain}/{domain}.test-step-4.jsonl" for domain in DOMAINS]
     check_table(reader, predictions, "5-shot", "5-shot-multitask/combined_test.jsonl", "--step 4 --split test")
+
+
+@pytest.mark.parametrize(("experiment", "name"), [("5-shot-multitask", "multitask"), ("full", "full")])
+def test_one_model_for_all_domains(reader, experiment, name):
+    """Trains one model, and scores the test predictions of the step that was best on the validation questions."""
+    reader.atlas(experiment, CUT_STEPS)
+    best = json.loads((reader.save / name / "best.json").read_text())["step"]
+    path = f"{name}/combined_test-step-{best}.jsonl"
+    check_table(reader, [reader.save / path], path, f"{experiment}/combined_test.jsonl")
