@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 FILES=$MMLU/5-shot-multitask
 NAME=$SIZE-mmlu-5-shot-multitask
-run_atlas train "${MODEL_FLAGS[@]}" "${TRAIN_FLAGS[@]}" --name "$NAME" --train_data "$FILES/train.jsonl" \
+run_atlas train --preset mmlu-5-shot-multitask "${FLAGS[@]}" --name "$NAME" --train_data "$FILES/train.jsonl" \
   --eval_data "$FILES/combined_valid.jsonl" "$FILES/combined_test.jsonl" \
-  --total_steps 250 --warmup_steps 25 --eval_freq 16 --keep 1 "$@"
+  --save_freq 100 --keep 1 "$@"
 run_scores --predictions_path "$SAVE_DIR/$NAME" --step best --gold_path "$FILES/combined_test.jsonl"

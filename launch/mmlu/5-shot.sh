@@ -9,7 +9,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 FILES=$MMLU/5-shot
-STEPS=16
+STEPS=16 # of the preset; the last one is scored
 RUNS=$SAVE_DIR/$SIZE-mmlu-5-shot
 TRAIN=$FILES/individual_train
 mapfile -t DOMAINS < <(cd "$TRAIN" 2>/dev/null && printf '%s\n' *.jsonl | sed -n 's/\.5-shot-train\.jsonl$//p' | LC_ALL=C sort)
@@ -31,10 +31,10 @@ for domain in "${CHOSEN[@]}"; do
     echo "$domain: has its predictions"
     continue
   fi
-  run_atlas train "${MODEL_FLAGS[@]}" "${TRAIN_FLAGS[@]}" --checkpoint_dir "$RUNS" --name "$domain" \
+  run_atlas train --preset mmlu-5-shot "${FLAGS[@]}" --checkpoint_dir "$RUNS" --name "$domain" \
     --train_data "$TRAIN/$domain.5-shot-train.jsonl" \
     --eval_data "$FILES/individual_valid/$domain.val.jsonl" "$FILES/individual_test/$domain.test.jsonl" \
-    --total_steps $STEPS --warmup_steps 4 --eval_freq 4 --keep 0 "$@"
+    --save_freq 100 --keep 0 "$@"
 done
 
 shopt -s nullglob

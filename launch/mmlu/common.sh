@@ -1,7 +1,7 @@
 # Settings and functions of the four MMLU experiments, which source this file. Set:
 #   DATA_DIR   folder with models/atlas/$SIZE, indices/atlas/wiki/$SIZE and data/mmlu_data, as the published downloads make it
 #   SIZE       base, large, xl or xxl (default xxl)
-# Optional: PRECISION (bf16, fp32), SAVE_DIR (folder for the runs), READER and RETRIEVER (folders with config.json and
+# Optional: PRECISION (fp32; default bf16), SAVE_DIR (folder for the runs), READER and RETRIEVER (folders with config.json and
 # tokenizer, if the Hugging Face hub cannot be reached). The arguments of a script are passed on to atlas.
 # ATLAS and SCORES are the commands that train or evaluate, and that print the score table. DRY_RUN=1 prints the commands.
 set -euo pipefail
@@ -54,43 +54,12 @@ run_scores() {
   fi
 }
 
-MODEL_FLAGS=(
+# The flags of each experiment are its preset's (atlas_jax/commands/presets.py); these are what a preset leaves open
+FLAGS=(
   --reader_model_type "${READER:-google/t5-$SIZE-lm-adapt}"
   --model_path "$DATA_DIR/models/atlas/$SIZE"
   --load_index_path "$DATA_DIR/indices/atlas/wiki/$SIZE"
-  --index_mode flat
-  --precision "${PRECISION:-bf16}"
-  --text_maxlength 512
-  --target_maxlength 16
-  --n_context 30
-  --retriever_n_context 30
-  --per_gpu_batch_size 1
-  --task multiple_choice
-  --multiple_choice_train_permutations all
-  --multiple_choice_eval_permutations cyclic
-  --write_results
   --checkpoint_dir "$SAVE_DIR"
 )
-[ -z "${RETRIEVER:-}" ] || MODEL_FLAGS+=(--retriever_model_path "$RETRIEVER")
-
-# shellcheck disable=SC2034 # zeroshot.sh does not train
-TRAIN_FLAGS=(
-  --shuffle
-  --train_retriever
-  --query_side_retriever_training
-  --gold_score_mode ppmean
-  --temperature_gold 0.1
-  --temperature_score 0.1
-  --refresh_index -1
-  --use_gradient_checkpoint_reader
-  --use_gradient_checkpoint_retriever
-  --shard_optim
-  --shard_grads
-  --dropout 0.1
-  --lr 5e-5
-  --lr_retriever 1e-5
-  --scheduler linear
-  --weight_decay 0.01
-  --log_freq 4
-  --save_freq 100
-)
+[ -z "${RETRIEVER:-}" ] || FLAGS+=(--retriever_model_path "$RETRIEVER")
+[ -z "${PRECISION:-}" ] || FLAGS+=(--precision "$PRECISION")

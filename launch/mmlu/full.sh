@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 FILES=$MMLU/full
 NAME=$SIZE-mmlu-full
-run_atlas train "${MODEL_FLAGS[@]}" "${TRAIN_FLAGS[@]}" --name "$NAME" --train_data "$FILES/train.jsonl" \
+run_atlas train --preset mmlu-full "${FLAGS[@]}" --name "$NAME" --train_data "$FILES/train.jsonl" \
   --eval_data "$FILES/combined_valid.jsonl" "$FILES/combined_test.jsonl" \
-  --total_steps 2000 --warmup_steps 50 --eval_freq 150 --keep 1 "$@"
+  --save_freq 100 --keep 1 "$@"
 run_scores --predictions_path "$SAVE_DIR/$NAME" --step best --gold_path "$FILES/combined_test.jsonl"
