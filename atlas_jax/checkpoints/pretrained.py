@@ -1,4 +1,4 @@
-"""Pretrained models: a published T5's name, or a local Hugging Face folder (config.json, model.safetensors)."""
+"""Pretrained models of a Hugging Face folder (config.json, model.safetensors), or of the hub by their name."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from atlas_jax.errors import UserError
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS, T5Config
 from atlas_jax.storage.files import read_json
+from atlas_jax.storage.hub import cached_file, has_file, hub_file, is_hub_name
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,9 @@ WEIGHT_FILES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 KNOWN_RETRIEVERS = {"facebook/contriever": ContrieverConfig()}
+REMEDY = "name a local folder that holds {} (atlas train and evaluate begin without weights with --random_weights)"
 
 
 def _read_choice(config: Mapping[str, Any], key: str, choices: tuple[Any, ...], default: Any, path: Path) -> Any:
@@ -49,11 +52,29 @@ def _with_defaults(config: Mapping[str, Any], **defaults: Any) -> dict[str, Any]
     return defaults | {key: value for key, value in config.items() if value is not None}
 
 
-def reader_config(name_or_folder: str) -> T5Config:
-    """Returns the reader's config: of a published T5's name, or from a folder's config.json (model_type t5)."""
-    if name_or_folder in T5_CONFIGS and not Path(name_or_folder).is_dir():
+def _config_file(name_or_folder: str, *, known: bool, fetch: bool) -> Path | None:
+    """Returns config.json of a folder or of the hub; None for a known name if it is not cached or cannot be fetched."""
+    if not is_hub_name(name_or_folder):
+        return Path(name_or_folder) / "config.json"
+    if known and not fetch:
+        return cached_file(name_or_folder, ["config.json"])
+    try:
+        return hub_file(name_or_folder, ["config.json"], "name a local folder that holds config.json")
+    except UserError:
+        if not known:
+            raise
+        return None
+
+
+def reader_config(name_or_folder: str, *, fetch: bool = False) -> T5Config:
+    """Returns the reader's config from config.json (model_type t5), or a published T5's if its is not at hand.
+
+    `fetch`: whether the hub is asked for the config.json of a published name, as it is for weights.
+    """
+    known = name_or_folder in T5_CONFIGS
+    path = _config_file(name_or_folder, known=known, fetch=fetch) if known else Path(name_or_folder) / "config.json"
+    if path is None:
         return T5_CONFIGS[name_or_folder]
-    path = Path(name_or_folder) / "config.json"
     config = read_json(path)
     _read_choice(config, "model_type", ("t5",), "", path)
     config = _with_defaults(
@@ -84,17 +105,21 @@ def reader_config(name_or_folder: str) -> T5Config:
     )
 
 
-def retriever_config(name_or_folder: str) -> ContrieverConfig:
-    """Returns the retriever's config from a folder's config.json (model_type bert).
+def retriever_config(name_or_folder: str, *, fetch: bool = False) -> ContrieverConfig:
+    """Returns the retriever's config from config.json (model_type bert), of a folder or of the hub.
+
+    `fetch`: whether the hub is asked for it even if the name is known, as it is for weights.
 
     The field `"layer_norm": "atlas" | "standard"` of config.json names the layer norm. Without that field, a
     sentence-transformers folder has the standard one, with the pooling and normalization of its modules; any other
     folder is read as the reference reads every BERT.
     """
-    folder = Path(name_or_folder)
-    if name_or_folder in KNOWN_RETRIEVERS and not folder.is_dir():
+    known = name_or_folder in KNOWN_RETRIEVERS
+    path = _config_file(name_or_folder, known=known, fetch=fetch)
+    if path is None:
+        if not known:
+            raise UserError(f"{name_or_folder}: its repository on the hub has no config.json; name a BERT's")
         return KNOWN_RETRIEVERS[name_or_folder]
-    path = folder / "config.json"
     config = _with_defaults(read_json(path), max_position_embeddings=512, type_vocab_size=2, layer_norm_eps=1e-12)
     _read_choice(config, "model_type", ("bert",), "", path)
     _read_choice(config, "hidden_act", ("gelu",), "gelu", path)
@@ -104,7 +129,7 @@ def retriever_config(name_or_folder: str) -> ContrieverConfig:
     positions, types = _read_sizes(config, path, "max_position_embeddings", "type_vocab_size")
     if d_model % heads:
         raise UserError(f"{path}: {heads} heads do not divide a width of {d_model}")
-    modules = _read_sentence_transformers(folder)
+    modules = {} if known else _read_sentence_transformers(name_or_folder)
     return ContrieverConfig(
         d_model,
         heads,
@@ -120,31 +145,66 @@ def retriever_config(name_or_folder: str) -> ContrieverConfig:
     )
 
 
-def _read_sentence_transformers(folder: Path) -> dict[str, Any]:
-    """Reads a sentence-transformers folder's pooling and whether it normalizes vectors; {} for other folders."""
-    path = folder / "modules.json"
-    if not path.is_file():
+def _read_sentence_transformers(name_or_folder: str) -> dict[str, Any]:
+    """Reads a sentence-transformers model's pooling and whether it normalizes vectors; {} for other models."""
+    path = _optional_file(name_or_folder, "modules.json")
+    if path is None:
         return {}
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))
         paths = {module["type"].split(".")[-1]: str(module["path"]) for module in modules}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}: no list of modules ({error!r}); restore the file") from None
-    pooling = read_json(folder / paths["Pooling"] / "config.json") if "Pooling" in paths else {}
+    pooling: dict[str, Any] = {}
+    if "Pooling" in paths:
+        file = f"{paths['Pooling']}/config.json"
+        pooling = read_json(_optional_file(name_or_folder, file) or path.parent / file)
     return {
         "pooling": "cls" if pooling.get("pooling_mode_cls_token") else "average",
         "normalize": "Normalize" in paths,
     }
 
 
-def folder_weights(name_or_folder: str) -> dict[str, np.ndarray] | None:
-    """Returns a folder's arrays by name, as views of its files; None, with a warning, if it has no weights."""
+def _optional_file(name_or_folder: str, file: str) -> Path | None:
+    """Returns a file of a folder or of the hub; None if there is none, or, with a warning, if the hub cannot say."""
+    if not is_hub_name(name_or_folder):
+        path = Path(name_or_folder) / file
+        return path if path.is_file() else None
+    try:
+        return hub_file(name_or_folder, [file], f"take it for a model without {file}")
+    except UserError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def check_weights(name_or_folder: str) -> None:
+    """Raises UserError unless a folder, the hub's cache or the hub has weights; reads and downloads none."""
+    if is_hub_name(name_or_folder):
+        if not has_file(name_or_folder, WEIGHT_FILES, REMEDY.format("weights")):
+            raise _no_weights(name_or_folder, "no weights in its repository on the hub")
+    elif weights_file(name_or_folder) is None:
+        shards = [path.name for pattern in SHARDS for path in sorted(Path(name_or_folder).glob(pattern))]
+        if shards:
+            index = f"{shards[0].split('-')[0]}{Path(shards[0]).suffix}.index.json"
+            raise UserError(
+                f"{name_or_folder}: holds {shards[0]} but no {index}, which names its shards; add that file"
+            )
+        raise _no_weights(name_or_folder, "no weights" if Path(name_or_folder).is_dir() else "no such folder")
+
+
+def _no_weights(name_or_folder: str, problem: str) -> UserError:
+    return UserError(f"{name_or_folder}: {problem} ({', '.join(WEIGHT_FILES)}); {REMEDY.format('one of these')}")
+
+
+def folder_weights(name_or_folder: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of a folder, or of the hub by their name, as views of files; UserError if it has none."""
     file = weights_file(name_or_folder)
     if file is None:
-        logger.warning("%s: no model.safetensors there, so its weights are random", name_or_folder)
-        return None
+        check_weights(name_or_folder)
+        file = hub_file(name_or_folder, WEIGHT_FILES, REMEDY.format("weights"), companions=["config.json"])
+    assert file is not None
     arrays: dict[str, np.ndarray] = {}
-    for shard in _shard_files(file):
+    for shard in _shard_files(file, name_or_folder):
         for name, array in _open_arrays(shard).items():
             short_name = name.removeprefix("bert.")
             if short_name in arrays:
@@ -153,24 +213,28 @@ def folder_weights(name_or_folder: str) -> dict[str, np.ndarray] | None:
     return arrays
 
 
-def weights_file(name_or_folder: str) -> Path | None:
+def weights_file(folder: str) -> Path | None:
     """Returns a folder's weights file, or the index of its shards; safetensors come first, as with Hugging Face."""
-    paths = [Path(name_or_folder) / name for name in WEIGHT_FILES]
+    paths = [Path(folder) / name for name in WEIGHT_FILES]
     return next((path for path in paths if path.is_file()), None)
 
 
-def _shard_files(file: Path) -> list[Path]:
-    """Returns the files that an index of shards names; for any other file, that file."""
+def _shard_files(file: Path, name_or_folder: str) -> list[Path]:
+    """Returns the files that an index of shards names, fetched if it is the hub's; for any other file, that file."""
     if file.suffix != ".json":
         return [file]
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{file}: has no weight_map; restore the file")
-    names = {str(name) for name in weight_map.values()}
-    for name in sorted(names):
-        if Path(name).name != name or not (file.parent / name).is_file():
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:
             raise UserError(f"{file}: names {name}, which is no file beside it; fetch the folder again")
-    return [file.parent / name for name in sorted(names)]
+        if is_hub_name(name_or_folder):
+            hub_file(name_or_folder, [name], REMEDY.format("weights"), revision=file.parent.name)
+        if not (file.parent / name).is_file():
+            raise UserError(f"{file}: names {name}, which is no file beside it; fetch the folder again")
+    return [file.parent / name for name in names]
 
 
 def _open_arrays(file: Path) -> dict[str, np.ndarray]:

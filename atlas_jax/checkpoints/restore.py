@@ -17,7 +17,13 @@ from jax.sharding import Mesh
 from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.formats.orbax_arrays import verify_shards
 from atlas_jax.checkpoints.formats.torch_reader import load_torch
-from atlas_jax.checkpoints.pretrained import folder_weights, reader_config, retriever_config, weights_file
+from atlas_jax.checkpoints.pretrained import (
+    check_weights,
+    folder_weights,
+    reader_config,
+    retriever_config,
+    weights_file,
+)
 from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.weights import is_untied, map_weights, strip_module_prefix
 from atlas_jax.config import Config, ModelConfig, RetrievalConfig
@@ -48,7 +54,8 @@ def restore(config: Config) -> Weights:
     if config.retrieval.query_side_retriever_training:
         loaded = _untie_encoders(loaded)
     count = sum(array.size for array in loaded.params.values())
-    logger.info("%s: %.1f million parameters, step %d", folder or "no trained weights", count / 1e6, loaded.step)
+    source = folder or ("random weights" if config.model.random_weights else "pretrained weights")
+    logger.info("%s: %.1f million parameters, step %d", source, count / 1e6, loaded.step)
     return loaded
 
 
@@ -72,7 +79,7 @@ def model_config(config: Config) -> AtlasConfig:
     folder = config.weights_folder
     if folder and store.is_checkpoint(folder):
         return store.load_config(folder)[0]
-    return _model_config(config, untied=False)
+    return _model_config(config, untied=False, fetch=folder is None and not config.model.random_weights)
 
 
 def retriever_fingerprint(params: Mapping[str, ArrayLike]) -> str:
@@ -85,10 +92,11 @@ def retriever_fingerprint(params: Mapping[str, ArrayLike]) -> str:
     return digest.hexdigest()
 
 
-def _model_config(config: Config, *, untied: bool) -> AtlasConfig:
+def _model_config(config: Config, *, untied: bool, fetch: bool = False) -> AtlasConfig:
+    no_retriever = config.retrieval.use_file_passages
     return AtlasConfig(
-        reader_config(config.model.reader_model_type),
-        None if config.retrieval.use_file_passages else retriever_config(config.model.retriever_model_path),
+        reader_config(config.model.reader_model_type, fetch=fetch),
+        None if no_retriever else retriever_config(config.model.retriever_model_path, fetch=fetch),
         untied,
     )
 
@@ -143,27 +151,32 @@ def _open_checkpoint(folder: Path, reader_model_type: str) -> Weights:
 
 
 def _open_pretrained(config: Config) -> Weights:
-    """Opens a pretrained T5 and a pretrained encoder; a model whose folder has no weights is initialized randomly."""
-    cfg = _model_config(config, untied=False)
+    """Opens a pretrained T5 and a pretrained encoder, or with --random_weights draws the parameters of both."""
+    model, seed = config.model, config.run.seed
+    names = {} if config.retrieval.retrieve_only else {"reader.": model.reader_model_type}
+    if not config.retrieval.use_file_passages:
+        names["retriever.contriever."] = model.retriever_model_path
+    if not model.random_weights:
+        for name in names.values():
+            check_weights(name)  # before either is downloaded, which may take hours
+    cfg = _model_config(config, untied=False, fetch=not model.random_weights)
     tokenizers = _load_tokenizers(config)
     params: dict[str, ArrayLike] = {}
-    if not config.retrieval.retrieve_only:
-        model_cfg = AtlasConfig(cfg.reader, None)
-        params |= _pretrained_params(config.model.reader_model_type, "reader.", model_cfg, config.run.seed)
-    if cfg.retriever:
-        model_cfg = AtlasConfig(None, cfg.retriever)
-        params |= _pretrained_params(
-            config.model.retriever_model_path, "retriever.contriever.", model_cfg, config.run.seed
-        )
+    for prefix, name in names.items():
+        is_reader = prefix == "reader."
+        part = AtlasConfig(cfg.reader if is_reader else None, None if is_reader else cfg.retriever)
+        params |= _random_params(part, seed) if model.random_weights else _pretrained_params(name, prefix, part)
     return Weights(params, cfg, *tokenizers)
 
 
-def _pretrained_params(name: str, prefix: str, cfg: AtlasConfig, seed: int) -> Mapping[str, ArrayLike]:
-    """Returns a model's parameters from the weights in its folder, or random ones if there are none."""
-    source = folder_weights(name)
-    if source is not None:
-        named = {prefix + key: array for key, array in source.items()}
-        return map_weights(named, cfg, where=str(weights_file(name)))
+def _pretrained_params(name: str, prefix: str, cfg: AtlasConfig) -> Mapping[str, ArrayLike]:
+    """Returns a model's parameters from the weights of a folder or of the hub."""
+    named = {prefix + key: array for key, array in folder_weights(name).items()}
+    return map_weights(named, cfg, where=str(weights_file(name) or name))
+
+
+def _random_params(cfg: AtlasConfig, seed: int) -> Mapping[str, ArrayLike]:
+    """Returns the parameters of a model that is not trained."""
     with in_host_memory():
         flat = nnx.to_flat_state(nnx.state(AtlasModel(cfg, rngs=nnx.Rngs(seed)), nnx.Param))
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}

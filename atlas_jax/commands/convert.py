@@ -1,10 +1,9 @@
 """`atlas convert`: converts weights between formats, a part at a time; `--inspect` prints what a checkpoint holds."""
 
 import argparse
-import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from atlas_jax.checkpoints import store
@@ -14,11 +13,10 @@ from atlas_jax.checkpoints.restore import PUBLISHED, open_weights
 from atlas_jax.commands.flags import Parser, field_comments
 from atlas_jax.config import READERS, Config, ModelConfig, RetrievalConfig, TaskConfig
 from atlas_jax.errors import UserError
-from atlas_jax.runtime.progress import progress
+from atlas_jax.runtime.progress import byte_progress
 
 logger = logging.getLogger(__name__)
 
-MEGABYTE = 1_000_000
 FORMATS = ("orbax", "huggingface", "reference")
 EXAMPLES = """
 examples:
@@ -45,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     _check_args(args, output)
     model = ModelConfig(args.reader_model_type, args.retriever_model_path, args.model_path)
     weights = open_weights(Config(model, TaskConfig("base"), retrieval=RetrievalConfig()))
-    with _byte_progress(sum(array.nbytes for array in weights.params.values())) as advance:
+    with byte_progress("converting", sum(array.nbytes for array in weights.params.values())) as advance:
         if args.to == "huggingface":
             write_huggingface(output, weights, advance)
         elif args.to == "reference":
@@ -95,17 +93,3 @@ def _usage_hint(output_format: str, output: Path) -> str:
         return "; pass it as --model_path, it needs no --reader_model_type"
     folders = sorted(path.name for path in output.iterdir())
     return f": {', '.join(folders)}; transformers' from_pretrained loads each"
-
-
-@contextlib.contextmanager
-def _byte_progress(total: int) -> Iterator[Callable[[int], object]]:
-    """Shows progress in megabytes; yields a function to call with the number of bytes just written."""
-    done = 0
-    with progress("converting", "MB", total // MEGABYTE) as advance_megabytes:
-
-        def advance(count: int) -> None:
-            nonlocal done
-            before, done = done, done + count
-            advance_megabytes(done // MEGABYTE - before // MEGABYTE)
-
-        yield advance

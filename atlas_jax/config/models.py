@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from atlas_jax.config.flag_fields import at_least, changeable, require, valid_format
+from atlas_jax.errors import UserError
 
 READERS = (
     *("t5-small", "t5-base", "t5-large", "t5-3b", "t5-11b"),
@@ -20,10 +21,13 @@ class ModelConfig:
     reader_model_type: str = changeable("")  # the T5 that reads: t5-{small,base,large,3b,11b},
     # google/t5-v1_1-{base,large,xl,xxl}, google/t5-{base,large,xl,xxl}-lm-adapt, or a local folder with config.json and
     # tokenizer; not needed if --model_path is a checkpoint of ours
-    retriever_model_path: str = changeable("facebook/contriever")  # the encoder that retrieves: a known name or a local
-    # folder; weights in --model_path take precedence over its own
+    retriever_model_path: str = changeable("facebook/contriever")  # the encoder that retrieves: a BERT of the Hugging
+    # Face hub by its name, or a local folder; weights in --model_path take precedence over its own
     model_path: str = changeable("none")  # folder with trained Atlas weights, ours or the published model.pth.tar;
-    # none: resume the run's latest checkpoint, or else start from the two models above
+    # none: resume the run's latest checkpoint, or else start from the two models above, whose weights are read from
+    # their folders, or from the Hugging Face hub or its cache (HF_HOME, HF_HUB_OFFLINE)
+    random_weights: bool = changeable(False)  # start from random weights, for tests and benchmarks: --seed draws both
+    # models, and no weights are read or downloaded
     precision: Literal["fp16", "fp32", "bf16"] = "fp32"  # type to compute with; bf16 halves memory and time, fp16 is
     # refused
     dropout: float = 0.1  # share of activations dropped in training, reader and retriever
@@ -33,6 +37,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(self.precision != "fp16", self, "precision", "overflows in T5; use bf16, as small and as fast")
         require(0 <= self.dropout < 1, self, "dropout", "must be at least 0 and below 1")
+        if self.random_weights and self.model_path != "none":
+            raise UserError(f"--random_weights: --model_path {self.model_path} has weights; leave one of the two out")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class RunConfig:
 
     name: str = changeable("experiment_name")  # the run's folder inside --checkpoint_dir
     checkpoint_dir: str = changeable("./checkpoint/")  # where the folders of all runs are
-    seed: int = 0  # draws the weights that are not loaded, dropout, and the order of the data
+    seed: int = 0  # draws dropout, the order of the data, and --random_weights
     train_data: tuple[str, ...] = warned(())  # jsonl files to train on
     eval_data: tuple[str, ...] = changeable(())  # jsonl files to evaluate on, each scored by itself
     shuffle: bool = False  # train on the rows in a new random order each epoch

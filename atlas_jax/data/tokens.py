@@ -21,6 +21,7 @@ from atlas_jax.data.tokenizer_files import (
     write_tokenizer_files,
 )
 from atlas_jax.errors import UserError
+from atlas_jax.storage.hub import hub_file, is_hub_name
 
 _CHUNK = 1024  # texts per call: bounds the memory of the encodings, which hold more than ids
 CLEAN_UP = "clean_up_tokenization_spaces"  # in tokenizer_config.json
@@ -152,19 +153,14 @@ def clean_up_spaces(text: str) -> str:
 
 def _hub_folder(name: str) -> Path:
     """Returns a folder with the tokenizer files of a repository of the hub, from its cache if they are there."""
-    import huggingface_hub  # takes a second, and only names need it
-
-    def fetch(*, cached: bool) -> Path:
-        files = [*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=cached))
-
-    try:
-        cached = any(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in VOCABULARIES)
-        return fetch(cached=cached)
-    except Exception as error:  # the hub raises many types
-        reason = " ".join(str(error).split()) or type(error).__name__
-        not_found = "neither a folder nor a tokenizer that the Hugging Face hub or its cache could give"
-        raise UserError(f"{name}: {not_found} ({reason:.200}); pass a folder that holds tokenizer.json") from None
+    remedy = "name a folder that holds tokenizer.json"
+    if not is_hub_name(name):
+        raise UserError(f"{name}: no such folder; {remedy}")
+    others = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"]
+    vocabulary = hub_file(name, VOCABULARIES, remedy, companions=others)
+    if vocabulary is None:
+        raise UserError(f"{name}: its repository on the hub has no tokenizer ({', '.join(VOCABULARIES)}); {remedy}")
+    return vocabulary.parent
 
 
 def _splits_by_construction(core: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 logger = logging.getLogger(__name__)
 
 SECONDS_PER_LINE = 30.0
+MEGABYTE = 1_000_000
 
 
 @contextlib.contextmanager
@@ -42,3 +43,17 @@ def progress(description: str, unit: str, total: int | None = None) -> Iterator[
     yield advance
     if done > logged:
         log_line()
+
+
+@contextlib.contextmanager
+def byte_progress(description: str, total: int | None) -> Iterator[Callable[[int], object]]:
+    """`progress` in megabytes; yields a function to call with the number of bytes just processed."""
+    done = 0
+    with progress(description, "MB", total and total // MEGABYTE) as advance_megabytes:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            before, done = done, done + count
+            advance_megabytes(done // MEGABYTE - before // MEGABYTE)
+
+        yield advance
