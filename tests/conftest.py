@@ -37,7 +37,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # Folders and files whose tests compile models, train, or start processes; `make check` leaves them out
 SLOW = ("checkpoints", "commands", "compatibility", "evaluation", "launch", "mesh", "models", "recipes", "training")
-SLOW_FILES = ("docs/test_commands.py", "runtime/test_cluster.py", "runtime/test_process_group.py")
+SLOW_FILES = (
+    "docs/test_commands.py",
+    "runtime/test_cluster.py",
+    "runtime/test_process_group.py",
+    "storage/test_hub.py",
+)
 QUICK_FILES = ("checkpoints/formats", "commands/test_flags.py")
 QUICK_FILES += ("training/test_optimizer.py", "training/test_reporting.py")
 

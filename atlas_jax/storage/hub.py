@@ -226,12 +226,13 @@ def _explained(name: str, files: Sequence[str], remedy: str) -> Iterator[None]:
     except errors.GatedRepoError:
         how = f"accept its terms at {constants.ENDPOINT}/{name}, then run `hf auth login` or set HF_TOKEN"
         raise UserError(f"{name}: is gated on the hub; {how}") from None
-    except errors.RepositoryNotFoundError:
-        problem = f"no such folder, and no such repository on the hub {constants.ENDPOINT}, or a private one"
-        raise UserError(f"{name}: {problem}; check the name, or run `hf auth login`, or {remedy}") from None
     except errors.HfHubHTTPError as error:
-        problem = f"the hub {constants.ENDPOINT} answers {error.response.status_code}"
-        raise UserError(f"{name}: no such folder, and {problem}; try again, or {remedy}") from None
+        if isinstance(error, errors.RepositoryNotFoundError) or error.response.status_code == 401:
+            problem = f"no such repository on the hub {constants.ENDPOINT}, or a private one"
+            how = "check the name, or run `hf auth login`"
+        else:
+            problem, how = f"the hub {constants.ENDPOINT} answers {error.response.status_code}", "try again"
+        raise UserError(f"{name}: no such folder, and {problem}; {how}, or {remedy}") from None
     except errors.OfflineModeIsEnabled:
         problem = f"{files[0]} is not in the hub's cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
         how = f"unset it, or run `hf download {name}` where there is a network, or set HF_HOME to a cache that has it"

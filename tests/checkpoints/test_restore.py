@@ -207,21 +207,6 @@ def test_pretrained_weights_come_from_two_folders(restore_with, golden, caplog):
     assert (fresh.cfg, fresh.step) == (published.cfg, 0)
 
 
-def test_a_folder_without_weights_gives_random_ones_with_a_warning(restore_with, golden, tmp_path, caplog):
-    """Missing weights are drawn from --seed, with a warning: equal for equal seeds, different for others."""
-    without_weights = tmp_path / "retriever"
-    shutil.copytree(golden / "assets" / "retriever", without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
-    drawn, drawn_again, other_seed = (
-        restore_with("none", seed=s, retriever_model_path=without_weights, retrieve_only=True) for s in (0, 0, 1)
-    )
-    assert f"{without_weights}: no model.safetensors there, so its weights are random" in caplog.text
-    assert_equal(drawn.params, drawn_again.params)
-    assert any(not np.array_equal(drawn.params[path], other_seed.params[path]) for path in drawn.params)
-    with_weights = restore_with("none", retrieve_only=True)
-    assert set(with_weights.params) == set(drawn.params)
-    assert any(not np.array_equal(with_weights.params[path], drawn.params[path]) for path in with_weights.params)
-
-
 def test_a_damaged_safetensors_file_is_refused(restore_with, golden, tmp_path):
     """A model.safetensors that is cut short or of another model is refused; the message names the file."""
     folder = Path(shutil.copytree(golden / "assets" / "retriever", tmp_path / "retriever"))
