@@ -28,13 +28,11 @@ def connected_hosts(config: "Config") -> Iterator[None]:
 
 @contextlib.contextmanager
 def run_folder(config: "Config") -> Iterator[Path]:
-    """Creates the run's folder, with the flags in config.json and the log in run.log; UserError if it is not writable.
+    """Creates the run's folder, with the log in run.log; UserError if it is not writable.
 
     On all processes but process 0 it is a temporary folder instead, which is deleted at the end.
     """
-    from atlas_jax.config import to_dict
     from atlas_jax.runtime.process_group import process_group
-    from atlas_jax.storage.files import write_json
 
     with contextlib.ExitStack() as stack:
         folder = config.run_folder
@@ -48,7 +46,6 @@ def run_folder(config: "Config") -> Iterator[Path]:
                 f"{folder}: cannot be written ({error.strerror}); choose another --checkpoint_dir"
             ) from None
         stack.enter_context(log_handler(handler))
-        write_json(folder / "config.json", to_dict(config))
         yield folder
 
 

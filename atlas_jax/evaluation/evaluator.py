@@ -53,6 +53,7 @@ class Result:
 
     scores: dict[str, float]  # accuracies in percent, eval_loss in nats per token
     rows: int  # of the file
+    unscored: int  # rows without an answer, which are in no score
     examples: int  # read by the reader: multiple choice makes one for each order of a row's options
     seconds: float  # without compilation
     compile_seconds: float
@@ -78,25 +79,27 @@ class Evaluator:
         self._compiled_reader: CompiledFunction | None = None
 
     def __call__(self, rows: JsonlRows, reader: FiD | None, write: Callable[[str], object] | None = None) -> Result:
-        """Scores the rows; calls `write` with a line of JSON for each row, in order."""
+        """Scores the rows; calls `write` with each line of JSON of the predictions file, in the order of the rows."""
         program, state = self._reader_program(reader)
         start, compiled_before = time.perf_counter(), self._compile_seconds()
         totals: dict[str, list[float]] = {metric: [] for metric in self.task.metrics} if reader else {}
-        prompts = 0
+        prompts = unscored = 0
         with progress(f"evaluating {rows.path}", "rows", len(rows)) as on_progress:
             scored = self._scored_examples(rows, program, state, write=write is not None)
             for _, group in itertools.groupby(scored, key=lambda example: example.row):
                 of_row = list(group)
                 prompts += len(of_row)
-                line = self._finish_row(of_row, totals)
-                if write:
-                    write(json.dumps(line, ensure_ascii=False) + "\n")
+                unscored += reader is not None and not any(example.scores for example in of_row)
+                for line in self._finish_row(of_row, totals):
+                    if write:
+                        write(json.dumps(line, ensure_ascii=False) + "\n")
                 on_progress(1)
         compile_seconds = self._compile_seconds() - compiled_before
-        scores = {metric: float(np.mean(values)) for metric, values in totals.items()}
+        scores = {metric: float(np.mean(values)) for metric, values in totals.items() if values}
         return Result(
             {metric: score if metric == "eval_loss" else 100 * score for metric, score in scores.items()},
             len(rows),
+            unscored,
             prompts,
             time.perf_counter() - start - compile_seconds,
             compile_seconds,
@@ -189,8 +192,10 @@ class Evaluator:
         if output:
             start = 1 + len(batch.prompts[i] if batch.prompts else ())
             record["generation"] = self.tokenizer.decode(np.asarray(output.generated)[i, start:])
-            scores = self.task.score(record["generation"], example.answers)
-            scores["eval_loss"] = float(output.loss[i]) / max(int(output.loss_tokens[i]), 1)
+            if example.answers:
+                scores = self.task.score(record["generation"], example.answers)
+            if example.answers and example.target is not None:
+                scores["eval_loss"] = float(output.loss[i]) / max(int(output.loss_tokens[i]), 1)
         if write and not (output and self.config.run.dont_write_passages):
             record["passages"] = batch.retrieved.store.take(batch.retrieved.numbers[i][batch.retrieved.valid[i]])
         if example.metadata is not None:
@@ -201,14 +206,19 @@ class Evaluator:
             record["id"] = example.id
         return ScoredExample(batch.rows[i], record, scores)
 
-    def _finish_row(self, examples: list[ScoredExample], totals: dict[str, list[float]]) -> Record:
-        """Adds a row's scores to `totals`; returns the row's line of the predictions file."""
+    def _finish_row(self, examples: list[ScoredExample], totals: dict[str, list[float]]) -> list[Record]:
+        """Adds a row's scores to `totals`; returns the row's lines of the predictions file.
+
+        Reference: one line, or without a reader one for each example.
+        """
         records = [example.record for example in examples]
-        line, row_scores = self.task.merge_records(records) if totals else (records[0], {})
+        if not totals:
+            return records
+        line, row_scores = self.task.merge_records(records)
         for scores in (*(example.scores for example in examples), row_scores):
             for metric, value in scores.items():
                 totals[metric].append(value)
-        return line
+        return [line]
 
 
 def generation_settings(

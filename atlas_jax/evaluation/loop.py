@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from atlas_jax.checkpoints.restore import compute_dtype, place_on_mesh, restore, retriever_fingerprint
 from atlas_jax.checkpoints.store import Weights
-from atlas_jax.config import Config
+from atlas_jax.config import Config, to_dict
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.evaluator import Evaluator, Result
@@ -32,14 +32,18 @@ logger = logging.getLogger(__name__)
 
 SCRATCH = ".scratch-evaluate-"
 ZERO_SHOT_STEP = 1  # in names of result files; Reference: the step of a model that was not trained in this run
+CONFIG, CONFIG_OF_EVALUATION = "config.json", "config-evaluate.json"  # the flags of a run, and of its evaluation
 
 
 def evaluate(config: Config, run: Path) -> dict[str, Result]:
     """Evaluates every file of --eval_data with one model; returns results by path.
 
-    Predictions and scores go to the folder `run`, files that all processes use to --checkpoint_dir.
+    Predictions and scores go to the folder `run`, files that all processes use to --checkpoint_dir. The step in their
+    names is that of the run's own checkpoint; with --model_path, ZERO_SHOT_STEP.
     """
-    task = make_task(config.task)
+    trained = (run / "checkpoint").is_dir()  # config.json there has the flags of the training
+    write_json(run / (CONFIG_OF_EVALUATION if trained else CONFIG), to_dict(config))
+    task = make_task(config.task, config.run.seed)
     files = checked_files(config.run.eval_data, task)
     check_passage_index(config)
     enable_compilation_cache(config.run.compile_cache, cache_folder(config.run.cache_dir))
@@ -50,8 +54,9 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
     with shared_scratch(config.run_folder, SCRATCH) as scratch:
         source = passage_source(config, weights, model, mesh, scratch)
         evaluator = Evaluator(config, task, source, weights.tokenizer, mesh)
+        step = weights.step if config.model.model_path == "none" and weights.step else ZERO_SHOT_STEP
         return {
-            rows.path: evaluate_file(evaluator, rows, model.reader, run, f"{name}-step-{ZERO_SHOT_STEP}")
+            rows.path: evaluate_file(evaluator, rows, model.reader, run, result_stem(name, step))
             for name, rows in files.items()
         }
 
@@ -66,6 +71,11 @@ def evaluate_file(evaluator: Evaluator, rows: JsonlRows, reader: FiD | None, run
         result = evaluator(rows, reader, write)
     report(run / f"{stem}.metrics.json", Path(rows.path).name, result)
     return result
+
+
+def result_stem(name: str, step: int) -> str:
+    """The name, without its suffix, of the files that an evaluation at this step writes."""
+    return f"{name}-step-{step}"
 
 
 def checked_files(paths: Sequence[str], task: Task) -> dict[str, JsonlRows]:
@@ -121,6 +131,7 @@ def report(path: Path, name: str, result: Result) -> None:
         result.scores
         | {
             "examples": result.rows,
+            "unscored": result.unscored,
             "prompts": result.examples,
             "examples_per_second": rate,
             "compile_seconds": result.compile_seconds,
@@ -129,4 +140,6 @@ def report(path: Path, name: str, result: Result) -> None:
     )
     scores = " | ".join(f"{value:.3f} {metric}" for metric, value in result.scores.items())
     logger.info("%s: %s", name, scores or f"passages found for {result.rows} rows")
+    if result.unscored:
+        logger.info("%s: %d of %d rows have no answer and are in no score", name, result.unscored, result.rows)
     logger.info("%s: %d rows at %.2f/s, and %.1f s of compilation", name, result.rows, rate, result.compile_seconds)

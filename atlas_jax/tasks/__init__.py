@@ -9,14 +9,17 @@ from atlas_jax.tasks.qa import QA
 __all__ = ["Example", "Record", "Task", "make_task"]
 
 
-def make_task(options: TaskConfig, *, train: bool = False) -> Task:
-    """Returns the task that `--task` names, with the flags of training or of evaluation."""
+def make_task(options: TaskConfig, seed: int = 0, *, train: bool = False) -> Task:
+    """Returns the task that `--task` names, with the flags of training or of evaluation.
+
+    In training every row needs a target. `seed` decides which of several answers is the target.
+    """
     permutations = options.multiple_choice_train_permutations if train else options.multiple_choice_eval_permutations
     match options.task:
         case "multiple_choice":
-            return MultipleChoice(num_options=options.multiple_choice_num_options, permutations=permutations)
+            return MultipleChoice(options.multiple_choice_num_options, permutations, needs_target=train)
         case "qa":
-            return QA(prompt=options.qa_prompt_format)
+            return QA(options.qa_prompt_format, seed, needs_target=train)
         case "base":
-            return Base()
+            return Base(needs_target=train)
     raise UserError(f"--task {options.task}: not built yet; multiple_choice, qa and base are")

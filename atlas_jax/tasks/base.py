@@ -16,8 +16,8 @@ class Example:
     """One query for the reader, with its target and the accepted answers."""
 
     query: str
-    target: str | None  # text that the decoder is trained on; None where the row has none
-    answers: list[str]  # accepted answers: a prediction scores against the best match
+    target: str | None  # text that the decoder is trained on; None where a row to evaluate has none
+    answers: list[str]  # accepted answers: a prediction scores against the best match; without one nothing is scored
     metadata: Mapping[str, Any] | None = None  # copied into the predictions file
     passages: Sequence[Mapping[str, Any]] | None = None  # the row's own, for --use_file_passages
     id: Any = None
@@ -67,12 +67,15 @@ def require_field(row: Row, field: str, types: type | tuple[type, ...], descript
         )
 
 
-def check_answers_and_passages(row: Row) -> None:
-    """Raises ValueError if `answers` is there but no non-empty list of texts, or `passages` no list of objects."""
+def check_answers_and_passages(row: Row, *, needs_answer: bool) -> None:
+    """Raises ValueError if `answers` is there but no list of texts, or empty although the row `needs_answer`.
+
+    Also if `passages` is no list of objects.
+    """
     answers, passages = row.get("answers", [""]), row.get("passages") or []
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError('`answers` is not a list of texts; write ["..", ".."]')
-    if not answers:
+    if not answers and needs_answer:
         raise ValueError("`answers` is empty; give at least one")
     if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
         raise ValueError('`passages` is not a list of passages; write [{"title": "..", "text": ".."}, ..]')
@@ -85,23 +88,29 @@ def file_passages(row: Row) -> Sequence[Mapping[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """Text to text: the reader gets `query` as it is and learns `target`."""
+    """Text to text: the reader gets `query` as it is and learns `target`.
 
+    Unless a row `needs_target`, as in training, one without it is read but not scored.
+    """
+
+    needs_target: bool = True
     metrics: tuple[str, ...] = ("accuracy", "eval_loss")
     choices: tuple[str, ...] = ()
     examples_per_row: int = 1
 
     def check(self, row: Row) -> None:
-        """Raises ValueError unless `query` and `target` are texts."""
+        """Raises ValueError unless `query` is a text, and `target` one where it is there or needed."""
         require_field(row, "query", str, "a text")
-        require_field(row, "target", str, "a text")
-        check_answers_and_passages(row)
+        if self.needs_target or "target" in row:
+            require_field(row, "target", str, "a text")
+        check_answers_and_passages(row, needs_answer=self.needs_target)
 
     def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
         """Returns the one example of the row."""
         del number, tokenizer
-        answers = row.get("answers", [row["target"]])
-        return [Example(row["query"], row["target"], answers, row.get("metadata"), file_passages(row), row.get("id"))]
+        target = row.get("target")
+        answers = row.get("answers", [] if target is None else [target])
+        return [Example(row["query"], target, answers, row.get("metadata"), file_passages(row), row.get("id"))]
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
         """Returns the accuracy: 1 if the text is exactly an answer."""

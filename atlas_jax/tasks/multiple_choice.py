@@ -32,10 +32,14 @@ def option_orders(count: int, permutations: Permutations) -> list[tuple[int, ...
 
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice:
-    """Rows carry `question`, `options` {"A": text, ...} and `answer`, the letter of the right option."""
+    """Rows carry `question`, `options` {"A": text, ...} and `answer`, the letter of the right option.
+
+    Unless a row `needs_target`, as in training, one without `answer` is read but not scored.
+    """
 
     num_options: int = 4
     permutations: Permutations = "single"
+    needs_target: bool = True
     metrics: tuple[str, ...] = ("debiased_accuracy", "accuracy", "eval_loss")
 
     @functools.cached_property
@@ -49,10 +53,11 @@ class MultipleChoice:
         return len(option_orders(self.num_options, self.permutations))
 
     def check(self, row: Row) -> None:
-        """Raises ValueError unless `options` has a text for each letter, and `answer` is one of the letters."""
+        """Raises ValueError unless `options` has a text for each letter, and `answer`, if needed, is such a letter."""
         require_field(row, "question", str, "a text")
         require_field(row, "options", dict, "an object of letters and texts")
-        require_field(row, "answer", str, "the letter of an option")
+        if self.needs_target or "answer" in row:
+            require_field(row, "answer", str, "the letter of an option")
         options = row["options"]
         if sorted(options) != list(self.choices):
             raise ValueError(
@@ -62,7 +67,7 @@ class MultipleChoice:
         for letter, text in options.items():
             if not isinstance(text, str):
                 raise ValueError(f"option {letter} is not a text; every option needs one")
-        if row["answer"] not in options:
+        if "answer" in row and row["answer"] not in options:
             raise ValueError(f"`answer` is {row['answer']!r}, no option; it must be one of {', '.join(self.choices)}")
 
     def prompt(self, question: str, options: dict[str, str], tokenizer: Tokenizer) -> str:
@@ -85,20 +90,19 @@ class MultipleChoice:
         """Returns an example for each order of the options; its answer is the right option's letter in that order."""
         del number
         texts = [row["options"][letter] for letter in self.choices]
-        answer = self.choices.index(row["answer"])
         uid = row["question"] + " ".join(row["options"].values())
         examples = []
         for order in option_orders(self.num_options, self.permutations):
             options = {letter: texts[option] for letter, option in zip(self.choices, order, strict=True)}
-            letter = self.choices[order.index(answer)]
-            metadata = dict(row) | {
-                "options": options,
-                "answer": letter,
-                "is_original": order == tuple(range(self.num_options)),
-                "uid": uid,
-            }
+            metadata, answers = dict(row) | {"options": options}, []
+            if "answer" in row:
+                answers = [self.choices[order.index(self.choices.index(row["answer"]))]]
+                metadata["answer"] = answers[0]
+            metadata |= {"is_original": order == tuple(range(self.num_options)), "uid": uid}
             query = self.prompt(row["question"], options, tokenizer)
-            examples.append(Example(query, f"<extra_id_0> {letter}", [letter], metadata, file_passages({})))
+            # Without an answer any letter does: the choices are compared after the sentinel, before the letter
+            target = f"<extra_id_0> {(answers or self.choices)[0]}"
+            examples.append(Example(query, target, answers, metadata, file_passages({})))
         return examples
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
@@ -106,7 +110,10 @@ class MultipleChoice:
         return {"accuracy": exact_match(prediction, answers)}
 
     def merge_records(self, records: list[Record]) -> tuple[Record, dict[str, float]]:
-        """Averages each option's probability over the orders; returns the row's record and its debiased accuracy."""
+        """Averages each option's probability over the orders; returns the row's record and its debiased accuracy.
+
+        Without an answer in the row there is no accuracy.
+        """
         probs_by_option: list[list[float]] = [[] for _ in self.choices]
         probs_by_text: dict[str, list[float]] = {}
         for order, record in zip(option_orders(self.num_options, self.permutations), records, strict=True):
@@ -127,6 +134,8 @@ class MultipleChoice:
             "all_probs": probs_by_text,
             "permutations": records,
         }
+        if "answer" not in merged["metadata"]:
+            return merged, {}
         return merged, {"debiased_accuracy": float(merged["generation"] == merged["metadata"]["answer"])}
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from atlas_jax.config import Config, RunConfig, require
 from atlas_jax.data.jsonl import JsonlRows
+from atlas_jax.evaluation.loop import result_stem
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.storage.files import read_json, write_json
 from atlas_jax.tasks.metrics import higher_is_better
@@ -109,11 +110,6 @@ class BestStep:
 def is_evaluation_due(config: Config, step: int) -> bool:
     """Whether the run evaluates after this step."""
     return step > 0 and (step % config.run.eval_freq == 0 or step == config.optim.total_steps)
-
-
-def result_stem(name: str, step: int) -> str:
-    """The name, without its suffix, of the files that an evaluation at this step writes."""
-    return f"{name}-step-{step}"
 
 
 def scores_path(folder: Path, name: str, step: int) -> Path:

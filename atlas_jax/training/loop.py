@@ -15,18 +15,19 @@ from atlas_jax.checkpoints.store import ResumeState
 from atlas_jax.config import Config, to_dict
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.errors import UserError
-from atlas_jax.evaluation.loop import checked_files, evaluate_file
-from atlas_jax.mesh import replicate
+from atlas_jax.evaluation.loop import CONFIG, checked_files, evaluate_file, result_stem
+from atlas_jax.mesh import global_batch_size, replicate
 from atlas_jax.models.atlas import AtlasModel, build_model
 from atlas_jax.retrieval.passage_index import check_passage_index
 from atlas_jax.runtime.compiled import enable_compilation_cache
 from atlas_jax.runtime.interrupts import Interrupted, Interrupts, requeue
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.storage.cache import cache_folder
+from atlas_jax.storage.files import write_json
 from atlas_jax.storage.shared_files import shared_scratch
 from atlas_jax.tasks import make_task
 from atlas_jax.tasks.row_checks import checked_rows
-from atlas_jax.training.best_step import BestStep, is_evaluation_due, missing_evaluations, result_stem
+from atlas_jax.training.best_step import BestStep, is_evaluation_due, missing_evaluations
 from atlas_jax.training.checkpoint_space import report_checkpoint_space
 from atlas_jax.training.index_refresh import is_refresh_due, report_unused_refresh
 from atlas_jax.training.lookahead import ReadyBatch, can_look_ahead
@@ -47,9 +48,10 @@ def train(config: Config, run: Path) -> None:
     `run` is the run's folder on process 0 and a temporary folder on the others; checkpoints, which all processes write,
     go to --checkpoint_dir.
     """
-    task = make_task(config.task)
+    task = make_task(config.task, config.run.seed)
     best = BestStep(run, config.run, task.metrics)
-    training_rows = [checked_rows(path, make_task(config.task, train=True)) for path in config.run.train_data]
+    training_task = make_task(config.task, config.run.seed, train=True)
+    training_rows = [checked_rows(path, training_task) for path in config.run.train_data]
     eval_rows = checked_files(config.run.eval_data, task)
     check_passage_index(config)
     enable_compilation_cache(config.run.compile_cache, cache_folder(config.run.cache_dir))
@@ -63,6 +65,8 @@ def train(config: Config, run: Path) -> None:
         checkpoints = stack.enter_context(RunCheckpoints(folder, config.run.keep, config.run.save_freq))
         mesh = training_mesh(config, model_config(config))
         start, state = restore_or_init(config, checkpoints, mesh)
+        queries = global_batch_size(mesh, config.run.per_gpu_batch_size)
+        write_json(run / CONFIG, to_dict(config) | {"loss_group": start.averaging(config, queries).loss_group})
         progress, total = start.progress, config.optim.total_steps
         best.restore(config, progress.step, progress.scores, eval_rows)
         checkpoints.link_best(best.step)

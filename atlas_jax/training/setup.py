@@ -56,7 +56,9 @@ def build_setup(
     steps = {update: compiled_step(cfg, mesh, update=update) for update in (True, False)}
     compiled = (*steps.values(), *index.source.programs)
     clock = Clock(lambda: sum(function.compile_seconds for function in compiled))
-    examples = TrainingExamples(config.run, make_task(config.task, train=True), training_rows, tokenizer)
+    examples = TrainingExamples(
+        config.run, make_task(config.task, config.run.seed, train=True), training_rows, tokenizer
+    )
     return TrainingSetup(
         mesh,
         cfg,
@@ -65,7 +67,7 @@ def build_setup(
         index=index,
         batcher=batcher,
         lookahead=Lookahead(config, examples, index, batcher, clock, start.progress.position),
-        evaluator=Evaluator(config, make_task(config.task), index.source, tokenizer, mesh),
+        evaluator=Evaluator(config, make_task(config.task, config.run.seed), index.source, tokenizer, mesh),
         clock=clock,
         key=replicate(mesh, jax.random.key(config.run.seed)),
     )

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import random
 
 import pytest
 
@@ -96,3 +97,16 @@ def test_invalid_rows_are_errors(row, message):
     with pytest.raises(ValueError, match=message) as error:
         QA().check(row)
     assert "\n" not in str(error.value)
+
+
+def test_the_target_is_a_function_of_seed_and_number(tokenizer):
+    """One of three answers: each is drawn at some number, seeds draw others, and seed 0 draws as older versions did."""
+    row = {"question": "q", "answers": ["a", "b", "c"]}
+
+    def draws(seed):
+        return [QA(seed=seed).examples(row, number, tokenizer)[0].target for number in range(300)]
+
+    assert draws(1) == draws(1) != draws(2)
+    assert draws(0) == [f"<extra_id_0> {random.Random(number).choice(row['answers'])}" for number in range(300)]
+    for seed in range(4):
+        assert min(collections.Counter(draws(seed)).values()) > 70

@@ -3,6 +3,7 @@
 import pytest
 
 from atlas_jax.config import TaskConfig
+from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.tasks import make_task
 from atlas_jax.tasks.base import Base
@@ -13,12 +14,34 @@ from atlas_jax.tasks.qa import QA
 def test_make_task_returns_the_named_task():
     """`make_task` passes the flags that belong to the task; a task that is not implemented is a UserError."""
 
-    def task(name, **flags):
-        return make_task(TaskConfig(name, **flags))
+    def task(name, train=False, **flags):
+        return make_task(TaskConfig(name, **flags), 7, train=train)
 
-    assert task("base") == Base()
-    assert task("qa", qa_prompt_format="{question}?") == QA("{question}?")
+    assert task("base") == Base(needs_target=False)
+    assert task("base", train=True) == Base()
+    assert task("qa", qa_prompt_format="{question}?") == QA("{question}?", 7, needs_target=False)
     flags = {"multiple_choice_num_options": 5, "multiple_choice_eval_permutations": "cyclic"}
-    assert task("multiple_choice", **flags) == MultipleChoice(5, "cyclic")
+    assert task("multiple_choice", **flags) == MultipleChoice(5, "cyclic", needs_target=False)
+    assert task("multiple_choice", train=True, **flags) == MultipleChoice(5, "single")
     with pytest.raises(UserError, match="--task kilt: not built yet"):
         task("kilt")
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("base", {"query": "q"}),
+        ("qa", {"question": "q"}),
+        ("qa", {"question": "q", "answers": []}),
+        ("multiple_choice", {"question": "q", "options": dict(zip("ABCD", "wxyz", strict=True))}),
+    ],
+)
+def test_rows_without_answers_are_for_evaluation(task, row, golden):
+    """They have no answers there, for each order of the options; training refuses them."""
+    evaluation = make_task(TaskConfig(task, multiple_choice_eval_permutations="cyclic"))
+    evaluation.check(row)
+    examples = evaluation.examples(row, 0, Tokenizer.load(golden / "assets" / "reader"))
+    assert len(examples) == evaluation.examples_per_row
+    assert [example.answers for example in examples] == [[]] * len(examples)
+    with pytest.raises(ValueError, match=r"is missing; every row needs|`answers` is empty"):
+        make_task(TaskConfig(task), train=True).check(row)

@@ -16,6 +16,8 @@ from atlas_jax.training.resume import RunStart, check_same_run
 from atlas_jax.training.step import Averaging
 from tests.training import killing
 
+MODEL, LATEST = ["--model_path"], "checkpoint/latest"
+
 pytestmark = pytest.mark.usefixtures("quick_compiler_in_subprocesses")
 
 
@@ -73,6 +75,27 @@ def test_the_comparison_of_runs_notices_differences(folder):
     loss = json.loads(lines.splitlines()[0])["loss/reader_loss"]
     (run / "metrics.jsonl").write_text(lines.replace(str(loss), str(loss + 1e-6)))
     assert not killing.same(folder / "whole", run)
+
+
+def test_an_evaluation_of_a_run_has_its_step_and_leaves_its_flags(folder):
+    """`atlas evaluate --name RUN` writes scores of the last step; config.json stays that of the training.
+
+    A resume that is refused leaves it as well. The counter-case: with --model_path the same scores are those of step 1.
+    """
+    folder, _ = folder
+    run = shutil.copytree(folder / "whole", folder / "evaluated", symlinks=True)
+    flags, scores = (run / "config.json").read_bytes(), run / f"eval-step-{killing.STEPS}.metrics.json"
+    scores.unlink()
+    train = killing.command("evaluated", folder)
+    evaluate = [{"train": "evaluate", str(killing.GOLDEN / "checkpoint_initial"): "none"}.get(x, x) for x in train]
+    for command, status in ((evaluate, 0), ([*train, "--lr", "0.5"], 2), ([*evaluate, *MODEL, str(run / LATEST)], 0)):
+        [process] = killing.start_processes(command, folder / "evaluated.log", 1)
+        assert process.wait() == status
+    assert (run / "config.json").read_bytes() == flags
+    assert json.loads(flags)["loss_group"] == 5
+    assert json.loads((run / "config-evaluate.json").read_text())["n_context"] == 2
+    found, zero_shot = (json.loads(path.read_text()) for path in (scores, run / "eval-step-1.metrics.json"))
+    assert all(found[name] == zero_shot[name] for name in ("exact_match", "f1", "eval_loss"))
 
 
 def test_a_finished_run_that_is_started_again_only_evaluates_what_is_missing(folder):
