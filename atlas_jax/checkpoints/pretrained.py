@@ -69,7 +69,7 @@ def _config_file(name_or_folder: str, *, known: bool, fetch: bool) -> Path | Non
 def reader_config(name_or_folder: str, *, fetch: bool = False) -> T5Config:
     """Returns the reader's config from config.json (model_type t5), or a published T5's if its is not at hand.
 
-    `fetch`: whether the hub is asked for the config.json of a published name, as it is for weights.
+    `fetch`: whether the hub is asked for the config.json of a published name, as a run does, which needs more of it.
     """
     known = name_or_folder in T5_CONFIGS
     path = _config_file(name_or_folder, known=known, fetch=fetch) if known else Path(name_or_folder) / "config.json"
@@ -108,7 +108,7 @@ def reader_config(name_or_folder: str, *, fetch: bool = False) -> T5Config:
 def retriever_config(name_or_folder: str, *, fetch: bool = False) -> ContrieverConfig:
     """Returns the retriever's config from config.json (model_type bert), of a folder or of the hub.
 
-    `fetch`: whether the hub is asked for it even if the name is known, as it is for weights.
+    `fetch`: whether the hub is asked for it even if the name is known.
 
     The field `"layer_norm": "atlas" | "standard"` of config.json names the layer norm. Without that field, a
     sentence-transformers folder has the standard one, with the pooling and normalization of its modules; any other
