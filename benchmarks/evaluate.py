@@ -24,7 +24,7 @@ from atlas_jax.models.t5 import T5_CONFIGS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reader", default="t5-small", choices=list(T5_CONFIGS))
-    parser.add_argument("--retriever", help="folder of an encoder; default: Contriever's shape, random")
+    parser.add_argument("--retriever", help="folder of an encoder, for its shape; default: Contriever's")
     parser.add_argument("--passages", default=str(SAMPLE / "passages.jsonl"))
     parser.add_argument("--max_passages", default="-1")
     parser.add_argument("--questions", default=str(SAMPLE / "mmlu.jsonl"))
@@ -56,7 +56,7 @@ def main() -> None:
             "checkpoint_dir": folder,
         }
         argv = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-        if atlas(["evaluate", *argv, "--write_results"]):
+        if atlas(["evaluate", *argv, "--random_weights", "--write_results"]):
             sys.exit(2)
         run_folder = folder / "benchmark"
         metrics = json.loads((run_folder / "questions-step-1.metrics.json").read_text())

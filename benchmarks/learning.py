@@ -77,7 +77,7 @@ def main() -> None:
             folder,
             "reading",
             common_flags | reading_flags | schedule_flags(args.reading_steps, 1),
-            ["--shuffle", "--use_file_passages"],
+            ["--shuffle", "--use_file_passages", "--random_weights"],
         )
         trained_reader = ["--model_path", str(folder / "reading/checkpoint/latest"), "--output", str(folder / "read")]
         atlas(["convert", *trained_reader, "--to", "huggingface"])

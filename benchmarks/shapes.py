@@ -1,4 +1,4 @@
-"""Model folders with configuration and the sample's tokenizers, without weights: `atlas` initializes them at random."""
+"""Model folders with configuration and the sample's tokenizers, without weights: for `--random_weights`."""
 
 import json
 import shutil

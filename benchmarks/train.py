@@ -64,7 +64,7 @@ def main() -> None:
         argv = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
         switches = () if args.reader_only else ("train_retriever", "query_side_retriever_training")
         remat = ("use_gradient_checkpoint_reader", "use_gradient_checkpoint_retriever")
-        if atlas(["train", *argv, *(f"--{switch}" for switch in (*switches, *remat))]):
+        if atlas(["train", *argv, "--random_weights", *(f"--{switch}" for switch in (*switches, *remat))]):
             sys.exit(2)
         run_folder = folder / "benchmark"
         rows = [json.loads(row) for row in (run_folder / "metrics.jsonl").read_text().splitlines()]

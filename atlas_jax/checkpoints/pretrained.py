@@ -14,7 +14,7 @@ from atlas_jax.errors import UserError
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS, T5Config
 from atlas_jax.storage.files import read_json
-from atlas_jax.storage.hub import cached_file, has_file, hub_file, is_hub_name
+from atlas_jax.storage.hub import address, cached_file, has_file, hub_file, is_hub_name
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _config_file(name_or_folder: str, *, known: bool, fetch: bool) -> Path | Non
 def reader_config(name_or_folder: str, *, fetch: bool = False) -> T5Config:
     """Returns the reader's config from config.json (model_type t5), or a published T5's if its is not at hand.
 
-    `fetch`: whether the hub is asked for the config.json of a published name, as it is for weights.
+    `fetch`: whether the hub is asked for the config.json of a published name, as a run does, which needs more of it.
     """
     known = name_or_folder in T5_CONFIGS
     path = _config_file(name_or_folder, known=known, fetch=fetch) if known else Path(name_or_folder) / "config.json"
@@ -108,7 +108,7 @@ def reader_config(name_or_folder: str, *, fetch: bool = False) -> T5Config:
 def retriever_config(name_or_folder: str, *, fetch: bool = False) -> ContrieverConfig:
     """Returns the retriever's config from config.json (model_type bert), of a folder or of the hub.
 
-    `fetch`: whether the hub is asked for it even if the name is known, as it is for weights.
+    `fetch`: whether the hub is asked for it even if the name is known.
 
     The field `"layer_norm": "atlas" | "standard"` of config.json names the layer norm. Without that field, a
     sentence-transformers folder has the standard one, with the pooling and normalization of its modules; any other
@@ -118,7 +118,7 @@ def retriever_config(name_or_folder: str, *, fetch: bool = False) -> ContrieverC
     path = _config_file(name_or_folder, known=known, fetch=fetch)
     if path is None:
         if not known:
-            raise UserError(f"{name_or_folder}: its repository on the hub has no config.json; name a BERT's")
+            raise UserError(f"{name_or_folder}: no config.json on the hub {address()}; check the name")
         return KNOWN_RETRIEVERS[name_or_folder]
     config = _with_defaults(read_json(path), max_position_embeddings=512, type_vocab_size=2, layer_norm_eps=1e-12)
     _read_choice(config, "model_type", ("bert",), "", path)
@@ -171,9 +171,9 @@ def _optional_file(name_or_folder: str, file: str) -> Path | None:
         path = Path(name_or_folder) / file
         return path if path.is_file() else None
     try:
-        return hub_file(name_or_folder, [file], f"take it for a model without {file}")
+        return hub_file(name_or_folder, [file], "name a local folder")
     except UserError as error:
-        logger.warning("%s", error)
+        logger.warning("%s; until then it is read as a model without %s", error, file)
         return None
 
 
@@ -181,7 +181,7 @@ def check_weights(name_or_folder: str) -> None:
     """Raises UserError unless a folder, the hub's cache or the hub has weights; reads and downloads none."""
     if is_hub_name(name_or_folder):
         if not has_file(name_or_folder, WEIGHT_FILES, REMEDY.format("weights")):
-            raise _no_weights(name_or_folder, "no weights in its repository on the hub")
+            raise _no_weights(name_or_folder, f"no weights on the hub {address()}")
     elif weights_file(name_or_folder) is None:
         shards = [path.name for pattern in SHARDS for path in sorted(Path(name_or_folder).glob(pattern))]
         if shards:

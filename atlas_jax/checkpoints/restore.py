@@ -79,7 +79,7 @@ def model_config(config: Config) -> AtlasConfig:
     folder = config.weights_folder
     if folder and store.is_checkpoint(folder):
         return store.load_config(folder)[0]
-    return _model_config(config, untied=False, fetch=folder is None and not config.model.random_weights)
+    return _model_config(config, untied=False)
 
 
 def retriever_fingerprint(params: Mapping[str, ArrayLike]) -> str:
@@ -92,11 +92,11 @@ def retriever_fingerprint(params: Mapping[str, ArrayLike]) -> str:
     return digest.hexdigest()
 
 
-def _model_config(config: Config, *, untied: bool, fetch: bool = False) -> AtlasConfig:
+def _model_config(config: Config, *, untied: bool) -> AtlasConfig:
     no_retriever = config.retrieval.use_file_passages
     return AtlasConfig(
-        reader_config(config.model.reader_model_type, fetch=fetch),
-        None if no_retriever else retriever_config(config.model.retriever_model_path, fetch=fetch),
+        reader_config(config.model.reader_model_type, fetch=True),
+        None if no_retriever else retriever_config(config.model.retriever_model_path, fetch=True),
         untied,
     )
 
@@ -159,7 +159,7 @@ def _open_pretrained(config: Config) -> Weights:
     if not model.random_weights:
         for name in names.values():
             check_weights(name)  # before either is downloaded, which may take hours
-    cfg = _model_config(config, untied=False, fetch=not model.random_weights)
+    cfg = _model_config(config, untied=False)
     tokenizers = _load_tokenizers(config)
     params: dict[str, ArrayLike] = {}
     for prefix, name in names.items():

@@ -21,7 +21,7 @@ from atlas_jax.data.tokenizer_files import (
     write_tokenizer_files,
 )
 from atlas_jax.errors import UserError
-from atlas_jax.storage.hub import hub_file, is_hub_name
+from atlas_jax.storage.hub import address, hub_file, is_hub_name
 
 _CHUNK = 1024  # texts per call: bounds the memory of the encodings, which hold more than ids
 CLEAN_UP = "clean_up_tokenization_spaces"  # in tokenizer_config.json
@@ -159,7 +159,7 @@ def _hub_folder(name: str) -> Path:
     others = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"]
     vocabulary = hub_file(name, VOCABULARIES, remedy, companions=others)
     if vocabulary is None:
-        raise UserError(f"{name}: its repository on the hub has no tokenizer ({', '.join(VOCABULARIES)}); {remedy}")
+        raise UserError(f"{name}: no tokenizer on the hub {address()} ({', '.join(VOCABULARIES)}); {remedy}")
     return vocabulary.parent
 
 

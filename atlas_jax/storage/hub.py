@@ -34,6 +34,13 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*", name) is not None and not Path(name).is_dir()
 
 
+def address() -> str:
+    """Returns the address of the hub."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
 def cached_file(name: str, files: Sequence[str], revision: str = MAIN) -> Path | None:
     """Returns the path of the first of `files` that the hub's cache has of a repository; None if it has none."""
     import huggingface_hub  # takes a second, and only names of the hub need it

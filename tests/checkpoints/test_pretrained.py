@@ -156,7 +156,7 @@ def test_shards_are_downloaded_with_their_index(server, expected, assets, tmp_pa
 def test_weights_that_are_missing_are_noticed_before_a_download(server, expected):
     """No weights in the repository, or no such repository: one line with the remedy, and nothing is fetched."""
     del server.files[path_of(RETRIEVER, "model.safetensors")]
-    with pytest.raises(UserError, match=rf"^{RETRIEVER}: no weights in its repository .*--random_weights\)$"):
+    with pytest.raises(UserError, match=rf"^{RETRIEVER}: no weights on the hub http://.*--random_weights\)$"):
         restored()
     with pytest.raises(UserError, match=r"^nobody/nothing: no such folder, and no such repository on the hub"):
         restored(retriever="nobody/nothing")
@@ -181,8 +181,19 @@ def test_any_bert_of_the_hub_can_retrieve(server, expected, assets, tmp_path):
         assert retriever_config("facebook/contriever-msmarco").norm == "atlas"
         server.files.clear()
     server.files[path_of("someone/empty", "README.md")] = b""
-    with pytest.raises(UserError, match=r"someone/empty: its repository on the hub has no config\.json"):
+    with pytest.raises(UserError, match=r"someone/empty: no config\.json on the hub http://"):
         retriever_config("someone/empty")
+
+
+def test_a_cache_that_does_not_know_of_modules_is_warned_of(server, assets, tmp_path, caplog):
+    """Another program cached config.json alone and the hub is not there: read as a plain BERT, which the log says."""
+    cached = tmp_path / "cache" / "models--someone--bert"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("1")
+    copy_without_weights(assets[1], cached / "snapshots" / "1")
+    stop(server)
+    assert retriever_config("someone/bert").norm == "atlas"
+    assert "until then it is read as a model without modules.json" in caplog.text
 
 
 def test_published_shapes_need_no_network(server):
