@@ -25,10 +25,8 @@ class RunConfig:
     save_freq: int = changeable(5000)  # train: steps between two checkpoints; the last step is saved in any case
     save_optimizer: bool = changeable(False)  # keep the optimizers in the last checkpoint of a finished run too, and in
     # the best; the others have them in any case, so that a run that was stopped resumes exactly
-    keep: int | None = changeable(
-        None
-    )  # train: number of newest checkpoints to keep, beside that of the best step; left
-    # out: those of all --save_freq steps; 0: none once the run has finished
+    keep: int | None = changeable(None)  # train: number of newest checkpoints to keep, beside that of the best step;
+    # left out: those of all --save_freq steps; 0: none once the run has finished
     select_by: str | None = changeable(None)  # train: the score that decides which step is the best, FILE:METRIC with a
     # file of --eval_data, such as dev:f1; left out: the first file and the task's main metric
     max_bad_steps: int = changeable(20)  # train: stop after this many consecutive steps whose loss or gradient is not
