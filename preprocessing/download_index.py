@@ -27,6 +27,7 @@ CATALOGUE = Catalogue(
 Next, in atlas evaluate or atlas train, with the model whose retriever built it:
     --load_index_path {folder} --model_path {output}/models/{family}/{size}
 """,
+    aliases=("--model",),  # Reference: its README of MMLU calls the flag so, its script does not take that
 )
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from atlas_jax.storage.files import write_json
 
 BASE_URL = "https://dl.fbaipublicfiles.com/atlas"
 MANIFEST = "manifest.json"
-LOG_LINE_FORMAT = "{desc}: {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
+LOG_LINE_FORMAT = "{n}|{desc}: {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
 SECONDS_PER_LINE = 30.0
 MAX_ERROR_LINES = 10
 EPILOG = """\
@@ -68,6 +68,7 @@ class Catalogue:
     patterns: tuple[str, ...]  # file names of a shard; {} is its number
     num_shards: int
     next_steps: str  # text printed after a download, a format string with {folder}, {output}, {family} and {size}
+    aliases: tuple[str, ...] = ()  # other flags for the name, besides --{kind}
 
     def shard_files(self, number: int) -> list[str]:
         return [pattern.format(number) for pattern in self.patterns]
@@ -225,11 +226,16 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
 
 class LogLines(io.TextIOBase):
-    """Output stream of a progress bar without a terminal: every redraw of the bar becomes a line."""
+    """Output stream of a progress bar without a terminal: a redraw `{n}|{line}` becomes a line if it has a new `n`."""
+
+    def __init__(self) -> None:
+        self._n = ""
 
     def write(self, text: str) -> int:
-        if text.strip():
-            log_line(text.strip())
+        n, _, line = text.strip().partition("|")
+        if line and n != self._n:
+            log_line(line)
+            self._n = n
         return len(text)
 
 
@@ -292,7 +298,7 @@ def parse_args(catalogue: Catalogue, description: str, argv: Sequence[str] | Non
     )
     url = os.environ.get("ATLAS_BASE_URL", BASE_URL)
     add = parser.add_argument
-    add(f"--{catalogue.kind}", dest="name", metavar="NAME", help="what to download")
+    add(f"--{catalogue.kind}", *catalogue.aliases, dest="name", metavar="NAME", help="what to download")
     add("--output_directory", type=Path, default=Path("data"), metavar="DIR", help="to DIR/NAME (default: data)")
     add("--list", action="store_true", help="show the names, and the sizes if the server is there to ask; no download")
     add("--verify", action="store_true", help="read the files that are there and name damaged ones; no download")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from atlas_jax.commands.flags import GROUPS
+from atlas_jax.errors import UserError
 from tests.preprocessing.download_server import Fault, run_server
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "preprocessing"))
@@ -140,6 +141,33 @@ def test_wrong_flags_give_one_line_and_status_2(capsys, flags, what):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert what in err
+
+
+def test_the_published_commands_are_accepted():
+    """Flags as the reference's READMEs and scripts type them, `download_index.py --model` among them; no other does."""
+    commands = [
+        (download_corpus, "--corpus corpora/wiki/enwiki-dec2018 --output_directory data"),
+        (download_model, "--model models/atlas_nq/xl --output_directory data"),
+        (download_index, "--index indices/atlas_nq/wiki/xl --output_directory data"),
+        (download_index, "--model indices/atlas/wiki/xxl --output_directory data"),
+    ]
+    for script, flags in commands:
+        args = published.parse_args(script.CATALOGUE, "", flags.split())
+        assert (args.name, args.output_directory) == (flags.split()[1], Path("data"))
+    with pytest.raises(UserError, match="unrecognized arguments: --model"):
+        published.parse_args(download_corpus.CATALOGUE, "", ["--model", "corpora/wiki/enwiki-dec2018"])
+    with pytest.raises(UserError, match="--index models/atlas/xxl: no such name"):
+        published.parse_args(download_index.CATALOGUE, "", ["--model", "models/atlas/xxl"])
+
+
+def test_progress_without_a_terminal_logs_each_position_once(monkeypatch, capsys):
+    """The first and the last line among them, also where redraws are more frequent than bytes."""
+    monkeypatch.setattr(published, "SECONDS_PER_LINE", 0.0)
+    with published.bytes_progress("downloading", 1000, 100) as advance:
+        for count in (400, 0, 500):
+            advance(count)
+    lines = [line.partition("] ")[2].partition(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [f"downloading: {done} of 1.00kB" for done in ("100B", "500B", "1.00kB")]
 
 
 def test_list_prints_names_and_sizes(run, server, capsys):
