@@ -130,7 +130,7 @@ def downloaded_files(home: Path, questions: int) -> Iterator[Reader]:
         server.files |= published_files(home)
         reader = Reader(home, server.url)
         write_mmlu_archive(reader.mmlu / "data.tar", questions)
-        for command in ("prepare_mmlu.py", f"download_model.py --model {MODEL}", f"download_index.py --index {INDEX}"):
+        for command in ("prepare_mmlu.py", f"download_model.py --model {MODEL}", f"download_index.py --model {INDEX}"):
             reader.run(f"python preprocessing/{command} --output_directory $DATA_DIR")
         yield reader
 
