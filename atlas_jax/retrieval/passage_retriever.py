@@ -14,6 +14,7 @@ from atlas_jax.models.atlas import Retriever
 from atlas_jax.retrieval.embedder import Embedder
 from atlas_jax.retrieval.passage_index import PassageIndex, open_passage_index, rebuild_passage_index
 from atlas_jax.retrieval.passage_source import RetrievedPassages
+from atlas_jax.retrieval.passage_store import PassageTokens
 from atlas_jax.retrieval.rerank import Reranker
 from atlas_jax.retrieval.search import SearchResult
 from atlas_jax.runtime.compiled import CompiledFunction
@@ -64,8 +65,7 @@ class PassageRetriever:
         index = open_passage_index(config, passages, fingerprints, mesh, scratch)
         reranker = None
         if config.retrieval.retrieve_with_rerank:
-            with process_group().process_0_first():
-                tokens = index.passages.tokens(tokenizer, config.text.retriever_format, "retriever")
+            tokens = _tokenize_for_retriever(index, tokenizer, config.text)
             candidates = config.retrieval.searched[1]
             reranker = Reranker(passages, tokens, candidates, config.index.per_gpu_embedder_batch_size)
         return cls(index, queries, passages, global_batch_size(mesh, config.run.per_gpu_batch_size), reranker)
@@ -103,6 +103,10 @@ class PassageRetriever:
         result = self.reranker(on_host, candidates, k)
         return lambda: result
 
+    def tokenize_for_retriever(self, text: TextConfig) -> None:
+        """Tokenizes all passages for the retriever now, with progress, rather than when they are first retrieved."""
+        _tokenize_for_retriever(self.index, self.passage_embedder.tokenizer, text)
+
     def tokenize_for_reader(self, text: TextConfig, tokenizer: Tokenizer) -> None:
         """Tokenizes all passages for the reader now, with progress, rather than when they are first retrieved."""
         encoder = ReaderInputEncoder(tokenizer, text.encoder_format, text.text_maxlength)
@@ -120,3 +124,10 @@ class PassageRetriever:
         self.index = rebuild_passage_index(
             self.index, config, self.passage_embedder, fingerprint, self.passage_embedder.mesh, scratch
         )
+
+
+def _tokenize_for_retriever(index: PassageIndex, tokenizer: Tokenizer, text: TextConfig) -> PassageTokens:
+    """Token ids of all passages for the retriever, made with progress if they are not there yet."""
+    count = len(index.passages)
+    with process_group().process_0_first(), progress("tokenizing for the retriever", "passages", count) as advance:
+        return index.passages.tokens(tokenizer, text.retriever_format, "retriever", advance)

@@ -16,7 +16,7 @@ from atlas_jax.data.ragged import Numbers, RaggedArray, RaggedWriter
 from atlas_jax.data.reader_inputs import render
 from atlas_jax.data.tokens import Tokenizer, flatten
 from atlas_jax.errors import UserError
-from atlas_jax.storage.cache import choose_place, exclusive, fingerprint_files
+from atlas_jax.storage.cache import find_or_make, fingerprint_files
 from atlas_jax.storage.files import atomic_folder
 
 logger = logging.getLogger(__name__)
@@ -145,22 +145,19 @@ class PassageStore:
             places = [self.folder / key]
             if self.cache:
                 places.append(self.cache / "tokens" / fingerprint_files([self.folder / "text.bin"]) / key)
-            found = next(filter(Path.is_dir, places), None)
-            self._tokens[key] = PassageTokens.open(
-                found or self._make_tokens(places, tokenizer, metadata, progress), metadata
-            )
-        return self._tokens[key]
+            text = (self.folder / "text.bin").stat().st_size
+            size = text // 2 + 8 * len(self)  # 2 bytes for each token of some 4 letters, and its offsets
 
-    def _make_tokens(self, places: list[Path], tokenizer: Tokenizer, metadata: dict, progress: Progress | None) -> Path:
-        """Writes token ids to the first of these folders that has room, unless another process does; returns it."""
-        text = (self.folder / "text.bin").stat().st_size
-        size = text // 2 + 8 * len(self)  # 2 bytes for each token of some 4 letters, and its offsets
-        place = choose_place(places, size, f"{self.folder}: token ids")
-        with exclusive(place):
-            if not place.is_dir():
+            def make(place: Path) -> None:
                 _log_replaced_tokenizer(place, metadata)
                 self._write_tokens(place, tokenizer, metadata, progress)
-        return place
+
+            def find() -> Path | None:
+                return next(filter(Path.is_dir, places), None)
+
+            folder = find_or_make(places, size, f"{self.folder}: token ids", find, make)
+            self._tokens[key] = PassageTokens.open(folder, metadata)
+        return self._tokens[key]
 
     def _write_tokens(self, folder: Path, tokenizer: Tokenizer, metadata: dict, progress: Progress | None) -> None:
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "int32"

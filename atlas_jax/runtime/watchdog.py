@@ -15,6 +15,7 @@ JAX_FOLDER = os.path.dirname(getattr(importlib.util.find_spec("jax"), "origin", 
 WAITING_CODE = (
     JAX_FOLDER,
     *(str(PACKAGE / name) for name in ("runtime/process_group.py", "runtime/compiled.py", "retrieval/flat_index.py")),
+    str(PACKAGE / "storage" / "file_lock.py"),
 )
 BUSY_SHARE = 0.02  # share of one CPU; a process that only sends heartbeats uses a tenth of it
 

@@ -1,23 +1,21 @@
-"""Files that are made once and found again by later runs: where they are kept, and how only one process makes them."""
+"""Files that are made once and found again by later runs: where they are kept, and how they are recognised."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from atlas_jax.errors import UserError
-
-logger = logging.getLogger(__name__)
+from atlas_jax.storage.file_lock import exclusive
+from atlas_jax.storage.files import WriteError
 
 VARIABLE = "ATLAS_CACHE"  # the environment variable with the default of --cache_dir
 GIGABYTE = 1e9
+BLOCK = 2**16  # bytes of a block of `sample_digest`
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -29,65 +27,61 @@ def cache_folder(cache_dir: str | None) -> Path:
 
 
 def fingerprint_files(paths: Iterable[Path], **others: Any) -> str:
-    """12 hexadecimal digits of the names, sizes and times of change of files, and of other values.
+    """12 hexadecimal digits of the names, times of change and samples of files, and of other values.
 
-    Reads no file, so it is quick for an index of hundreds of GB. A file that is written again has another time.
+    A file that is written again has another time; archives may give all files the same one, so samples are read too.
     """
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    stats = [(path.name, path.stat().st_mtime_ns, sample_digest(path, 4)) for path in paths]
     return hashlib.sha256(json.dumps([sorted(stats), others], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def choose_place(places: Iterable[Path], bytes_needed: int, what: str) -> Path:
-    """The first of these paths whose folder can be written and has room; UserError with the reasons if none has."""
+def sample_digest(path: Path, blocks: int = 16) -> str:
+    """A hash of the size of a file and of that many blocks, spread over it: of all of a small file."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in range(0, size, max(BLOCK, -(-size // blocks))):
+            file.seek(start)
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def find_or_make(
+    places: Sequence[Path], bytes_needed: int, what: str, find: Callable[[], Path | None], make: Callable[[Path], None]
+) -> Path:
+    """Returns what `find` finds among `places`, or makes it at the first that can be written and has room.
+
+    Of processes that start together one makes it, and the others wait and find it. UserError if there is no place, with
+    the size and the reasons.
+    """
     problems = []
+    if found := find():
+        return found
     for place in places:
-        free = _free_bytes(place.parent)
-        if free is not None and free >= bytes_needed:
-            return place
-        problem = "cannot be written" if free is None else f"has {free / GIGABYTE:.3g} GB of room"
-        problems.append(f"{place.parent} {problem}")
-    raise UserError(
-        f"{what} takes {bytes_needed / GIGABYTE:.3g} GB, but {' and '.join(problems)}; name a folder with --cache_dir"
-    )
+        if not _can_write(place.parent):
+            problems.append(f"{place.parent} cannot be written")
+            continue
+        with exclusive(place):
+            if found := find():  # another process has made it in the meantime
+                return found
+            free = shutil.disk_usage(place.parent).free
+            if free < bytes_needed:
+                problems.append(f"{place.parent} has {free / GIGABYTE:.3g} GB of room")
+                continue
+            try:
+                make(place)
+                return place
+            except WriteError as error:  # such as a quota, which shows while writing only
+                problems.append(str(error).partition("; ")[0])
+    size = f"{what} takes {bytes_needed / GIGABYTE:.3g} GB"
+    raise UserError(f"{size}, but {' and '.join(problems)}; name a folder with --cache_dir")
 
 
-def _free_bytes(folder: Path) -> int | None:
-    """Free bytes on the disk of a folder, which is made if it is missing; None if it cannot be written."""
+def _can_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return shutil.disk_usage(folder).free
-    except OSError:
-        return None
-
-
-@contextlib.contextmanager
-def exclusive(place: Path) -> Iterator[None]:
-    """Only one process at a time makes `place`; the others wait in front of the block, and then find it made.
-
-    On a file system without locks nobody waits: several processes may then make the same, and one of them stays.
-    """
-    path = place.with_name(f".{place.name}.lock")
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # who writes there next reports the error
-            while True:
-                lock = stack.enter_context(path.open("w"))
-                if not _lock(lock, place):
-                    break
-                with contextlib.suppress(FileNotFoundError):  # removed by the process that held it before
-                    if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                        break
-            stack.callback(path.unlink, missing_ok=True)
-        yield
-
-
-def _lock(file: IO[str], place: Path) -> bool:
-    """Locks the file, if necessary after another process; False on a file system without locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        logger.info("%s: another process makes it now; waiting for that", place)
-        fcntl.flock(file, fcntl.LOCK_EX)
+            return True
     except OSError:
         return False
-    return True

@@ -18,19 +18,23 @@ from atlas_jax.errors import UserError
 from atlas_jax.storage import mapped_file
 
 
+class WriteError(UserError):
+    """A file or a folder cannot be written, for a reason of the system."""
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterator[Path]:
     """Yields a hidden sibling folder to write into; renames it to `folder` when the block ends, removes it on an error.
 
     First removes such siblings of processes that were killed. Without `replace` a `folder` that exists by the end of
-    the block stays, and what the block wrote is dropped. UserError that ends in `remedy` if it cannot be written.
+    the block stays, and what the block wrote is dropped. WriteError that ends in `remedy` if it cannot be written.
     """
     _remove_leftovers(folder)
     draft, previous = _sibling(folder, "draft"), _sibling(folder, "old")
     try:
         draft.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from None
+        raise WriteError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from None
     try:
         yield draft
         if replace and folder.exists():
@@ -41,7 +45,7 @@ def atomic_folder(folder: Path, remedy: str, *, replace: bool = False) -> Iterat
         if not _is_write_error(error, draft):
             raise
         if replace or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from None
+            raise WriteError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from None
     finally:
         if previous.exists() and not folder.exists():
             os.rename(previous, folder)

@@ -103,6 +103,8 @@ class RefreshableIndex:
             self._index_encoder = encoder
         self.fingerprint = retriever.index.fingerprint
         retriever.tokenize_for_reader(config.text, weights.tokenizer)
+        if config.distill.train_retriever:
+            retriever.tokenize_for_retriever(config.text)
         return retriever
 
     def _check_count(self, count: int) -> None:

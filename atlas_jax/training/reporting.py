@@ -83,7 +83,7 @@ class MetricsReporter:
 
     def pending(self) -> dict[str, tuple[float | None, int]]:
         """Sums and counts of the metrics since the last line, as a checkpoint holds them in JSON."""
-        return {name: (_finite(total), count) for name, (total, count) in self._sums.items()}
+        return {name: (_finite(float(total)), count) for name, (total, count) in self._sums.items()}
 
     def _write(self, step: int, means: Mapping[str, float]) -> None:
         line = {"step": step} | {name: _finite(mean) for name, mean in means.items()}

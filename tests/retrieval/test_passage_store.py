@@ -13,7 +13,7 @@ from atlas_jax.data.ragged import RaggedArray
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.passage_store import PassageStore, build_passages
-from atlas_jax.storage import cache
+from atlas_jax.storage import file_lock
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 RETRIEVER_FORMAT = "{title} {text}"
@@ -261,7 +261,7 @@ def test_interrupted_tokenization_leaves_no_files(tmp_path):
 
 def test_two_writers_of_the_same_tokens_both_succeed(tmp_path, monkeypatch):
     """Two hosts on a disk without locks: the files of the first to finish are kept, and the other reads them."""
-    monkeypatch.setattr(cache, "_lock", lambda file, place: False)
+    monkeypatch.setattr(file_lock, "_lock", lambda file, place: False)
     folder = PassageStore.build([PASSAGE] * 3, tmp_path / "store").folder
     barrier, taken = threading.Barrier(2, timeout=10), []
 

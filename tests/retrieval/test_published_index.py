@@ -146,6 +146,33 @@ def test_a_damaged_copy_is_made_again(open_index, shards, golden_batch, caplog, 
     assert "made again" in caplog.text
 
 
+def test_a_quota_that_ends_the_writing_leads_to_the_cache(open_index, shards, monkeypatch, tmp_path, golden_batch):
+    """Free space of the disk does not show it; the copy goes to --cache_dir, and nothing is left beside the shards."""
+    original = passage_index.write_flat_index
+
+    def refuse_beside(source, draft):
+        if draft.is_relative_to(shards):
+            raise OSError(122, "Disk quota exceeded", str(draft / "embeddings.npy"))
+        return original(source, draft)
+
+    monkeypatch.setattr(passage_index, "write_flat_index", refuse_beside)
+    found(open_index(shards), golden_batch)
+    assert len(copies(tmp_path / "cache" / "indexes")) == 1
+    assert sorted(path.suffix for path in shards.iterdir()) == [".pt"] * 8
+
+
+def test_shards_of_equal_size_and_time_are_told_apart(open_index, shards, published, golden_batch):
+    """As in archives that give all files one time: a sample of the content is in the fingerprint."""
+    open_index(shards)
+    path = shards / "embeddings.0.pt"
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    open_index(shards)
+    assert len(copies(shards)) == 2
+
+
 def test_runs_that_start_together_convert_once(shards, caplog):
     """One of four converts, the others wait for it and say so; without locks each would."""
     conversions = []

@@ -7,7 +7,7 @@ from typing import Any
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.faiss_index import map_arrays
 from atlas_jax.retrieval.formats.index_folder import PASSAGES, is_index, read_metadata, read_vectors
-from atlas_jax.retrieval.formats.torch_shards import TorchShards
+from atlas_jax.retrieval.formats.torch_shards import TorchShards, shard_files
 from atlas_jax.retrieval.passage_store import PassageStore
 
 
@@ -16,7 +16,8 @@ def inspect(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the folder of an index")
     found = _inspect_index(folder) if is_index(folder) else _inspect_shards(folder)
-    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    files = folder.rglob("*") if is_index(folder) else shard_files(folder)  # beside shards there may be a copy of them
+    sizes = {path: path.stat().st_size for path in files if path.is_file()}
     passages = sum(size for path, size in sizes.items() if path.relative_to(folder).parts[0].startswith("passages"))
     vectors = sum(sizes.values()) - passages
     return found | {

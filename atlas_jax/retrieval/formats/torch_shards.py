@@ -32,7 +32,7 @@ class TorchShards:
     def __init__(self, folder: Path):
         self.folder = folder
         self._open = functools.lru_cache(maxsize=2)(lambda n: _load_embeddings(folder / f"embeddings.{n}.pt"))
-        shapes = [self._open(n).shape for n in range(_count_shards(folder))]
+        shapes = [self._open(n).shape for n in range(len(shard_files(folder)) // 2)]
         self.counts = [count for _, count in shapes]
         self.count, self.dim = sum(self.counts), shapes[0][0]
         for n, (dim, _) in enumerate(shapes):
@@ -101,17 +101,17 @@ def transpose(source: Num[np.ndarray, "a b"], out: Float16[np.ndarray, "b a"]) -
             out[start : start + width].view(np.uint16)[:] = rows.reshape(TILE, a)[:width]
 
 
-def _count_shards(folder: Path) -> int:
-    """Returns the number of shards; UserError if there are none, or any file below the highest N is missing."""
+def shard_files(folder: Path) -> list[Path]:
+    """Returns `embeddings.N.pt` and `passages.N.pt` of each shard; UserError if there is none or a file is missing."""
     names = [re.fullmatch(r"(?:embeddings|passages)\.(\d+)\.pt", file.name) for file in folder.iterdir()]
     count = 1 + max((int(name[1]) for name in names if name), default=-1)
     if not count:
         raise UserError(f"{folder}: neither {METADATA} nor embeddings.0.pt in this folder; is it an index?")
-    for n, kind in itertools.product(range(count), ("embeddings", "passages")):
-        file = folder / f"{kind}.{n}.pt"
+    files = [folder / f"{kind}.{n}.pt" for n, kind in itertools.product(range(count), ("embeddings", "passages"))]
+    for file in files:
         if not file.is_file():
             raise UserError(f"{file}: missing, one of {count} shards; copy it from where the others are")
-    return count
+    return files
 
 
 def _load_embeddings(file: Path) -> np.ndarray:
