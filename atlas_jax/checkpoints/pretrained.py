@@ -10,6 +10,7 @@ import numpy as np
 
 from atlas_jax.checkpoints.formats.safetensors_file import open_safetensors
 from atlas_jax.checkpoints.formats.torch_reader import load_torch
+from atlas_jax.checkpoints.weights import hub_name
 from atlas_jax.errors import UserError
 from atlas_jax.models.contriever import ContrieverConfig
 from atlas_jax.models.t5 import T5_CONFIGS, T5Config
@@ -206,7 +207,7 @@ def folder_weights(name_or_folder: str) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for shard in _shard_files(file, name_or_folder):
         for name, array in _open_arrays(shard).items():
-            short_name = name.removeprefix("bert.")
+            short_name = hub_name(name)
             if short_name in arrays:
                 raise UserError(f"{shard}: has {short_name} once more; fetch the folder again")
             arrays[short_name] = array

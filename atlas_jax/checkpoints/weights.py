@@ -35,7 +35,7 @@ class WeightRule(NamedTuple):
     name: str
     path: str
     layout: str
-    alias: bool = False  # a second name of an array: may be absent, must be equal to it
+    alias: bool = False  # another name of an array: stands in for it, or is equal to it, or is absent
 
 
 SPLIT, MERGE = "(h k) d -> d h k", "d (h k) -> h k d"
@@ -118,6 +118,7 @@ def retriever_rules() -> list[WeightRule]:
 UNUSED = (  # patterns of names in published files that our models do not use
     r"embeddings\.position_ids$",  # a buffer: 0, 1, 2, ...
     r"(^|\.)pooler\.dense\.(weight|bias)$",  # BERT's head; Contriever takes the mean over tokens
+    r"(^|\.)(cls|qa_outputs|classifier|classification_head)\.",  # heads of models that were trained for other tasks
     r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",  # T5 1.0 has it and ignores it
 )
 
@@ -180,17 +181,15 @@ def map_weights(source: Mapping[str, np.ndarray], cfg: AtlasConfig, *, where: st
     UserError, naming the file `where`, if names are missing or unexpected, a shape does not fit `cfg`, or two names of
     one parameter have different values. Only that comparison reads values.
     """
-    entries = weight_entries(cfg)
+    entries = _with_stand_ins(weight_entries(cfg), source)
     names = {e.name for e in entries}
     missing = [e.name for e in entries if e.name not in source and not e.alias]
     unexpected = [name for name in source if name not in names and not any(re.search(p, name) for p in UNUSED)]
     if missing or unexpected:
         problems = [f"it lacks {_join_names(missing)}"] if missing else []
         problems += [f"nothing takes {_join_names(unexpected)}"] if unexpected else []
-        raise UserError(
-            f"{where}: not the weights of this model: {'; '.join(problems)}; "
-            "check --reader_model_type and --retriever_model_path"
-        )
+        problem = f"not the weights of this model: {'; '.join(problems)}"
+        raise UserError(f"{where}: {problem}; check {_flags_of(missing + unexpected)}")
     shapes = param_shapes(cfg)
     views: dict[str, list[np.ndarray]] = {path: [] for path in shapes}  # one per layer, in order, or a single one
     aliases: list[tuple[WeightEntry, np.ndarray]] = []
@@ -209,6 +208,23 @@ def map_weights(source: Mapping[str, np.ndarray], cfg: AtlasConfig, *, where: st
             )
     stacked = {e.path for e in entries if e.layer is not None}
     return {path: StackedViews(views[path], np.dtype(s.dtype), stacked=path in stacked) for path, s in shapes.items()}
+
+
+def _with_stand_ins(entries: list[WeightEntry], source: Mapping[str, np.ndarray]) -> list[WeightEntry]:
+    """The entries, where an alias that is there takes the place of a name that is not.
+
+    Hugging Face writes T5's embedding under any of its names: `shared`, `encoder.embed_tokens`, `decoder.embed_tokens`.
+    """
+    absent = {e.path for e in entries if not e.alias and e.name not in source}
+    stand_ins = {e.path: e.name for e in reversed(entries) if e.alias and e.path in absent and e.name in source}
+    return [e._replace(alias=e.name != stand_ins[e.path]) if e.path in stand_ins else e for e in entries]
+
+
+def _flags_of(names: list[str]) -> str:
+    """The flags that name the models of these weights."""
+    flags = {"reader.": "--reader_model_type", "retriever.": "--retriever_model_path"}
+    named = [flag for prefix, flag in flags.items() if any(name.startswith(prefix) for name in names)]
+    return " and ".join(named or flags.values())
 
 
 def _entry_shape(shapes: Mapping[str, jax.ShapeDtypeStruct], entry: WeightEntry) -> tuple[int, ...]:
@@ -230,7 +246,7 @@ def _rearranged_view(array: np.ndarray, shape: tuple[int, ...], entry: WeightEnt
     ).shape
     raise UserError(
         f"{where}: {entry.name} has shape {tuple(array.shape)}, this model needs {tuple(expected)}; "
-        "check --reader_model_type and --retriever_model_path"
+        f"check {_flags_of([entry.name])}"
     )
 
 
@@ -265,6 +281,12 @@ class ExportedArray(LazyArray):
 
     def _rearrange(self, array: np.ndarray) -> np.ndarray:
         return einops.rearrange(array, _inverse_layout(self.entry.layout), **self.entry.sizes)
+
+
+def hub_name(name: str) -> str:
+    """The usual name of a weight that Hugging Face's files may call otherwise: with a prefix, or as old BERTs did."""
+    name = re.sub(r"^(module\.|model\.|bert\.|auto_model\.)+", "", name)
+    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{'weight' if m[1] == 'gamma' else 'bias'}", name)
 
 
 def strip_module_prefix(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

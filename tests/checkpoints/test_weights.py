@@ -13,8 +13,10 @@ from atlas_jax.checkpoints.pretrained import KNOWN_RETRIEVERS, folder_weights, r
 from atlas_jax.checkpoints.weights import (
     UNUSED,
     export_weights,
+    hub_name,
     import_weights,
     is_untied,
+    map_weights,
     strip_module_prefix,
     weight_entries,
 )
@@ -59,12 +61,12 @@ def t5_1_0(golden: Path) -> tuple[dict[str, np.ndarray], AtlasConfig]:
     return {f"reader.{key}": array for key, array in arrays.items()}, AtlasConfig(reader_config(folder), None)
 
 
-def refusal(source: dict[str, np.ndarray], cfg: AtlasConfig) -> str:
+def refusal(source: dict[str, np.ndarray], cfg: AtlasConfig, flag: str = "--re") -> str:
     with pytest.raises(UserError) as caught:
         import_weights(source, cfg, where="FILE")
     message = str(caught.value)
     assert message.startswith("FILE: ")
-    assert "; check --reader_model_type" in message
+    assert f"; check {flag}" in message
     assert "\n" not in message
     return message
 
@@ -118,13 +120,12 @@ def test_every_name_is_used_exactly_once(golden, name):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_missing_and_unexpected_names_are_refused(golden, name, monkeypatch):
-    """An import with any one name missing or unexpected is refused and names it; aliases may be absent."""
+    """An import with any one name missing or unexpected is refused and names it; one name of an array may be absent."""
     monkeypatch.setattr("atlas_jax.checkpoints.weights.param_shapes", functools.cache(param_shapes))  # for speed
     cfg, source = golden_config(golden, name), golden_arrays(golden, name)
-    optional = {e.name for e in weight_entries(cfg) if e.alias} | {
-        key for key in source if key.endswith("position_ids")
-    }
-    assert len(optional) == 4 if cfg.untied else 3
+    optional = {e.name for e in weight_entries(cfg) if e.alias} | {"reader.shared.weight"}
+    optional |= {key for key in source if key.endswith("position_ids")}
+    assert len(optional) == 5 if cfg.untied else 4
     for key in source:
         remaining = {other: array for other, array in source.items() if other != key}
         if key in optional:
@@ -153,7 +154,8 @@ def test_a_changed_shape_is_refused_with_both_shapes(golden, name, monkeypatch):
         if key.endswith("position_ids"):
             continue
         longer = np.concatenate([array, array[:1]])
-        message = refusal(source | {key: longer}, cfg)
+        flag = "--retriever_model_path" if key.startswith("retriever.") else "--reader_model_type"
+        message = refusal(source | {key: longer}, cfg, flag)
         assert f"{key} has shape {longer.shape}, this model needs {array.shape};" in message
     key = "reader.encoder.block.0.layer.0.SelfAttention.q.weight"
     for changed in (source[key][None], source[key].reshape(-1), source[key].T[:, :-1]):
@@ -303,3 +305,39 @@ def test_the_contriever_has_the_published_size():
 def test_help_lists_the_readers_with_known_configs():
     """READERS, which --help lists, are exactly the readers with known configs, in the same order."""
     assert tuple(T5_CONFIGS) == READERS
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+def test_each_name_of_the_embedding_is_enough(golden, tiny_weights, tied, name):
+    """safetensors' save_model keeps one of the names of a shared array, and which one is chance."""
+    arrays, cfg = t5_1_0(golden) if tied else (golden_arrays(golden, "initial"), golden_config(golden, "initial"))
+    expected = import_weights(arrays, cfg, where="file")["reader/embed/embedding"]
+    names = [f"reader.{n}.weight" for n in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")]
+    names += ["reader.lm_head.weight"] if tied else []
+    embedding = arrays["reader.shared.weight"]
+    for other in names:
+        arrays.pop(other, None)
+    with pytest.raises(UserError, match=r"it lacks reader\.shared\.weight; check --reader_model_type$"):
+        map_weights(arrays, cfg, where="file")
+    found = import_weights(arrays | {f"reader.{name}": embedding}, cfg, where="file")
+    np.testing.assert_array_equal(found["reader/embed/embedding"], expected)
+    others = {f"reader.{name}": embedding, names[names[0] == f"reader.{name}"]: embedding + 1}
+    with pytest.raises(UserError, match="differs from reader/embed/embedding"):
+        map_weights(arrays | others, cfg, where="file")
+
+
+def test_old_and_prefixed_names_of_bert_and_heads_are_read(golden):
+    """gamma and beta for weight and bias, prefixes, and heads that no retriever needs, are no obstacle."""
+    folder = golden / "assets" / "retriever"
+    arrays = folder_weights(str(folder))
+    assert hub_name("bert.embeddings.LayerNorm.gamma") == "embeddings.LayerNorm.weight"
+    assert hub_name("module.bert.encoder.layer.0.output.LayerNorm.beta") == "encoder.layer.0.output.LayerNorm.bias"
+    assert {hub_name(f"model.{name}") for name in arrays} == arrays.keys()
+    heads = ("cls.predictions.bias", "cls.seq_relationship.weight", "qa_outputs.weight", "classifier.bias")
+    named = {f"retriever.contriever.{name}": array for name, array in arrays.items()}
+    cfg = AtlasConfig(None, retriever_config(str(folder)))
+    extra = {f"retriever.contriever.{name}": np.zeros(2) for name in heads}
+    assert map_weights(named | extra, cfg, where="file").keys() == map_weights(named, cfg, where="file").keys()
+    with pytest.raises(UserError, match=r"nothing takes retriever\.contriever\.x; check --retriever_model_path$"):
+        map_weights(named | {"retriever.contriever.x": np.zeros(2)}, cfg, where="file")
