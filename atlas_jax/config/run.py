@@ -65,6 +65,8 @@ class TaskConfig:
     multiple_choice_train_permutations: Permutations = "single"  # option orders to train on: as is, rotations, or all
     multiple_choice_eval_permutations: Permutations = changeable("single")  # orders to average over; cyclic is nearly
     # as good as all
+    max_orders: int | None = changeable(None)  # multiple_choice: evaluate at most this many orders, spread evenly over
+    # all; needed for all orders of more than 5 options
     mlm_noise_density: float = 0.15  # mlm: share of the tokens that is masked
     mlm_mean_noise_span_length: float = 3  # mlm: tokens in a masked span, on average
     min_words_per_lm_instance: int | None = None  # mlm, lm, section: skip texts of fewer words
@@ -74,8 +76,12 @@ class TaskConfig:
     def __post_init__(self) -> None:
         valid_format(self, "qa_prompt_format", only="question")
         at_least(0, self, "min_words_per_lm_instance")
+        at_least(1, self, "max_orders")
         above_zero(self, "mlm_noise_density", "mlm_mean_noise_span_length")
         require(1 <= self.multiple_choice_num_options <= 26, self, "multiple_choice_num_options", "must be 1 to 26")
+        feasible = self.multiple_choice_eval_permutations != "all" or self.multiple_choice_num_options <= 5
+        remedy = f"{self.multiple_choice_num_options} options have too many orders; pass --max_orders 120, or cyclic"
+        require(feasible or self.max_orders is not None, self, "multiple_choice_eval_permutations", remedy)
         require(self.mlm_noise_density < 1, self, "mlm_noise_density", "must be below 1, or no text is left")
         require(0 <= self.min_lm_context_ratio <= 1, self, "min_lm_context_ratio", "must be 0 to 1")
         ordered = self.min_lm_context_ratio <= self.max_lm_context_ratio <= 1

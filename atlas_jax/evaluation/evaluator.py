@@ -150,7 +150,8 @@ class Evaluator:
         """Batches of examples in the order of the rows, with their row indices."""
         pending: list[tuple[int, Example]] = []
         for number in range(len(rows)):
-            pending += [(number, example) for example in self.task.examples(rows[number], number, self.tokenizer)]
+            row, orders = rows[number], range(self.task.examples_per_row)
+            pending += [(number, self.task.example(row, which, number, self.tokenizer)) for which in orders]
             while len(pending) >= self.size or (pending and number == len(rows) - 1):
                 batch, pending = pending[: self.size], pending[self.size :]
                 yield [row for row, _ in batch], [example for _, example in batch]

@@ -17,7 +17,8 @@ def make_task(options: TaskConfig, seed: int = 0, *, train: bool = False) -> Tas
     permutations = options.multiple_choice_train_permutations if train else options.multiple_choice_eval_permutations
     match options.task:
         case "multiple_choice":
-            return MultipleChoice(options.multiple_choice_num_options, permutations, needs_target=train)
+            most = None if train else options.max_orders
+            return MultipleChoice(options.multiple_choice_num_options, permutations, train, most)
         case "qa":
             return QA(options.qa_prompt_format, seed, needs_target=train)
         case "base":

@@ -46,8 +46,8 @@ class Task(Protocol):
         """Raises ValueError, with what is wrong and the remedy, if the row cannot be used."""
         ...
 
-    def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
-        """Returns `examples_per_row` examples; `number` seeds random choices, `tokenizer` is the reader's."""
+    def example(self, row: Row, which: int, number: int, tokenizer: Tokenizer) -> Example:
+        """Returns example `which` of `examples_per_row`; `number` seeds random choices, `tokenizer` is the reader's."""
         ...
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
@@ -105,12 +105,12 @@ class Base:
             require_field(row, "target", str, "a text")
         check_answers_and_passages(row, needs_answer=self.needs_target)
 
-    def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
+    def example(self, row: Row, which: int, number: int, tokenizer: Tokenizer) -> Example:
         """Returns the one example of the row."""
-        del number, tokenizer
+        del which, number, tokenizer
         target = row.get("target")
         answers = row.get("answers", [] if target is None else [target])
-        return [Example(row["query"], target, answers, row.get("metadata"), file_passages(row), row.get("id"))]
+        return Example(row["query"], target, answers, row.get("metadata"), file_passages(row), row.get("id"))
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
         """Returns the accuracy: 1 if the text is exactly an answer."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import itertools
+import math
 import string
 from collections.abc import Sequence
 from typing import Literal
@@ -18,16 +18,24 @@ TIE_MARGIN = 1e-6  # probabilities this close tie, the first wins: rounding, whi
 MAX_PROMPT_TOKENS = 356  # a longer prompt loses the start of its question
 
 
-def option_orders(count: int, permutations: Permutations) -> list[tuple[int, ...]]:
-    """Returns the orders to show options in, each the option's index by letter; the first is the original order."""
-    original = tuple(range(count))
-    match permutations:
-        case "single":
-            return [original]
-        case "cyclic":
-            return [original[count - i :] + original[: count - i] for i in range(count)]
-        case "all":
-            return list(itertools.permutations(original))
+def count_orders(count: int, permutations: Permutations) -> int:
+    """Returns the number of orders to show options in: 1, all rotations, or all permutations."""
+    return {"single": 1, "cyclic": count, "all": math.factorial(count)}[permutations]
+
+
+def option_order(count: int, permutations: Permutations, which: int) -> tuple[int, ...]:
+    """Returns one of the orders to show options in: the option's index by letter; number 0 is the original order.
+
+    Those of `all` are in lexical order, as `itertools.permutations` lists them, of which no other is made.
+    """
+    original = list(range(count))
+    if permutations == "cyclic":
+        return tuple(original[count - which :] + original[: count - which])
+    order = []
+    for left in range(count, 0, -1):
+        first, which = divmod(which, math.factorial(left - 1))
+        order.append(original.pop(first))
+    return tuple(order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +48,7 @@ class MultipleChoice:
     num_options: int = 4
     permutations: Permutations = "single"
     needs_target: bool = True
+    max_orders: int | None = None  # at most so many of the orders, spread evenly over all of them
     metrics: tuple[str, ...] = ("debiased_accuracy", "accuracy", "eval_loss")
 
     @functools.cached_property
@@ -50,7 +59,16 @@ class MultipleChoice:
     @functools.cached_property
     def examples_per_row(self) -> int:
         """Number of orders of the options."""
-        return len(option_orders(self.num_options, self.permutations))
+        return min(self._all_orders, self.max_orders or self._all_orders)
+
+    @property
+    def _all_orders(self) -> int:
+        return count_orders(self.num_options, self.permutations)
+
+    def order(self, which: int) -> tuple[int, ...]:
+        """Returns one of the `examples_per_row` orders of the options; number 0 is the original order."""
+        place = which * self._all_orders // self.examples_per_row
+        return option_order(self.num_options, self.permutations, place)
 
     def check(self, row: Row) -> None:
         """Raises ValueError unless `options` has a text for each letter, and `answer`, if needed, is such a letter."""
@@ -86,24 +104,21 @@ class MultipleChoice:
             question = tokenizer.decode(tokens(question)[-budget:])
         return fill(question)
 
-    def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
-        """Returns an example for each order of the options; its answer is the right option's letter in that order."""
+    def example(self, row: Row, which: int, number: int, tokenizer: Tokenizer) -> Example:
+        """Returns the example of one order of the options; its answer is the right option's letter in that order."""
         del number
-        texts = [row["options"][letter] for letter in self.choices]
+        texts, order = [row["options"][letter] for letter in self.choices], self.order(which)
+        options = {letter: texts[option] for letter, option in zip(self.choices, order, strict=True)}
+        metadata, answers = dict(row) | {"options": options}, []
+        if "answer" in row:
+            answers = [self.choices[order.index(self.choices.index(row["answer"]))]]
+            metadata["answer"] = answers[0]
         uid = row["question"] + " ".join(row["options"].values())
-        examples = []
-        for order in option_orders(self.num_options, self.permutations):
-            options = {letter: texts[option] for letter, option in zip(self.choices, order, strict=True)}
-            metadata, answers = dict(row) | {"options": options}, []
-            if "answer" in row:
-                answers = [self.choices[order.index(self.choices.index(row["answer"]))]]
-                metadata["answer"] = answers[0]
-            metadata |= {"is_original": order == tuple(range(self.num_options)), "uid": uid}
-            query = self.prompt(row["question"], options, tokenizer)
-            # Without an answer any letter does: the choices are compared after the sentinel, before the letter
-            target = f"<extra_id_0> {(answers or self.choices)[0]}"
-            examples.append(Example(query, target, answers, metadata, file_passages({})))
-        return examples
+        metadata |= {"is_original": order == tuple(range(self.num_options)), "uid": uid}
+        # Without an answer any letter does: the choices are compared after the sentinel, before the letter
+        target = f"<extra_id_0> {(answers or self.choices)[0]}"
+        query = self.prompt(row["question"], options, tokenizer)
+        return Example(query, target, answers, metadata, file_passages({}))
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
         """Returns the accuracy: 1 if the text is exactly the right letter."""
@@ -116,7 +131,7 @@ class MultipleChoice:
         """
         probs_by_option: list[list[float]] = [[] for _ in self.choices]
         probs_by_text: dict[str, list[float]] = {}
-        for order, record in zip(option_orders(self.num_options, self.permutations), records, strict=True):
+        for order, record in zip(map(self.order, range(self.examples_per_row)), records, strict=True):
             probabilities = softmax([record["choice_logits"][letter] for letter in self.choices])
             for option, text, p in zip(order, record["metadata"]["options"].values(), probabilities, strict=True):
                 probs_by_option[option].append(p)

@@ -32,21 +32,19 @@ class QA:
             require_field(row, "answers", list, "a list of texts")
         check_answers_and_passages(row, needs_answer=self.needs_target)
 
-    def examples(self, row: Row, number: int, tokenizer: Tokenizer) -> list[Example]:
+    def example(self, row: Row, which: int, number: int, tokenizer: Tokenizer) -> Example:
         """Returns the one example of the row; without `target`, its target is an answer drawn by seed and `number`."""
-        del tokenizer
+        del which, tokenizer
         target = row["target"] if "target" in row else self._draw(row.get("answers", []), number)
         target = None if target is None else f"<extra_id_0> {target}"
-        return [
-            Example(
-                self.prompt.format(question=row["question"]),
-                target,
-                row.get("answers", [] if target is None else [target]),
-                row.get("metadata", {}),
-                file_passages(row),
-                row.get("id"),
-            )
-        ]
+        return Example(
+            self.prompt.format(question=row["question"]),
+            target,
+            row.get("answers", [] if target is None else [target]),
+            row.get("metadata", {}),
+            file_passages(row),
+            row.get("id"),
+        )
 
     def _draw(self, answers: Sequence[str], number: int) -> str | None:
         """One of the answers, a pure function of the seed and `number`; None if there is none."""

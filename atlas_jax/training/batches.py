@@ -36,7 +36,7 @@ class TrainingExamples:
         row, which = divmod(number, self._task.examples_per_row)
         file = bisect.bisect_right(self._starts, row) - 1
         fields = self._files[file][row - self._starts[file]]
-        return self._task.examples(fields, epoch * self._rows + row, self._tokenizer)[which]
+        return self._task.example(fields, which, epoch * self._rows + row, self._tokenizer)
 
     def batches(self, position: int, size: int, local_rows: Container[int]) -> Iterator[list[Example]]:
         """Endless batches from a position on; rows of a batch that are not in `local_rows` are not read."""

@@ -26,7 +26,7 @@ from tests.commands.sample_evaluation import evaluate_argv
 
 NEW_FLAGS = {  # flags that the reference does not have
     **{"mesh": "auto", "cache_dir": None, "compile_cache": "auto", "keep": None, "max_bad_steps": 20},
-    **{"loss_group": None, "select_by": None, "random_weights": False},
+    **{"loss_group": None, "select_by": None, "random_weights": False, "max_orders": None},
     **{"coordinator": None, "num_processes": None, "process_id": None, "host_timeout": 300},
 }
 FLAGS = {field.name: field for group in GROUPS.values() for field in fields(group)}

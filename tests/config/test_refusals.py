@@ -37,6 +37,10 @@ __all__ = ["input_files"]  # a fixture, used by every test
         ("--passages none.jsonl", ["--passages none.jsonl: no such file"]),
         ("--model_path nowhere", ["--model_path nowhere: no such folder", "leave it out"]),
         ("--load_index_path nowhere", ["--load_index_path nowhere: no such folder", "--passages"]),
+        (
+            "--multiple_choice_eval_permutations all --multiple_choice_num_options 6",
+            ["--multiple_choice_eval_permutations all: 6 options have too many orders; pass --max_orders 120"],
+        ),
         ("--per_gpu_batch_size 0", ["--per_gpu_batch_size 0: must be at least 1"]),
         ("--log_freq 0", ["--log_freq 0: must be at least 1"]),
         ("--eval_freq 0", ["--eval_freq 0: must be at least 1"]),

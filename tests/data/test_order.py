@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlas_jax.data.order import ExampleOrder
+from atlas_jax.data import order as module
+from atlas_jax.data.order import ExampleOrder, FeistelPermutation
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -36,3 +37,25 @@ def test_without_shuffle_every_epoch_is_in_file_order():
     """Positions past the first epoch start again at example 0."""
     order = ExampleOrder(3, 5, shuffle=False)
     assert [order[position].number for position in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+@given(count=st.integers(1, 300), key=st.text(max_size=5))
+def test_a_permutation_without_an_array_is_one(count, key):
+    """Each number comes once, in another order for another key."""
+    numbers = [FeistelPermutation(count, key)[index] for index in range(count)]
+    assert sorted(numbers) == list(range(count))
+    others = [FeistelPermutation(count, key + "x")[index] for index in range(count)]
+    assert count < 20 or numbers != others
+
+
+def test_an_epoch_of_billions_of_examples_is_shuffled_without_an_array(monkeypatch):
+    """As with all orders of ten options; below the limit the order stays that of the array, which is another one."""
+    count = 12_000 * 3_628_800
+    order = ExampleOrder(count, 1, shuffle=True)
+    drawn = [order[position].number for position in range(2000)]
+    assert len(set(drawn)) == 2000
+    assert 0.45 < sum(number < count // 2 for number in drawn) / 2000 < 0.55
+    assert drawn != [order[count + position].number for position in range(2000)]  # the next epoch
+    small = [ExampleOrder(50, 1, shuffle=True)[position] for position in range(50)]
+    monkeypatch.setattr(module, "LONGEST_ARRAY", 10)
+    assert small != [ExampleOrder(50, 1, shuffle=True)[position] for position in range(50)]

@@ -16,12 +16,12 @@ def tokenizer(golden):
 
 def test_an_example_has_the_fields_of_its_row(tokenizer):
     """Query and target without prompt or sentinel; defaults for fields that the row lacks."""
-    [example] = Base().examples(ROW, 0, tokenizer)
+    example = Base().example(ROW, 0, 0, tokenizer)
     assert (example.query, example.target, example.answers) == ("translate: {x}", "y", ["y"])
     assert (example.metadata, example.id) == (None, None)
     assert example.passages == [{"title": "", "text": ""}]
     full = ROW | {"answers": ["y", "Y"], "metadata": {"m": 1}, "id": "7", "passages": [{"text": "p"}]}
-    [example] = Base().examples(full, 0, tokenizer)
+    example = Base().example(full, 0, 0, tokenizer)
     assert (example.answers, example.metadata, example.id) == (["y", "Y"], {"m": 1}, "7")
     assert example.passages == [{"text": "p"}]
 

@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import itertools
 import json
 import math
 
@@ -10,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atlas_jax.data.tokens import Tokenizer
-from atlas_jax.tasks.multiple_choice import MAX_PROMPT_TOKENS, TIE_MARGIN, MultipleChoice, option_orders
+from atlas_jax.tasks.multiple_choice import (
+    MAX_PROMPT_TOKENS,
+    TIE_MARGIN,
+    MultipleChoice,
+    count_orders,
+    option_order,
+)
 
 ROW = {"question": "Why?", "options": {"A": "yes", "B": "no", "C": "maybe", "D": "never"}, "answer": "B"}
 
@@ -43,6 +50,16 @@ def make_row(*texts, answer="A", question="Why?"):
     return {"question": question, "options": dict(zip("ABCDE", texts, strict=False)), "answer": answer}
 
 
+def examples_of(task, row, tokenizer, number=0):
+    """All examples of a row."""
+    return [task.example(row, which, number, tokenizer) for which in range(task.examples_per_row)]
+
+
+def option_orders(count, permutations):
+    """All orders of options."""
+    return [option_order(count, permutations, which) for which in range(count_orders(count, permutations))]
+
+
 def ordered_json(value):
     """Returns JSON text, which is equal only if keys are in the same order."""
     return json.dumps(value, ensure_ascii=False)
@@ -53,7 +70,7 @@ def test_examples_equal_the_reference(tokenizer, rows, predictions):
     task, cut, compared = MultipleChoice(permutations="cyclic"), 0, 0
     for number, (row, line) in enumerate(zip(rows, predictions, strict=True)):
         row_before = copy.deepcopy(row)
-        examples = task.examples(row, number, tokenizer)
+        examples = examples_of(task, row, tokenizer, number)
         for example, permuted in zip(examples, line["permutations"], strict=True):
             assert example.query == permuted["query"]
             assert example.answers == permuted["answers"]
@@ -108,10 +125,27 @@ def test_option_orders_are_distinct_permutations(options):
         orders = option_orders(options, permutations)
         assert len(orders) == len(set(orders)) == expected
         assert orders[0] == original
+        assert permutations != "all" or orders == list(itertools.permutations(original))
         assert all(sorted(order) == list(original) for order in orders)
     options_by_letter = list(zip(*option_orders(options, "cyclic"), strict=True))
     assert all(sorted(at_letter) == list(original) for at_letter in options_by_letter)  # each option once per letter
     assert option_orders(4, "cyclic")[1] == (3, 0, 1, 2)  # the last option comes to the front
+
+
+def test_one_order_of_many_is_made_without_the_others(tokenizer):
+    """Ten options have 3,628,800 orders; the last is the reversed one, and an evaluation takes some of all of them."""
+    row = {"question": "Why?", "options": {letter: f"text {n}" for n, letter in enumerate("ABCDEFGHIJ")}, "answer": "A"}
+    task = MultipleChoice(10, "all")
+    assert task.examples_per_row == 3_628_800
+    example = task.example(row, 3_628_799, 0, tokenizer)
+    assert list(example.metadata["options"].values()) == [f"text {n}" for n in reversed(range(10))]
+    assert example.answers == ["J"]
+    few = MultipleChoice(10, "all", max_orders=7)
+    orders = [few.order(which) for which in range(few.examples_per_row)]
+    assert len(orders) == len(set(orders)) == 7
+    assert orders[0] == tuple(range(10))
+    assert {order[0] for order in orders} == {0, 1, 2, 4, 5, 7, 8}  # spread over all
+    assert MultipleChoice(4, "cyclic", max_orders=7).examples_per_row == 4
 
 
 @pytest.mark.parametrize("options", [2, 4, 5])
@@ -123,7 +157,7 @@ def test_the_answer_moves_with_its_option(tokenizer, options, permutations):
     for right in {0, 1, options - 1}:
         row = make_row(*texts, answer="ABCDE"[right])
         task.check(row)
-        examples = task.examples(row, 0, tokenizer)
+        examples = examples_of(task, row, tokenizer, 0)
         for example in examples:
             [letter] = example.answers
             assert example.metadata["options"][letter] == texts[right]
@@ -138,7 +172,7 @@ def test_the_answer_moves_with_its_option(tokenizer, options, permutations):
 def test_the_answer_moves_with_its_option_among_equal_texts(tokenizer, permutations):
     """B and D are both "2" and D is right: the answer follows D. The reference takes the first letter with "2"."""
     row, task = make_row("1", "2", "3", "2", answer="D"), MultipleChoice(permutations=permutations)
-    examples = task.examples(row, 0, tokenizer)
+    examples = examples_of(task, row, tokenizer, 0)
     letters_of_d = ["ABCD"[order.index(3)] for order in option_orders(4, permutations)]
     assert [example.answers for example in examples] == [[letter] for letter in letters_of_d]
     reference = [next(k for k, text in e.metadata["options"].items() if text == "2") for e in examples]
@@ -153,7 +187,7 @@ def test_options_with_equal_texts_are_averaged_separately(tokenizer):
     """Four options have four probabilities; the reference averages by text, which mixes those of B and D."""
     row, task = make_row("1", "2", "3", "2", answer="D"), MultipleChoice(permutations="cyclic")
     records = []
-    for order, example in zip(option_orders(4, "cyclic"), task.examples(row, 0, tokenizer), strict=True):
+    for order, example in zip(option_orders(4, "cyclic"), examples_of(task, row, tokenizer, 0), strict=True):
         logits = {letter: math.log([0.1, 0.2, 0.1, 0.6][option]) for letter, option in zip("ABCD", order, strict=True)}
         records.append({"metadata": example.metadata, "choice_logits": logits})
     line, scores = task.merge_records(records)
@@ -274,7 +308,7 @@ def test_invalid_rows_are_errors(changes, message):
 def test_options_may_be_listed_in_any_order(tokenizer):
     """The query lists options by letter; `uid` joins them in the row's order, as in the reference."""
     row = {"question": "Why?", "options": {"D": "d", "B": "b", "A": "a", "C": "c"}, "answer": "D", "id": 3}
-    [example] = MultipleChoice().examples(row, 0, tokenizer)
+    example = MultipleChoice().example(row, 0, 0, tokenizer)
     assert example.query == "question: Why? options: (A) a (B) b (C) c (D) d answer: <extra_id_0>"
     assert example.metadata["uid"] == "Why?d b a c"
     assert example.passages == [{"title": "", "text": ""}]  # Reference: the row's own passages are not read

@@ -29,7 +29,7 @@ def test_examples_equal_the_reference(golden, tokenizer):
     examples = []
     for number, (row, line) in enumerate(zip(rows, predictions, strict=True)):
         QA().check(row)
-        [example] = QA().examples(row, number, tokenizer)
+        example = QA().example(row, 0, number, tokenizer)
         examples.append(example)
         assert (example.query, example.answers, example.metadata) == (line["query"], line["answers"], line["metadata"])
         assert example.id is None
@@ -52,24 +52,24 @@ def test_the_target_is_an_answer_drawn_with_the_row_number_as_seed(tokenizer):
     """Equal numbers draw equal answers, and each answer is drawn for some numbers; a row's own `target` is kept."""
 
     def draw(number):
-        return QA().examples(ROW, number, tokenizer)[0].target
+        return QA().example(ROW, 0, number, tokenizer).target
 
     drawn = [draw(number) for number in range(100)]
     assert drawn == [draw(number) for number in range(100)]
     assert set(drawn) == {"<extra_id_0> Ada", "<extra_id_0> Grace", "<extra_id_0> Alan"}
     assert min(collections.Counter(drawn).values()) > 15
-    assert {QA().examples(ROW | {"target": "T"}, n, tokenizer)[0].target for n in range(9)} == {"<extra_id_0> T"}
+    assert {QA().example(ROW | {"target": "T"}, 0, n, tokenizer).target for n in range(9)} == {"<extra_id_0> T"}
 
 
 def test_an_example_takes_passages_metadata_and_id_from_its_row(tokenizer):
     """Reference: without `answers`, the target with its sentinel is the accepted answer."""
     row = {"question": "{who}?", "target": "Ada", "metadata": {"x": 1}, "id": 0, "passages": [{"text": "t"}]}
-    [example] = QA("Q: {question} A: <extra_id_0>").examples(row, 5, tokenizer)
+    example = QA("Q: {question} A: <extra_id_0>").example(row, 0, 5, tokenizer)
     assert example.query == "Q: {who}? A: <extra_id_0>"  # braces of a question are text
     assert example.answers == ["<extra_id_0> Ada"]
     assert (example.metadata, example.id, example.passages) == ({"x": 1}, 0, [{"text": "t"}])
     for empty in ({}, {"passages": []}, {"passages": None}):
-        [example] = QA().examples(ROW | empty, 0, tokenizer)
+        example = QA().example(ROW | empty, 0, 0, tokenizer)
         assert example.passages == [{"title": "", "text": ""}]
         assert example.metadata == {}
 
@@ -104,7 +104,7 @@ def test_the_target_is_a_function_of_seed_and_number(tokenizer):
     row = {"question": "q", "answers": ["a", "b", "c"]}
 
     def draws(seed):
-        return [QA(seed=seed).examples(row, number, tokenizer)[0].target for number in range(300)]
+        return [QA(seed=seed).example(row, 0, number, tokenizer).target for number in range(300)]
 
     assert draws(1) == draws(1) != draws(2)
     assert draws(0) == [f"<extra_id_0> {random.Random(number).choice(row['answers'])}" for number in range(300)]

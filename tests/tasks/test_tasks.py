@@ -22,7 +22,8 @@ def test_make_task_returns_the_named_task():
     assert task("qa", qa_prompt_format="{question}?") == QA("{question}?", 7, needs_target=False)
     flags = {"multiple_choice_num_options": 5, "multiple_choice_eval_permutations": "cyclic"}
     assert task("multiple_choice", **flags) == MultipleChoice(5, "cyclic", needs_target=False)
-    assert task("multiple_choice", train=True, **flags) == MultipleChoice(5, "single")
+    assert task("multiple_choice", max_orders=3, **flags) == MultipleChoice(5, "cyclic", False, 3)
+    assert task("multiple_choice", train=True, max_orders=3, **flags) == MultipleChoice(5, "single")
     with pytest.raises(UserError, match="--task kilt: not built yet"):
         task("kilt")
 
@@ -40,8 +41,8 @@ def test_rows_without_answers_are_for_evaluation(task, row, golden):
     """They have no answers there, for each order of the options; training refuses them."""
     evaluation = make_task(TaskConfig(task, multiple_choice_eval_permutations="cyclic"))
     evaluation.check(row)
-    examples = evaluation.examples(row, 0, Tokenizer.load(golden / "assets" / "reader"))
-    assert len(examples) == evaluation.examples_per_row
-    assert [example.answers for example in examples] == [[]] * len(examples)
+    tokenizer = Tokenizer.load(golden / "assets" / "reader")
+    for which in range(evaluation.examples_per_row):
+        assert evaluation.example(row, which, 0, tokenizer).answers == []
     with pytest.raises(ValueError, match=r"is missing; every row needs|`answers` is empty"):
         make_task(TaskConfig(task), train=True).check(row)
