@@ -97,9 +97,13 @@ def join_ids(
 
 
 def render(format: str, passage: Mapping[str, Any], **overrides: str) -> str:
-    """Returns `format` filled in with `overrides`, else the passage's fields. UserError if a field is missing."""
+    """Returns `format` filled in with `overrides`, else the passage's fields; a null is empty.
+
+    UserError if a field is missing.
+    """
+    fields = {name: "" if value is None else value for name, value in passage.items()}
     try:
-        return format.format(**{**passage, **overrides})
+        return format.format(**fields | overrides)
     except KeyError as error:
         raise UserError(f"passage {passage.get('id')}: no field {error}, which {format!r} asks for; add it") from None
     except (IndexError, ValueError, AttributeError, TypeError) as error:

@@ -67,23 +67,37 @@ def require_field(row: Row, field: str, types: type | tuple[type, ...], descript
         )
 
 
-def check_answers_and_passages(row: Row, *, needs_answer: bool) -> None:
-    """Raises ValueError if `answers` is there but no list of texts, or empty although the row `needs_answer`.
-
-    Also if `passages` is no list of objects.
-    """
-    answers, passages = row.get("answers", [""]), row.get("passages") or []
+def check_answers(row: Row, *, needed: bool) -> None:
+    """Raises ValueError if `answers` is there but no list of texts, or is empty although it is `needed`."""
+    answers = row.get("answers", [""])
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError('`answers` is not a list of texts; write ["..", ".."]')
-    if not answers and needs_answer:
+    if not answers and needed:
         raise ValueError("`answers` is empty; give at least one")
+
+
+def check_passages(row: Row) -> None:
+    """Raises ValueError if the row's own passages are no list of objects with a text, and a title or none."""
+    field = "passages" if row.get("passages") else "ctxs"
+    passages = row.get(field) or []
     if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
-        raise ValueError('`passages` is not a list of passages; write [{"title": "..", "text": ".."}, ..]')
+        raise ValueError(f'`{field}` is not a list of passages; write [{{"title": "..", "text": ".."}}, ..]')
+    for number, passage in enumerate(passages):
+        for name, value in (("text", passage.get("text")), ("title", passage.get("title") or "")):
+            if not isinstance(value, str):
+                problem = "missing" if value is None else "not a text"
+                raise ValueError(f"`{name}` of passage {number} in `{field}` is {problem}; every passage needs a text")
 
 
 def file_passages(row: Row) -> Sequence[Mapping[str, Any]]:
-    """Returns the row's own passages; one empty passage where it has none."""
-    return row.get("passages") or [{"title": "", "text": ""}]
+    """Returns the row's own passages, with a title; one empty passage where it has none.
+
+    `ctxs`, as FiD and DPR call them, stand for `passages`, without their scores.
+    """
+    passages = row.get("passages") or row.get("ctxs") or [{"text": ""}]
+    scores = () if row.get("passages") else ("score", "hasanswer", "has_answer")
+    kept = [{name: value for name, value in passage.items() if name not in scores} for passage in passages]
+    return [passage | {"title": passage.get("title") or "", "text": passage["text"]} for passage in kept]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +117,8 @@ class Base:
         require_field(row, "query", str, "a text")
         if self.needs_target or "target" in row:
             require_field(row, "target", str, "a text")
-        check_answers_and_passages(row, needs_answer=self.needs_target)
+        check_answers(row, needed=self.needs_target)
+        check_passages(row)
 
     def example(self, row: Row, which: int, number: int, tokenizer: Tokenizer) -> Example:
         """Returns the one example of the row."""

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from atlas_jax.data.tokens import Tokenizer
-from atlas_jax.tasks.base import Example, Record, Row, file_passages, require_field
+from atlas_jax.tasks.base import Example, Record, Row, check_passages, file_passages, require_field
 from atlas_jax.tasks.metrics import exact_match
 
 Permutations = Literal["single", "cyclic", "all"]
@@ -87,6 +87,7 @@ class MultipleChoice:
                 raise ValueError(f"option {letter} is not a text; every option needs one")
         if "answer" in row and row["answer"] not in options:
             raise ValueError(f"`answer` is {row['answer']!r}, no option; it must be one of {', '.join(self.choices)}")
+        check_passages(row)
 
     def prompt(self, question: str, options: dict[str, str], tokenizer: Tokenizer) -> str:
         """Returns the query; one of over MAX_PROMPT_TOKENS keeps only the last tokens of its question."""
@@ -118,7 +119,7 @@ class MultipleChoice:
         # Without an answer any letter does: the choices are compared after the sentinel, before the letter
         target = f"<extra_id_0> {(answers or self.choices)[0]}"
         query = self.prompt(row["question"], options, tokenizer)
-        return Example(query, target, answers, metadata, file_passages({}))
+        return Example(query, target, answers, metadata, file_passages(row))
 
     def score(self, prediction: str, answers: Sequence[str]) -> dict[str, float]:
         """Returns the accuracy: 1 if the text is exactly the right letter."""

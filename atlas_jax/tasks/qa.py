@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 
 from atlas_jax.data.tokens import Tokenizer
-from atlas_jax.tasks.base import Example, Record, Row, check_answers_and_passages, file_passages, require_field
+from atlas_jax.tasks.base import Example, Record, Row, check_answers, check_passages, file_passages, require_field
 from atlas_jax.tasks.metrics import exact_match, f1, normalize
 
 
@@ -30,7 +30,8 @@ class QA:
             require_field(row, "target", str, "a text")
         elif self.needs_target:
             require_field(row, "answers", list, "a list of texts")
-        check_answers_and_passages(row, needs_answer=self.needs_target)
+        check_answers(row, needed=self.needs_target)
+        check_passages(row)
 
     def example(self, row: Row, which: int, number: int, tokenizer: Tokenizer) -> Example:
         """Returns the one example of the row; without `target`, its target is an answer drawn by seed and `number`."""

@@ -115,3 +115,8 @@ def test_every_golden_passage_joins(store):
     encoded = ReaderInputEncoder(READER, FORMAT, 128).encode([query], [numbers], store)[0]
     assert encoded == [READER.add_special_tokens(ids, 128) for ids in expected]
     assert len(store) == 240
+
+
+def test_null_is_not_a_word():
+    """A field that is null is empty in a format; the word None stays one."""
+    assert render("{title}|{text}|{n}", {"title": None, "text": "None", "n": 0}) == "|None|0"

@@ -20,10 +20,10 @@ def test_an_example_has_the_fields_of_its_row(tokenizer):
     assert (example.query, example.target, example.answers) == ("translate: {x}", "y", ["y"])
     assert (example.metadata, example.id) == (None, None)
     assert example.passages == [{"title": "", "text": ""}]
-    full = ROW | {"answers": ["y", "Y"], "metadata": {"m": 1}, "id": "7", "passages": [{"text": "p"}]}
+    full = ROW | {"answers": ["y", "Y"], "metadata": {"m": 1}, "id": "7", "passages": [{"title": "", "text": "p"}]}
     example = Base().example(full, 0, 0, tokenizer)
     assert (example.answers, example.metadata, example.id) == (["y", "Y"], {"m": 1}, "7")
-    assert example.passages == [{"text": "p"}]
+    assert example.passages == [{"title": "", "text": "p"}]
 
 
 def test_accuracy_is_an_exact_match_with_any_answer():

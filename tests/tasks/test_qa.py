@@ -63,11 +63,17 @@ def test_the_target_is_an_answer_drawn_with_the_row_number_as_seed(tokenizer):
 
 def test_an_example_takes_passages_metadata_and_id_from_its_row(tokenizer):
     """Reference: without `answers`, the target with its sentinel is the accepted answer."""
-    row = {"question": "{who}?", "target": "Ada", "metadata": {"x": 1}, "id": 0, "passages": [{"text": "t"}]}
+    row = {
+        "question": "{who}?",
+        "target": "Ada",
+        "metadata": {"x": 1},
+        "id": 0,
+        "passages": [{"title": "", "text": "t"}],
+    }
     example = QA("Q: {question} A: <extra_id_0>").example(row, 0, 5, tokenizer)
     assert example.query == "Q: {who}? A: <extra_id_0>"  # braces of a question are text
     assert example.answers == ["<extra_id_0> Ada"]
-    assert (example.metadata, example.id, example.passages) == ({"x": 1}, 0, [{"text": "t"}])
+    assert (example.metadata, example.id, example.passages) == ({"x": 1}, 0, [{"title": "", "text": "t"}])
     for empty in ({}, {"passages": []}, {"passages": None}):
         example = QA().example(ROW | empty, 0, 0, tokenizer)
         assert example.passages == [{"title": "", "text": ""}]

@@ -1,5 +1,7 @@
 """`make_task` maps --task to a class."""
 
+import re
+
 import pytest
 
 from atlas_jax.config import TaskConfig
@@ -46,3 +48,50 @@ def test_rows_without_answers_are_for_evaluation(task, row, golden):
         assert evaluation.example(row, which, 0, tokenizer).answers == []
     with pytest.raises(ValueError, match=r"is missing; every row needs|`answers` is empty"):
         make_task(TaskConfig(task), train=True).check(row)
+
+
+ROWS = {
+    "base": {"query": "q", "target": "t"},
+    "qa": {"question": "q", "answers": ["a"]},
+    "multiple_choice": {"question": "q", "options": dict(zip("ABCD", "wxyz", strict=True)), "answer": "A"},
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+@pytest.mark.parametrize(
+    ("passages", "expected"),
+    [
+        ({"passages": [{"title": None, "text": "x"}]}, [{"title": "", "text": "x"}]),
+        ({"passages": [{"text": "x", "id": 3}]}, [{"text": "x", "id": 3, "title": ""}]),
+        ({"passages": None}, [{"text": "", "title": ""}]),
+        ({"ctxs": [{"title": "T", "text": "x", "score": "1.5", "hasanswer": True}]}, [{"title": "T", "text": "x"}]),
+        (
+            {"passages": [{"title": "P", "text": "y", "score": 2}], "ctxs": [{"text": "x"}]},
+            [{"title": "P", "text": "y", "score": 2}],
+        ),
+    ],
+)
+def test_a_row_brings_its_own_passages(golden, task, passages, expected):
+    """Under `passages`, or `ctxs` without scores; a title that is null or missing is empty, in every task."""
+    row = ROWS[task] | passages
+    made = make_task(TaskConfig(task))
+    made.check(row)
+    assert list(made.example(row, 0, 0, Tokenizer.load(golden / "assets" / "reader")).passages) == expected
+
+
+@pytest.mark.parametrize("task", ROWS)
+@pytest.mark.parametrize("field", ["passages", "ctxs"])
+@pytest.mark.parametrize(
+    ("passage", "problem"),
+    [
+        ({"title": "T"}, "`text` of passage 1 in `{}` is missing"),
+        ({"title": "T", "text": None}, "`text` of passage 1 in `{}` is missing"),
+        ({"title": 7, "text": "x"}, "`title` of passage 1 in `{}` is not a text"),
+        ("x", "`{}` is not a list of passages"),
+    ],
+)
+def test_passages_without_a_text_are_refused(task, field, passage, problem):
+    """With the number of the passage; file and line are those of the row."""
+    row = ROWS[task] | {field: [{"title": "T", "text": "x"}, passage]}
+    with pytest.raises(ValueError, match=re.escape(problem.format(field))):
+        make_task(TaskConfig(task)).check(row)
