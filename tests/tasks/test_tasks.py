@@ -65,10 +65,8 @@ ROWS = {
         ({"passages": [{"text": "x", "id": 3}]}, [{"text": "x", "id": 3, "title": ""}]),
         ({"passages": None}, [{"text": "", "title": ""}]),
         ({"ctxs": [{"title": "T", "text": "x", "score": "1.5", "hasanswer": True}]}, [{"title": "T", "text": "x"}]),
-        (
-            {"passages": [{"title": "P", "text": "y", "score": 2}], "ctxs": [{"text": "x"}]},
-            [{"title": "P", "text": "y", "score": 2}],
-        ),
+        ({"passages": [{"title": "P", "text": "y"}], "ctxs": [{"text": "x"}]}, [{"title": "P", "text": "y"}]),
+        ({"passages": [{"title": "P", "text": "y", "score": 2}]}, [{"title": "P", "text": "y", "score": 2}]),
     ],
 )
 def test_a_row_brings_its_own_passages(golden, task, passages, expected):
