@@ -26,7 +26,7 @@ from atlas_jax.checkpoints.pretrained import (
 )
 from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.weights import is_untied, map_weights, strip_module_prefix
-from atlas_jax.config import Config, ModelConfig, RetrievalConfig
+from atlas_jax.config import Config, ModelConfig, RetrievalConfig, TaskName
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.mesh import in_host_memory, is_single_cpu, put_parameter, uses_compute_dtype
@@ -36,6 +36,7 @@ from atlas_jax.storage.lazy_array import ArrayLike, read
 logger = logging.getLogger(__name__)
 
 PUBLISHED = "model.pth.tar"
+NOT_FINITE_REMEDY = "they are damaged or of a run that diverged; take an earlier checkpoint, or another --precision"
 
 
 def restore(config: Config) -> Weights:
@@ -50,6 +51,7 @@ def restore(config: Config) -> Weights:
         raise UserError(f"{folder}: has no retriever; pass --use_file_passages or --closed_book, or take another")
     if not (weights.cfg.reader or config.retrieval.retrieve_only):
         raise UserError(f"{folder}: has no reader; pass --retrieve_only, or take another")
+    check_tokenizers(weights, config.task.task)
     loaded = weights.load("retriever/")
     if config.retrieval.query_side_retriever_training:
         loaded = _untie_encoders(loaded)
@@ -57,6 +59,23 @@ def restore(config: Config) -> Weights:
     source = folder or ("random weights" if config.model.random_weights else "pretrained weights")
     logger.info("%s: %.1f million parameters, step %d", source, count / 1e6, loaded.step)
     return loaded
+
+
+def check_tokenizers(weights: Weights, task: TaskName) -> None:
+    """UserError unless the models embed all ids of their tokenizers, and the reader's has the tokens of the task."""
+    sizes = {"reader": weights.cfg.reader, "retriever": weights.cfg.retriever}
+    tokenizers = {"reader": weights.tokenizer, "retriever": weights.retriever_tokenizer}
+    for name, tokenizer in tokenizers.items():
+        rows = getattr(sizes[name], "vocab_size", None)
+        if tokenizer and rows is not None and tokenizer.vocab_size > rows:
+            raise UserError(
+                f"the {name}'s tokenizer has {tokenizer.vocab_size} ids, but its model embeds {rows}; take both from "
+                "one folder"
+            )
+    special = ["</s>", *(["<extra_id_0>"] if task != "base" else [])]
+    for token, ids in zip(special, weights.tokenizer.ids(special), strict=True):
+        if weights.cfg.reader and len(ids) != 1:
+            raise UserError(f"the reader's tokenizer has no token {token}, which --task {task} needs; take a T5's")
 
 
 def open_weights(config: Config) -> Weights:
@@ -213,7 +232,7 @@ def place_on_mesh(weights: Weights, config: ModelConfig, mesh: Mesh) -> AtlasMod
     """Builds the model with its parameters sharded over the mesh: matrices in the --precision dtype, others in float32.
 
     Each parameter keeps its path and global shape from `weights.params`, and `PARAM_SPECS` says how it is sharded. A
-    collective call: UserError on every process if values read from a checkpoint are not those saved.
+    collective call: UserError on every process if values read from a checkpoint are not those saved, or not finite.
     """
     dtype = compute_dtype(config)
 
@@ -223,4 +242,12 @@ def place_on_mesh(weights: Weights, config: ModelConfig, mesh: Mesh) -> AtlasMod
 
     model = build_model(weights.params, weights.cfg.with_computation(dtype=dtype, for_cpu=is_single_cpu(mesh)), place)
     verify_shards(weights.params)
+    check_finite({"/".join(map(str, path)): x[...] for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))})
     return model
+
+
+def check_finite(params: Mapping[str, jax.Array]) -> None:
+    """UserError if a parameter on the devices holds NaN or infinity; a collective call."""
+    finite = jax.jit(lambda params: {path: jnp.isfinite(x).all() for path, x in params.items()})(params)
+    if bad := [path for path, ok in finite.items() if not np.asarray(ok)]:
+        raise UserError(f"the weights {', '.join(bad[:3])} hold NaN or infinity; {NOT_FINITE_REMEDY}")

@@ -8,7 +8,7 @@ import re
 import weakref
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, overload
+from typing import BinaryIO, NoReturn, overload
 
 import numpy as np
 
@@ -104,10 +104,14 @@ def _open(path: str | os.PathLike[str]) -> BinaryIO:
         raise UserError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from None
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _parse(path: str | os.PathLike[str], line: int, raw: bytes) -> dict:
     where = f"{path}:{line}"
     try:
-        row = json.loads(raw.decode())
+        row = json.loads(raw.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         byte = error.start + 1
         raise UserError(f"{where}: invalid UTF-8 at byte {byte} of the line; save the file as UTF-8") from None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from atlas_jax.config import Config, GenerationConfig
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
+from atlas_jax.errors import UserError
 from atlas_jax.evaluation.batches import ReaderBatcher
 from atlas_jax.evaluation.generation import FREE, GenerationSettings
 from atlas_jax.evaluation.step import ReaderOutput, eval_step
@@ -25,6 +25,7 @@ from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.runtime.prefetch import prefetch
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.runtime.progress import progress
+from atlas_jax.storage.files import json_text
 from atlas_jax.tasks import Example, Record, Task
 
 
@@ -40,11 +41,15 @@ class PendingBatch(NamedTuple):
 
 
 class ScoredExample(NamedTuple):
-    """An example after reading: its row index, its record for the predictions file, its scores."""
+    """An example after reading: its row index, its record for the predictions file, its scores.
+
+    `finite`: whether the reader's loss and logits are.
+    """
 
     row: int
     record: Record
     scores: dict[str, float]
+    finite: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Result:
     scores: dict[str, float]  # accuracies in percent, eval_loss in nats per token
     rows: int  # of the file
     unscored: int  # rows without an answer, which are in no score
+    not_finite: int  # examples whose loss or logits are not finite: their loss is in no mean, their answer is scored
     examples: int  # read by the reader: multiple choice makes one for each order of a row's options
     seconds: float  # without compilation
     compile_seconds: float
@@ -72,8 +78,7 @@ class Evaluator:
         # Reference: a prompted decoder generates only ids that the tokenizer knows; the embedding has more rows
         vocabulary = tokenizer.vocab_size if config.text.decoder_prompt_format else None
         self.generation = generation_settings(config.generation, tokenizer.pad_id, tokenizer.suffix[0], vocabulary)
-        letters = [tokenizer.add_special_tokens(ids)[0] for ids in tokenizer.ids(list(task.choices))]
-        self.choices = replicate(mesh, np.asarray(letters, np.int32))
+        self.choices = replicate(mesh, choice_tokens(task, tokenizer))
         self.size = global_batch_size(mesh, config.run.per_gpu_batch_size)
         self.batcher = ReaderBatcher(config.text, tokenizer, mesh, self.size)
         self._compiled_reader: CompiledFunction | None = None
@@ -83,16 +88,17 @@ class Evaluator:
         program, state = self._reader_program(reader)
         start, compiled_before = time.perf_counter(), self._compile_seconds()
         totals: dict[str, list[float]] = {metric: [] for metric in self.task.metrics} if reader else {}
-        prompts = unscored = 0
+        prompts = unscored = not_finite = 0
         with progress(f"evaluating {rows.path}", "rows", len(rows)) as on_progress:
             scored = self._scored_examples(rows, program, state, write=write is not None)
             for _, group in itertools.groupby(scored, key=lambda example: example.row):
                 of_row = list(group)
                 prompts += len(of_row)
+                not_finite += sum(not example.finite for example in of_row)
                 unscored += reader is not None and not any(example.scores for example in of_row)
                 for line in self._finish_row(of_row, totals):
                     if write:
-                        write(json.dumps(line, ensure_ascii=False) + "\n")
+                        write(json_text(line) + "\n")
                 on_progress(1)
         compile_seconds = self._compile_seconds() - compiled_before
         scores = {metric: float(np.mean(values)) for metric, values in totals.items() if values}
@@ -100,6 +106,7 @@ class Evaluator:
             {metric: score if metric == "eval_loss" else 100 * score for metric, score in scores.items()},
             len(rows),
             unscored,
+            not_finite,
             prompts,
             time.perf_counter() - start - compile_seconds,
             compile_seconds,
@@ -190,12 +197,13 @@ class Evaluator:
         example = batch.examples[i]
         record: Record = {"query": example.query, "answers": example.answers}
         scores: dict[str, float] = {}
+        finite = output is None or bool(np.isfinite(output.loss[i]) and np.isfinite(output.choice_logits[i]).all())
         if output:
             start = 1 + len(batch.prompts[i] if batch.prompts else ())
             record["generation"] = self.tokenizer.decode(np.asarray(output.generated)[i, start:])
             if example.answers:
                 scores = self.task.score(record["generation"], example.answers)
-            if example.answers and example.target is not None:
+            if example.answers and example.target is not None and finite:
                 scores["eval_loss"] = float(output.loss[i]) / max(int(output.loss_tokens[i]), 1)
         if write and not (output and self.config.run.dont_write_passages):
             record["passages"] = batch.retrieved.store.take(batch.retrieved.numbers[i][batch.retrieved.valid[i]])
@@ -205,7 +213,7 @@ class Evaluator:
             record["choice_logits"] = dict(zip(self.task.choices, output.choice_logits[i].tolist(), strict=True))
         if example.id is not None:
             record["id"] = example.id
-        return ScoredExample(batch.rows[i], record, scores)
+        return ScoredExample(batch.rows[i], record, scores, finite)
 
     def _finish_row(self, examples: list[ScoredExample], totals: dict[str, list[float]]) -> list[Record]:
         """Adds a row's scores to `totals`; returns the row's lines of the predictions file.
@@ -220,6 +228,18 @@ class Evaluator:
             for metric, value in scores.items():
                 totals[metric].append(value)
         return [line]
+
+
+def choice_tokens(task: Task, tokenizer: Tokenizer) -> Int32[np.ndarray, " c"]:
+    """The first token of each of the task's choices; UserError if two begin with the same, which hides the choice."""
+    ids = [tokenizer.add_special_tokens(ids)[0] for ids in tokenizer.ids(list(task.choices))]
+    if len(set(ids)) < len(ids):
+        letters = ", ".join(task.choices)
+        raise UserError(
+            f"the reader's tokenizer begins two of the letters {letters} with the same token, so that they cannot be "
+            "told apart; take another reader"
+        )
+    return np.asarray(ids, np.int32)
 
 
 def generation_settings(

@@ -8,12 +8,18 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from atlas_jax.checkpoints.restore import compute_dtype, place_on_mesh, restore, retriever_fingerprint
+from atlas_jax.checkpoints.restore import (
+    NOT_FINITE_REMEDY,
+    compute_dtype,
+    place_on_mesh,
+    restore,
+    retriever_fingerprint,
+)
 from atlas_jax.checkpoints.store import Weights
 from atlas_jax.config import Config, to_dict
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.errors import UserError
-from atlas_jax.evaluation.evaluator import Evaluator, Result
+from atlas_jax.evaluation.evaluator import Evaluator, Result, choice_tokens
 from atlas_jax.mesh import check_mesh, make_mesh, sharded_sizes
 from atlas_jax.models.atlas import AtlasModel
 from atlas_jax.models.fid import FiD
@@ -49,16 +55,21 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
     enable_compilation_cache(config.run.compile_cache, cache_folder(config.run.cache_dir))
     check_mesh(config.run.mesh)  # before the weights are read
     weights = restore(config)
+    if weights.cfg.reader:
+        choice_tokens(task, weights.tokenizer)  # refuses a tokenizer before the index is opened
     mesh = evaluation_mesh(config, weights)
     model = place_on_mesh(weights, config.model, mesh)
     with shared_scratch(config.run_folder, SCRATCH) as scratch:
         source = passage_source(config, weights, model, mesh, scratch)
         evaluator = Evaluator(config, task, source, weights.tokenizer, mesh)
         step = weights.step if config.model.model_path == "none" and weights.step else ZERO_SHOT_STEP
-        return {
-            rows.path: evaluate_file(evaluator, rows, model.reader, run, result_stem(name, step))
-            for name, rows in files.items()
-        }
+        results = {}
+        for name, rows in files.items():
+            result = evaluate_file(evaluator, rows, model.reader, run, result_stem(name, step))
+            if result.not_finite == result.examples:
+                raise UserError(f"{rows.path}: the reader's output is not finite for any row; {NOT_FINITE_REMEDY}")
+            results[rows.path] = result
+        return results
 
 
 def evaluate_file(evaluator: Evaluator, rows: JsonlRows, reader: FiD | None, run: Path, stem: str) -> Result:
@@ -132,6 +143,7 @@ def report(path: Path, name: str, result: Result) -> None:
         | {
             "examples": result.rows,
             "unscored": result.unscored,
+            "not_finite": result.not_finite,
             "prompts": result.examples,
             "examples_per_second": rate,
             "compile_seconds": result.compile_seconds,
@@ -140,6 +152,8 @@ def report(path: Path, name: str, result: Result) -> None:
     )
     scores = " | ".join(f"{value:.3f} {metric}" for metric, value in result.scores.items())
     logger.info("%s: %s", name, scores or f"passages found for {result.rows} rows")
+    if result.not_finite:
+        logger.warning("%s: the loss or the logits of %d prompts are not finite", name, result.not_finite)
     if result.unscored:
         logger.info("%s: %d of %d rows have no answer and are in no score", name, result.unscored, result.rows)
     logger.info("%s: %d rows at %.2f/s, and %.1f s of compilation", name, result.rows, rate, result.compile_seconds)

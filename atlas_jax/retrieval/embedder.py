@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
+from atlas_jax.errors import UserError
 from atlas_jax.mesh import AXES, constrain, local_row_indices, local_rows, put_rows, row_owners
 from atlas_jax.models.atlas import Retriever
 from atlas_jax.retrieval.passage_store import PassageTokens
@@ -145,7 +146,14 @@ def embed_corpus(
         window, numbers, vectors = in_flight.popleft()
         local_numbers = numbers[row_owners(embedder.mesh, len(numbers)) == group.index]
         valid = local_numbers >= 0
-        window.vectors[local_numbers[valid] - window.first] = local_rows(vectors)[valid].astype(np.float16)
+        with np.errstate(over="ignore"):
+            computed = local_rows(vectors)[valid].astype(np.float16)
+        if not np.isfinite(computed).all():
+            number = local_numbers[valid][~np.isfinite(computed).all(1)][0]
+            raise UserError(
+                f"passage {number}: its vector is not finite in float16; take undamaged weights of the retriever"
+            )
+        window.vectors[local_numbers[valid] - window.first] = computed
         window.missing -= int(valid.sum())
         if not window.missing and len(window.vectors):
             out[window.first : window.first + len(window.vectors)] = window.vectors

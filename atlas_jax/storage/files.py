@@ -6,6 +6,7 @@ import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -160,10 +161,26 @@ def _is_write_error(error: OSError, draft: Path) -> bool:
     return error.errno is not None and not isinstance(error, BrokenPipeError) and is_named
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Returns JSON, in which a number that is not finite is null, as JSON has no name for it."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _without_nan(item) for name, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object, indented, as an `atomic_file`."""
     with atomic_file(path) as draft:
-        draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

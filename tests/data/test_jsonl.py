@@ -133,3 +133,12 @@ def test_any_json_objects_are_read_back(tmp_path_factory, objects, ascii_only):
     text = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in objects)
     path = write(tmp_path_factory.getbasetemp(), text.encode())
     assert [row for _, row in jsonl.read_rows(path)] == objects == list(JsonlRows(path))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have_are_refused(tmp_path, number):
+    """Python reads and writes them; other programs do not, and scores of them are none."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"a": 1}}\n{{"a": {number}}}\n')
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: not valid JSON \({number} is no number of JSON\)"):
+        list(read_rows(path))

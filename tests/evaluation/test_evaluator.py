@@ -11,11 +11,14 @@ import pytest
 from atlas_jax.checkpoints.restore import place_on_mesh, restore
 from atlas_jax.config import Config, GenerationConfig, ModelConfig, RetrievalConfig, RunConfig, TaskConfig, TextConfig
 from atlas_jax.data.jsonl import JsonlRows
-from atlas_jax.evaluation.evaluator import Evaluator
+from atlas_jax.data.tokens import Tokenizer
+from atlas_jax.errors import UserError
+from atlas_jax.evaluation.evaluator import Evaluator, choice_tokens
 from atlas_jax.mesh import make_mesh
 from atlas_jax.retrieval.passage_source import RetrievedPassages, RowPassages
 from atlas_jax.retrieval.passage_store import build_passages
 from atlas_jax.tasks import make_task
+from atlas_jax.tasks.multiple_choice import MultipleChoice
 
 SCORER = Path(__file__).parents[2] / "eval/evaluate_mmlu_predictions.py"
 
@@ -232,3 +235,15 @@ def replace_n(config: Config, n: int) -> Config:
     return Config(
         config.model, config.task, config.run, config.text, RetrievalConfig(n_context=n), generation=config.generation
     )
+
+
+def test_letters_that_begin_with_the_same_token_are_refused(golden, tmp_path):
+    """A tokenizer without pieces for " A" to " D" gives each the piece for a space first; the golden one has them."""
+    assert len(set(choice_tokens(MultipleChoice(), Tokenizer.load(golden / "assets" / "reader")))) == 4
+    tokenizer = json.loads((golden / "assets" / "reader" / "tokenizer.json").read_text(encoding="utf-8"))
+    for piece in tokenizer["model"]["vocab"]:
+        if piece[0] in ("▁A", "▁B", "▁C", "▁D"):
+            piece[0] = f"▁zqx{piece[0][1]}"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(UserError, match="begins two of the letters A, B, C, D with the same token"):
+        choice_tokens(MultipleChoice(), Tokenizer.load(tmp_path))

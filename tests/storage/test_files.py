@@ -2,6 +2,8 @@
 
 import ctypes
 import errno
+import json
+import math
 import mmap
 import os
 import signal
@@ -13,7 +15,15 @@ import numpy as np
 import pytest
 
 from atlas_jax.errors import UserError
-from atlas_jax.storage.files import WritebackLimiter, atomic_file, atomic_folder, drop_page_cache, fsync, write_json
+from atlas_jax.storage.files import (
+    WritebackLimiter,
+    atomic_file,
+    atomic_folder,
+    drop_page_cache,
+    fsync,
+    json_text,
+    write_json,
+)
 
 
 def make(folder: Path, text: str, *, replace: bool = False) -> None:
@@ -168,3 +178,13 @@ def test_writeback_limiter_bounds_the_page_cache(tmp_path):
     assert cached[1] < pages // 4 or after_drop == pages
     for name in ("drained", "plain"):
         assert (tmp_path / name).read_bytes() == block * 32
+
+
+def test_json_has_no_nan(tmp_path):
+    """Numbers that are not finite are null at any depth; finite values are as before."""
+    value = {"a": math.nan, "b": [1.5, -math.inf, {"c": (math.inf, "x", None)}], "d": {"é": 2}}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert found == {"a": None, "b": [1.5, None, {"c": [None, "x", None]}], "d": {"é": 2}}
+    assert json_text({"a": [1, 2.5]}) == '{"a": [1, 2.5]}'
