@@ -22,7 +22,10 @@ from atlas_jax.errors import UserError
 ASSETS = Path(__file__).parent.parent / "golden" / "assets"
 SAMPLE = Path(__file__).parents[2] / "atlas_jax" / "sample"
 TOKENIZERS = {name: Tokenizer.load(ASSETS / name) for name in ("reader", "retriever")}
-HF = {name: transformers.AutoTokenizer.from_pretrained(ASSETS / name) for name in TOKENIZERS}
+HF = {  # as their files say: some versions of transformers put a pre-tokenizer of their own into a T5's
+    name: transformers.PreTrainedTokenizerFast(tokenizer_file=str(ASSETS / name / "tokenizer.json"))
+    for name in TOKENIZERS
+}
 TEXTS = ("question: what is Tribe? answer: <extra_id_0>", "", " two  spaces ", "naïve 漢字 👍🏽 שלום</s> x", "y" * 300)
 
 names = pytest.mark.parametrize("name", TOKENIZERS)
