@@ -1,12 +1,16 @@
 """Examples and their retrieved passages as reader arrays of a few fixed shapes."""
 
+import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int32
 
 from atlas_jax.config import TextConfig
 from atlas_jax.data.reader_inputs import ReaderInputEncoder
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
+from atlas_jax.errors import UserError
 from atlas_jax.evaluation.step import CHOICE_POSITION
 from atlas_jax.mesh import ArrayOrShape, local_row_indices, put_batch, put_passages
 from atlas_jax.models.fid import ReaderBatch
@@ -49,6 +53,32 @@ class ReaderBatcher:
         """Token ids that the decoder starts with, by query; an empty list without --decoder_prompt_format."""
         form = self.text.decoder_prompt_format
         return self.tokenizer.ids([form.format(query=query) for query in queries]) if form else []
+
+    @property
+    def moves_letters(self) -> bool:
+        """Whether the flags put text before the answer, so that a letter is not at CHOICE_POSITION."""
+        return bool(self.text.decoder_format or self.text.decoder_prompt_format)
+
+    def letter_positions(
+        self, examples: Sequence[Example], letters: Sequence[str], tokens: Int32[np.ndarray, " c"]
+    ) -> list[int]:
+        """Where in the target of each local row its letter is, the first position at which the letters' targets differ.
+
+        0 for rows without an example. UserError if the letters are not these `tokens` there, or cut off.
+        """
+        positions = []
+        for example in examples:
+            target = (example.target or "")[:-1]
+            texts = [self._target(dataclasses.replace(example, target=target + letter)) for letter in letters]
+            columns = zip(*self.tokenizer.target_ids(texts, self.text.target_maxlength), strict=False)
+            found = next(((i, column) for i, column in enumerate(columns) if len(set(column)) > 1), None)
+            if found is None or list(found[1]) != tokens.tolist():
+                raise UserError(
+                    f"--decoder_format {self.text.decoder_format}, --target_maxlength {self.text.target_maxlength}: no "
+                    "token of the target tells the letters apart; put spaces around {target}, or allow more tokens"
+                )
+            positions.append(found[0])
+        return positions + [0] * (len(self.local_rows) - len(examples))
 
     def batch(
         self, examples: Sequence[Example], passages: Sequence[list[int]], prompts: list[list[int]], length: int, n: int

@@ -38,6 +38,7 @@ class PendingBatch(NamedTuple):
     batch: ReaderBatch | None  # None: --retrieve_only
     prompts: list[list[int]]  # token ids that the decoder starts with; empty without --decoder_prompt_format
     prompt: Array | None  # the prompts on the devices
+    positions: Array | None  # of the letters in the targets; None: the usual one
 
 
 class ScoredExample(NamedTuple):
@@ -78,7 +79,8 @@ class Evaluator:
         # Reference: a prompted decoder generates only ids that the tokenizer knows; the embedding has more rows
         vocabulary = tokenizer.vocab_size if config.text.decoder_prompt_format else None
         self.generation = generation_settings(config.generation, tokenizer.pad_id, tokenizer.suffix[0], vocabulary)
-        self.choices = replicate(mesh, choice_tokens(task, tokenizer))
+        self.choice_ids = choice_tokens(task, tokenizer)
+        self.choices = replicate(mesh, self.choice_ids)
         self.size = global_batch_size(mesh, config.run.per_gpu_batch_size)
         self.batcher = ReaderBatcher(config.text, tokenizer, mesh, self.size)
         self._compiled_reader: CompiledFunction | None = None
@@ -137,7 +139,8 @@ class Evaluator:
         """
 
         def dispatch(batch: PendingBatch) -> tuple[PendingBatch, ReaderOutput | None]:
-            return batch, program(state, batch.batch, self.choices, batch.prompt) if program else None
+            arguments = batch.batch, self.choices, batch.prompt, batch.positions
+            return batch, program(state, *arguments) if program else None
 
         done: tuple[PendingBatch, ReaderOutput | None] | None = None
         ready: PendingBatch | None = None
@@ -167,7 +170,7 @@ class Evaluator:
         self, rows: list[int], examples: list[Example], retrieved: RetrievedPassages, *, reads: bool
     ) -> PendingBatch:
         if not reads:
-            return PendingBatch(rows, examples, retrieved, None, [], None)
+            return PendingBatch(rows, examples, retrieved, None, [], None, None)
         prompts = self.batcher.prompts([example.query for example in examples])
         local_examples, local_passages = self.batcher.select_local(examples, retrieved)
         local_rows = self.batcher.local_rows
@@ -181,7 +184,11 @@ class Evaluator:
             longest = bucket(max(map(len, prompts)), self.generation.max_length)
             padded = pad([*local_prompts, *[[]] * (len(local_rows) - len(local_prompts))], longest, FREE)[0]
             prompt = put_batch(self.mesh, padded, self.size)
-        return PendingBatch(rows, examples, retrieved, batch, prompts, prompt)
+        positions = None
+        if self.task.choices and self.batcher.moves_letters:
+            found = self.batcher.letter_positions(local_examples, self.task.choices, self.choice_ids)
+            positions = put_batch(self.mesh, np.asarray(found, np.int32), self.size)
+        return PendingBatch(rows, examples, retrieved, batch, prompts, prompt, positions)
 
     def _scored_examples(
         self, rows: JsonlRows, program: CompiledFunction | None, state: Any, *, write: bool
@@ -258,11 +265,13 @@ def generation_settings(
 
 
 def compiled_reader(reader: FiD, cfg: GenerationSettings, mesh: Mesh) -> CompiledFunction:
-    """`eval_step` as a function of (the reader's state, batch, choices, prompt)."""
+    """`eval_step` as a function of (the reader's state, batch, choices, prompt, positions of the letters)."""
     graph, _ = nnx.split(reader)
     return CompiledFunction(
         "reader",
-        lambda state, batch, choices, prompt: eval_step(nnx.merge(graph, state), batch, choices, prompt, cfg),
+        lambda state, batch, choices, prompt, positions: eval_step(
+            nnx.merge(graph, state), batch, choices, prompt, positions, cfg
+        ),
         mesh,
         gather=True,
     )

@@ -105,7 +105,7 @@ def _programs(
     choices = replicate(mesh, ShapeDtypeStruct((len(make_task(config.task).choices),), jnp.int32))
     reader = compiled_reader(atlas.reader, generation_settings(config.generation, PAD_ID, EOS_ID), mesh)
     tokens = math.prod(reader_batch.passages.shape)
-    yield _planned_program(reader, nnx.state(atlas.reader), (reader_batch, choices, None), tokens)
+    yield _planned_program(reader, nnx.state(atlas.reader), (reader_batch, choices, None, None), tokens)
     if atlas.retriever is None:
         return
     length = config.text.retriever_maxlength

@@ -1,5 +1,6 @@
 """Evaluation against the reference's: the same passages give the same logits, answers, files and scores."""
 
+import dataclasses
 import gzip
 import json
 import runpy
@@ -13,6 +14,7 @@ from atlas_jax.config import Config, GenerationConfig, ModelConfig, RetrievalCon
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
+from atlas_jax.evaluation.batches import ReaderBatcher
 from atlas_jax.evaluation.evaluator import Evaluator, choice_tokens
 from atlas_jax.mesh import make_mesh
 from atlas_jax.retrieval.passage_source import RetrievedPassages, RowPassages
@@ -235,6 +237,54 @@ def replace_n(config: Config, n: int) -> Config:
     return Config(
         config.model, config.task, config.run, config.text, RetrievalConfig(n_context=n), generation=config.generation
     )
+
+
+@pytest.mark.parametrize(
+    ("form", "prompt", "before"),
+    [("{target}", None, "<extra_id_0>"), ("so {target} .", None, "so <extra_id_0>"), (None, "to {query}:", None)],
+)
+def test_choices_are_read_where_the_letter_is(golden, model, tmp_path, monkeypatch, form, prompt, before):
+    """Text before the answer, of the format or of a prompt with the query, moves the letter to a later position.
+
+    A format that adds nothing has the logits of the usual position, which the reference reads; others have not.
+    """
+    lines = (golden / "mmlu_eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:2]
+    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    longest = 160 if prompt else 16
+    rows = JsonlRows(tmp_path / "rows.jsonl")
+    plain = config_of(golden, "multiple_choice", length=96, generation_max_length=longest)
+    plain = dataclasses.replace(plain, retrieval=RetrievalConfig(n_context=1, use_file_passages=True))
+    text = dataclasses.replace(plain.text, decoder_format=form, decoder_prompt_format=prompt, target_maxlength=None)
+    config, tokenizer, task = dataclasses.replace(plain, text=text), model[0].tokenizer, make_task(plain.task)
+    batcher = Evaluator(config, task, RowPassages(), tokenizer, model[2]).batcher
+    examples = [task.example(row, 0, 0, tokenizer) for row in rows]
+    positions = batcher.letter_positions(examples, task.choices, choice_tokens(task, tokenizer))[:2]
+    texts = [before or f"to {example.query}:<extra_id_0>" for example in examples]
+    assert positions == [len(ids) for ids in tokenizer.ids(texts)]
+
+    def logits(config):
+        written = evaluate(config, model, RowPassages(), rows)[1]
+        return [list(p["choice_logits"].values()) for line in written for p in line["permutations"]]
+
+    found = logits(config)
+    monkeypatch.setattr(ReaderBatcher, "moves_letters", False)
+    assert np.allclose(found, logits(config), atol=1e-3) == (form == "{target}")
+    assert form != "{target}" or np.allclose(found, logits(plain), atol=1e-3)
+
+
+@pytest.mark.parametrize(("form", "limit"), [("({target})", None), ("so it goes {target}", 3)])
+def test_formats_that_hide_the_letter_are_refused(golden, model, form, limit):
+    """Letters that join with what follows them, or are cut off, cannot be compared: one line names the flags."""
+    config = config_of(golden, "multiple_choice", length=96)
+    text = dataclasses.replace(config.text, decoder_format=form, target_maxlength=limit)
+    task, tokenizer = make_task(config.task), model[0].tokenizer
+    batcher = ReaderBatcher(text, tokenizer, model[2], 8)
+    example = task.example(JsonlRows(golden / "mmlu_eval.jsonl")[0], 0, 0, tokenizer)
+    tokens = choice_tokens(task, tokenizer)
+    if form == "({target})":
+        tokens = tokens + 1  # as if the letter were another token beside a bracket
+    with pytest.raises(UserError, match=r"--decoder_format .*: no token of the target tells the letters apart"):
+        batcher.letter_positions([example], task.choices, tokens)
 
 
 def test_letters_that_begin_with_the_same_token_are_refused(golden, tmp_path):

@@ -129,7 +129,7 @@ def test_generation_gathers_parameters_once(tiny_weights):
     reader_batch = put_reader_batch(mesh, ids, ids > 0, target, target > 0)
     text = (
         compiled_reader(reader, GenerationSettings(max_length=4), mesh)
-        .compile_for(nnx.state(reader), reader_batch, replicate(mesh, np.zeros(1, np.int32)), None)
+        .compile_for(nnx.state(reader), reader_batch, replicate(mesh, np.zeros(1, np.int32)), None, None)
         .as_text()
     )
     found = hlo.count(hlo.parse(text))
