@@ -163,7 +163,8 @@ def _is_write_error(error: OSError, draft: Path) -> bool:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object, indented, as an `atomic_file`."""
     with atomic_file(path) as draft:
-        draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name need not be UTF-8
 
 
 def read_json(path: Path) -> dict[str, Any]:
