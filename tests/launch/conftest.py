@@ -17,8 +17,8 @@ FAKES = Path(__file__).parent / "fakes"
 class Site:
     """A folder with the published layout (two MMLU domains, empty weights) and an environment with the fakes in PATH.
 
-    `fakes/host/` are programs of the host, `fakes/container/` those that a container image has as well. The folder and the
-    copy of the repository in it, from which commands start, have spaces and quotes in their names.
+    `fakes/host/` are programs of the host, `fakes/container/` those that a container image has as well. The folder and
+    the copy of the repository in it, from which commands start, have spaces and quotes in their names.
     """
 
     def __init__(self, home: Path):

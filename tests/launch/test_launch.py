@@ -232,7 +232,8 @@ def test_slurm_starts_one_process_per_node(site, experiment, image, nodes):
         started = [call["arguments"][call["arguments"].index("--name") + 1] for call in calls]
         assert sorted(started) == ["anatomy", "anatomy", "virology", "virology"]
     (table,) = site.read_log("python")
-    assert table.startswith(f"0 1 {IMAGES[image].get('IMAGE', '')} {site.repository}/eval/evaluate_mmlu_predictions.py ")
+    program = f"{site.repository}/eval/evaluate_mmlu_predictions.py"
+    assert table.startswith(f"0 1 {IMAGES[image].get('IMAGE', '')} {program} ")
 
 
 @pytest.mark.parametrize("image", IMAGES)
