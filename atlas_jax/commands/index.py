@@ -192,9 +192,10 @@ def _merge(argv: Sequence[str]) -> None:
         _source_folder(args | {"load_index_path": str(folder)}, flag="")
     output = _output_folder(args)
     from atlas_jax.retrieval.formats.convert import convert
-    from atlas_jax.retrieval.formats.merge import MergedIndexes
+    from atlas_jax.retrieval.formats.merge import MergedIndexes, check_disjoint
 
     parts = MergedIndexes(folders)
+    check_disjoint(parts)
     convert(parts, output, parts.origin)
     logger.info("wrote %s; pass it as --load_index_path", output)
 

@@ -131,8 +131,8 @@ def test_scripts_run_from_any_folder_and_list_all_names(tmp_path):
         ([], "--model is missing; --list shows the names"),
         (["--model", BASE, "--jobs", "0"], "--jobs: 0: must be a whole number, 1 or more; see download_model --help"),
         (["--model", BASE, "--base_url", "ftp://a/b"], "--base_url: ftp://a/b: no http(s) address; see download_model"),
-        (["--model", BASE, "--base_url", "http://a:b"], "--base_url: invalid address value: 'http://a:b'; see download_model"),
-        (["--model", BASE, "--base_url", "http://a/b c"], "--base_url: http://a/b c: no http(s) address; see download_model"),
+        (["--model", BASE, "--base_url", "http://a:b"], "--base_url: invalid address value: 'http://a:b'"),
+        (["--model", BASE, "--base_url", "http://a/b c"], "--base_url: http://a/b c: no http(s) address"),
         (["--modell", BASE], "unrecognized arguments: --modell"),
     ],
 )
