@@ -42,9 +42,11 @@ again:
 	  "install one (Debian: apt install python3 python3-venv) or say make setup PYTHON=/path/to/python" >&2; exit 2
 
 plan-env: setup ## .venv-plan with XLA's compilers for GPUs and TPUs, some GB, which `atlas plan` finds
-	test -x .venv-plan/bin/python || $(BIN)/python -m venv .venv-plan
+	test -e .venv-plan/.installed || $(BIN)/python -m venv .venv-plan
+	rm -f .venv-plan/.installed
 	.venv-plan/bin/python -m pip --disable-pip-version-check install --quiet --editable . libtpu \
 	  "jax[cuda12]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')"
+	touch .venv-plan/.installed
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check

@@ -10,9 +10,11 @@ highest mean probability over all permutations. Both are micro averages: every q
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +47,7 @@ CATEGORIES = {
 DOMAINS = frozenset(domain for domains in CATEGORIES.values() for domain in domains)
 SPLITS = {"test": ("test",), "val": ("val", "valid"), "valid": ("valid", "val")}  # --split: its spellings in file names
 Step = int | Literal["best"]  # best: the step that the best.json of each run names
+GZIP = b"\x1f\x8b"  # the first bytes of a gzip file
 SUFFIXES = ("_test", "_valid", "_val", "_dev")
 
 QuestionKey = tuple[str, str, tuple[tuple[str, str], ...]]  # (domain, question, sorted options) identify a question
@@ -92,10 +95,25 @@ class Counts:
         }
 
 
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; see --help")
+
+
 def fail(message: str) -> NoReturn:
     """Prints one line to stderr and exits with status 2."""
-    print(f"evaluate_mmlu_predictions: {message}", file=sys.stderr)
+    print(f"evaluate_mmlu_predictions: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
+
+
+def user_path(text: str) -> Path:
+    """A path that a person typed: `~` is expanded, which the shell does not do in `--flag=~/x`."""
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        fail(f"{text}: no home folder for {text.split('/')[0]}; write ./{text} if it is called so")
+    return Path(path)
 
 
 def wilson(correct: int, questions: int, z: float = 1.959963984540054) -> tuple[float, float] | None:
@@ -115,6 +133,8 @@ def read_rows(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with path.open("rb") as file:
             for line, text in enumerate(file, start=1):
+                if line == 1 and text.startswith(GZIP):
+                    fail(f"{path}: is compressed with gzip; unpack it with gunzip first")
                 if not text.strip():
                     continue
                 try:
@@ -318,16 +338,36 @@ def format_percent(percent: float | None) -> str:
     return "-" if percent is None else f"{percent:.2f}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the scores; returns the exit status: 0, or 2, 130 or 141 if they cannot be written."""
+    try:
+        print_scores(argv)
+        print(end="", flush=True)
+        return 0
+    except KeyboardInterrupt:
+        status, problem = 130, "interrupted"
+    except BrokenPipeError:
+        status, problem = 141, ""  # 128 + SIGPIPE, as a shell reports it
+    except OSError as error:
+        status, problem = 2, f"{error.filename or 'standard output'}: {error.strerror}; check it, and the disk"
+    if problem:
+        print(f"evaluate_mmlu_predictions: {problem}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would complain when it flushes stdout
+    return status
+
+
+def print_scores(argv: Sequence[str] | None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--predictions_path",
         required=True,
-        type=Path,
+        type=user_path,
         help="prediction file, a run's folder with {gold file's stem}-step-{step}.jsonl, or a folder of runs: "
         "{domain}/{domain}.{split}-step-{step}.jsonl",
     )
-    parser.add_argument("--gold_path", required=True, type=Path, help="jsonl file of the questions that were evaluated")
+    gold_help = "jsonl file of the questions that were evaluated"
+    parser.add_argument("--gold_path", required=True, type=user_path, help=gold_help)
     parser.add_argument(
         "--step",
         type=lambda text: text if text == "best" else int(text),
@@ -365,4 +405,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,6 +39,16 @@ RETRY_STATUSES = {
     HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
 }
 
+PYTORCH = (b"PK\x03\x04", b"\x80")  # a zip archive, or a pickle
+MAGIC = {  # suffix of a file's name to the bytes that such a file begins with
+    ".pth.tar": PYTORCH,
+    ".pt": PYTORCH,
+    ".jsonl": (b"{",),
+    ".gz": (b"\x1f\x8b",),
+}
+PAGE_REMEDY = "open the address in a browser, check the proxy, or try another --base_url"
+HTML_TYPES = ("text/html", "application/xhtml+xml")
+
 T = TypeVar("T")
 R = TypeVar("R")
 Advance = Callable[[int], object]  # called with the number of bytes received; negative for bytes that are discarded
@@ -81,6 +91,8 @@ class Version(NamedTuple):
     def from_response(cls, response: http.client.HTTPResponse) -> "Version":
         """Reads the version of the whole file, also from a response that holds only a range of it."""
         headers = response.headers
+        if "Content-Type" in headers and headers.get_content_type() in HTML_TYPES:
+            raise FileError(f"{response.url}: is a web page, such as a login, and not the file; {PAGE_REMEDY}")
         size = headers.get("Content-Length", "")
         if response.status == HTTPStatus.PARTIAL_CONTENT:
             size = headers.get("Content-Range", "").rpartition("/")[2]
@@ -185,6 +197,17 @@ def retry_after(headers: Message) -> float:
         return 0.0
 
 
+def check_magic(name: str, path: Path, target: Path) -> None:
+    """`FileError` about `target` unless the file `path` begins as a file of this name does."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    expected = next((magic for suffix, magic in MAGIC.items() if name.endswith(suffix)), ())
+    is_page = start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+    if is_page or (expected and not start.startswith(expected)):
+        what = "is a web page, such as a login" if is_page else f"begins with {start[:8]!r}"
+        raise FileError(f"{target}: {what}, so it is not {name.rpartition('/')[2]}; {PAGE_REMEDY}")
+
+
 def find_part(target: Path) -> Path | None:
     """Returns the part file that an earlier attempt left beside `target`, if any."""
     return next(target.parent.glob(f".{target.name}.*.part"), None)
@@ -229,9 +252,18 @@ class PartFile:
         self.size, self._hash = 0, hashlib.sha256()
         self.close()
 
-    def finish(self, sha256: str | None) -> ManifestEntry:
-        """Syncs the part file and renames it to the target; discards it, `FileError`, if its hash is not `sha256`."""
+    def finish(self, name: str, sha256: str | None) -> ManifestEntry:
+        """Syncs the part file and renames it to the target.
+
+        Discards it, `FileError`, if its hash is not `sha256`, or else if a file of this name does not begin so.
+        """
         entry = ManifestEntry(self.size, self._hash.hexdigest())
+        if sha256 is None:
+            try:
+                check_magic(name, self._path, self._target)
+            except FileError:
+                self.discard()
+                raise
         if sha256 not in (None, entry.sha256):
             self.discard()
             raise FileError(
@@ -291,7 +323,7 @@ def fetch(
 
     with contextlib.closing(PartFile(target, version, client.stop, advance)) as part:
         client.retry(path, attempt, lambda: part.size)
-        return part.finish(sha256)
+        return part.finish(path, sha256)
 
 
 def in_parallel(

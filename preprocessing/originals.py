@@ -16,6 +16,7 @@ from downloads import HttpClient, fetch
 
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.progress import progress
+from atlas_jax.runtime.streams import discard_unwritable_stdout, prepare_streams
 
 DAMAGED_ARCHIVE_ERRORS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
@@ -24,8 +25,12 @@ DAMAGED_ARCHIVE_ERRORS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError
 def exit_on_error(name: str) -> Iterator[None]:
     """Logs progress to stderr; exits after bad input with one line on stderr and status 2, after Ctrl-C with 130."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+    prepare_streams()
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout has exited
+        message, status = "", 141
     except UserError as error:
         message, status = str(error), 2
     except OSError as error:
@@ -35,7 +40,9 @@ def exit_on_error(name: str) -> Iterator[None]:
         message, status = "interrupted; the same command starts again, a download where it was", 130
     else:
         return
-    print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr)
+    if message:
+        print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr)
+    discard_unwritable_stdout()
     sys.exit(status)
 
 

@@ -23,9 +23,11 @@ from typing import Any
 
 from originals import exit_on_error, find_original, json_line, parse_integers, write_lines
 
+from atlas_jax.commands.flags import Parser
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError
 from atlas_jax.storage.files import atomic_file
+from atlas_jax.storage.paths import user_path
 
 URL = "https://fever.ai/download/fever/"
 ORIGINALS = {"train": "train.jsonl", "dev": "shared_task_dev.jsonl", "test": "shared_task_test.jsonl"}
@@ -51,16 +53,19 @@ def read_claims(path: Path, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--output_directory", type=Path, metavar="DIR", default=Path("data"), help="default: data")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output_directory", type=user_path, metavar="DIR", default=Path("data"), help="default: data")
     for split, name in ORIGINALS.items():
-        parser.add_argument(f"--{split}", type=Path, metavar="FILE", help=f"instead of downloading {URL}{name}")
+        parser.add_argument(f"--{split}", type=user_path, metavar="FILE", help=f"instead of downloading {URL}{name}")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    args = parser.parse_args(argv)
+    with exit_on_error("prepare_fever"):
+        prepare(parser.parse_args(argv))
 
+
+def prepare(args: argparse.Namespace) -> None:
     folder = args.output_directory / "fever_data"
     few_shot_path = folder / "train-64.jsonl"
-    with exit_on_error("prepare_fever"), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         sources, messages = {}, []
         for split, name in ORIGINALS.items():
             target = folder / f"{split}.jsonl"

@@ -35,8 +35,10 @@ from typing import IO
 
 from originals import exit_on_error, find_original, json_line, tar_files, write_lines
 
+from atlas_jax.commands.flags import Parser
 from atlas_jax.errors import UserError
 from atlas_jax.storage.files import atomic_folder
+from atlas_jax.storage.paths import user_path
 
 URL = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
 SPLITS = ("auxiliary_train", "dev", "val", "test")
@@ -126,18 +128,18 @@ def split_into_settings(data: Mapping[str, Mapping[str, Lines]]) -> dict[str, di
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--output_directory",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         default=Path("data"),
         help="the DATA_DIR of launch/mmlu (default: data)",
     )
-    parser.add_argument("--data_tar", type=Path, metavar="FILE", help=f"MMLU's archive, instead of downloading {URL}")
-    args = parser.parse_args(argv)
-
+    text = f"MMLU's archive, instead of downloading {URL}"
+    parser.add_argument("--data_tar", type=user_path, metavar="FILE", help=text)
     with exit_on_error("prepare_mmlu"):
+        args = parser.parse_args(argv)
         root = args.output_directory / "data/mmlu_data"
         archive = find_original(args.data_tar, "--data_tar", URL, root / "data.tar")
         data = read_archive(archive)

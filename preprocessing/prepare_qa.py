@@ -29,10 +29,12 @@ from typing import IO, Any
 
 from originals import exit_on_error, find_original, json_line, parse_integers, tar_files, write_lines
 
+from atlas_jax.commands.flags import Parser
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.progress import progress
 from atlas_jax.storage.files import atomic_folder
+from atlas_jax.storage.paths import user_path
 
 INDEX_URL = "https://dl.fbaipublicfiles.com/FiD/data/dataindex.tar.gz"
 NQ_URL = "https://raw.githubusercontent.com/google-research-datasets/natural-questions/master/nq_open/"
@@ -244,23 +246,22 @@ def data_elements(stream: JsonStream) -> Iterator[tuple[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--output_directory", type=Path, metavar="DIR", default=Path("data"), help="default: data")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output_directory", type=user_path, metavar="DIR", default=Path("data"), help="default: data")
     parser.add_argument("--dataset", nargs="+", choices=INDEX_NAMES, default=[*INDEX_NAMES], help="default: both")
     parser.add_argument("--overwrite", action="store_true", help="replace existing folders")
     parser.add_argument(
-        "--nq_train", type=Path, metavar="FILE", help=f"instead of downloading {NQ_URL}NQ-open.train.jsonl"
+        "--nq_train", type=user_path, metavar="FILE", help=f"instead of downloading {NQ_URL}NQ-open.train.jsonl"
     )
     parser.add_argument(
-        "--nq_dev", type=Path, metavar="FILE", help="instead of downloading NQ-open.dev.jsonl from there"
+        "--nq_dev", type=user_path, metavar="FILE", help="instead of downloading NQ-open.dev.jsonl from there"
     )
-    parser.add_argument("--triviaqa_tar", type=Path, metavar="FILE", help=f"instead of downloading {TRIVIAQA_URL}")
+    parser.add_argument("--triviaqa_tar", type=user_path, metavar="FILE", help=f"instead of downloading {TRIVIAQA_URL}")
     parser.add_argument(
-        "--index_tar", type=Path, metavar="FILE", help=f"the splits, instead of downloading {INDEX_URL}"
+        "--index_tar", type=user_path, metavar="FILE", help=f"the splits, instead of downloading {INDEX_URL}"
     )
-    args = parser.parse_args(argv)
-
     with exit_on_error("prepare_qa"):
+        args = parser.parse_args(argv)
         for dataset in args.dataset:
             prepare(dataset, args)
 

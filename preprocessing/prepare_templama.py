@@ -23,9 +23,11 @@ from typing import Any
 
 from originals import exit_on_error, find_original, json_line, write_lines
 
+from atlas_jax.commands.flags import Parser
 from atlas_jax.data.jsonl import read_rows
 from atlas_jax.errors import UserError
 from atlas_jax.storage.files import atomic_file
+from atlas_jax.storage.paths import user_path
 
 URL = "https://storage.googleapis.com/gresearch/templama/"
 ORIGINALS = {"train": "train.json", "valid": "val.json", "test": "test.json"}
@@ -68,16 +70,19 @@ def question_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "--output_directory", type=Path, metavar="DIR", default=Path("data"), help="your DATA_DIR (default: data)"
+        "--output_directory", type=user_path, metavar="DIR", default=Path("data"), help="your DATA_DIR (default: data)"
     )
     for split, name in ORIGINALS.items():
-        parser.add_argument(f"--{split}", type=Path, metavar="FILE", help=f"instead of downloading {URL}{name}")
-    args = parser.parse_args(argv)
+        parser.add_argument(f"--{split}", type=user_path, metavar="FILE", help=f"instead of downloading {URL}{name}")
+    with exit_on_error("prepare_templama"):
+        prepare(parser.parse_args(argv))
 
+
+def prepare(args: argparse.Namespace) -> None:
     folder = args.output_directory / "data/templama_data"
-    with exit_on_error("prepare_templama"), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         lines_by_path = {}
         for split, name in ORIGINALS.items():
             path = find_original(getattr(args, split), f"--{split}", URL + name, folder / f"{split}.original.jsonl")

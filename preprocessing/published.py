@@ -37,6 +37,7 @@ from downloads import (
     HttpClient,
     ManifestEntry,
     Version,
+    check_magic,
     fetch,
     find_part,
     in_parallel,
@@ -45,8 +46,11 @@ from downloads import (
 )
 from tqdm import tqdm
 
+from atlas_jax.commands.flags import Parser
 from atlas_jax.errors import UserError
+from atlas_jax.runtime.streams import prepare_streams
 from atlas_jax.storage.files import write_json
+from atlas_jax.storage.paths import user_path
 
 BASE_URL = "https://dl.fbaipublicfiles.com/atlas"
 MANIFEST = "manifest.json"
@@ -120,12 +124,15 @@ def download(catalogue: Catalogue, name: str, output: Path, client: HttpClient, 
     def fetch_or_adopt(file: str) -> None:
         target, expected = folder / file, manifest.entries.get(file)
         if not expected and target.exists():
+            check_magic(file, target, target)
             manifest.record(file, hash_file(target, client.stop, advance))
         else:
             sha256 = expected.sha256 if expected else None
             manifest.record(file, fetch(client, f"{name}/{file}", target, versions[file], sha256, advance))
 
     missing = [file for file in catalogue.files if not manifest.is_complete(file)]
+    for file in set(catalogue.files) - set(missing):
+        check_recorded(file, folder)
     if missing:
         log_line(
             f"{folder}: asking {client.base_url} for the sizes of {len(missing)} of {len(catalogue.files)} file(s)"
@@ -148,6 +155,15 @@ def download(catalogue: Catalogue, name: str, output: Path, client: HttpClient, 
     return errors
 
 
+def check_recorded(file: str, folder: Path) -> None:
+    """`FileError` if what an earlier download recorded in the manifest does not begin as such a file does."""
+    try:
+        check_magic(file, folder / file, folder / file)
+    except FileError as error:
+        problem = str(error).partition("; ")[0]
+        raise FileError(f"{problem}; delete it, take it out of {MANIFEST}, and run again") from None
+
+
 def verify(catalogue: Catalogue, name: str, output: Path, stop: threading.Event, jobs: int) -> list[FileError]:
     """Hashes all files; prints the intact ones in the format of `sha256sum`, returns the errors of the others."""
     folder = output / name
@@ -158,6 +174,8 @@ def verify(catalogue: Catalogue, name: str, output: Path, stop: threading.Event,
     def check(file: str) -> ManifestEntry:
         path, expected = folder / file, manifest.entries.get(file)
         remedy = "the same command without --verify"
+        if path.exists():
+            check_recorded(file, folder)
         if not expected or not path.exists():
             raise FileError(f"{path}: not there, or not in {MANIFEST}; {remedy} completes the folder")
         if not manifest.is_complete(file) or hash_file(path, stop, advance) != expected:
@@ -260,13 +278,6 @@ def bytes_progress(what: str, total: int, initial: int = 0) -> Iterator[Advance]
         yield advance
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises a `UserError` for wrong flags, in place of usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def address(text: str) -> str:
     """Type of a flag: an http(s) URL. Its name appears in argparse's error messages."""
     url = urllib.parse.urlsplit(text)
@@ -299,7 +310,7 @@ def parse_args(catalogue: Catalogue, description: str, argv: Sequence[str] | Non
     url = os.environ.get("ATLAS_BASE_URL", BASE_URL)
     add = parser.add_argument
     add(f"--{catalogue.kind}", *catalogue.aliases, dest="name", metavar="NAME", help="what to download")
-    add("--output_directory", type=Path, default=Path("data"), metavar="DIR", help="to DIR/NAME (default: data)")
+    add("--output_directory", type=user_path, default=Path("data"), metavar="DIR", help="to DIR/NAME (default: data)")
     add("--list", action="store_true", help="show the names, and the sizes if the server is there to ask; no download")
     add("--verify", action="store_true", help="read the files that are there and name damaged ones; no download")
     add("--jobs", type=at_least(1), default=4, metavar="N", help="files at a time (default: 4)")
@@ -337,6 +348,7 @@ def run(catalogue: Catalogue, description: str, argv: Sequence[str] | None) -> S
 
 def main(catalogue: Catalogue, description: str, argv: Sequence[str] | None = None) -> int:
     """Runs a download command; returns its status: 0, 2 after errors (one line each on stderr), 130 after Ctrl-C."""
+    prepare_streams()
     try:
         errors: list[object] = [*run(catalogue, description, argv)]
         status = 2 if errors else 0

@@ -1,9 +1,10 @@
 """`atlas convert`: converts weights between formats, a part at a time; `--inspect` prints what a checkpoint holds."""
 
 import argparse
+import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from atlas_jax.checkpoints import store
@@ -14,6 +15,7 @@ from atlas_jax.commands.flags import Parser, field_comments
 from atlas_jax.config import READERS, Config, ModelConfig, RetrievalConfig, TaskConfig
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.progress import byte_progress
+from atlas_jax.storage.paths import expand_home
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +65,21 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     for flag in ("model_path", "reader_model_type", "retriever_model_path"):
-        parser.add_argument(f"--{flag}", default=getattr(ModelConfig, flag, ""), help=comments[flag], metavar="TEXT")
-    parser.add_argument("--output", help="folder to write; one of ours is replaced", metavar="DIR")
+        default = getattr(ModelConfig, flag, "")
+        parser.add_argument(f"--{flag}", type=_expand(flag), default=default, help=comments[flag], metavar="PATH")
+    text = "folder to write; one of ours is replaced"
+    parser.add_argument("--output", type=_expand("output"), help=text, metavar="DIR")
     formats = f"form to write: orbax is ours; huggingface has a folder for each model; reference is {PUBLISHED}"
     parser.add_argument("--to", choices=FORMATS, default="orbax", help=f"{formats} (default: orbax)")
-    parser.add_argument("--inspect", help="describe a checkpoint or model, and write nothing", metavar="PATH")
+    text = "describe a checkpoint or model, and write nothing"
+    parser.add_argument("--inspect", type=_expand("inspect"), help=text, metavar="PATH")
     parser.add_argument("--json", action="store_true", help="print the description as JSON")
     return parser
+
+
+def _expand(flag: str) -> Callable[[str], str]:
+    """The `type` of a flag that names a path: expands its `~`."""
+    return functools.partial(expand_home, name=f"--{flag} ")
 
 
 def _check_args(args: argparse.Namespace, output: Path) -> None:

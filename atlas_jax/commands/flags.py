@@ -24,11 +24,13 @@ from atlas_jax.config import (
     Config,
     ModelConfig,
     NoEffectConfig,
+    PathText,
     RetrievalConfig,
     require,
 )
 from atlas_jax.errors import UserError
 from atlas_jax.plan.plan_config import PlanConfig
+from atlas_jax.storage.paths import check_text_file, expand_home
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +111,7 @@ def _check_inputs(command: Command, config: Config) -> None:
         raise UserError("no passages: pass --load_index_path, --passages, --use_file_passages or --closed_book")
     for flag, files in (("train_data", run.train_data), ("eval_data", run.eval_data), ("passages", index.passages)):
         for file in files:
-            if not Path(file).exists() or Path(file).is_dir():
-                raise UserError(f"--{flag} {file}: no such file")
+            check_text_file(file, f"--{flag} ", seekable=flag != "passages")
     exists = model.model_path == "none" or Path(model.model_path).is_dir()
     require(exists, model, "model_path", "no such folder; leave it out to start from plain T5 and Contriever")
     exists = index.load_index_path is None or Path(index.load_index_path).is_dir()
@@ -206,15 +207,18 @@ def _argument_options(field: Field[Any], text: str) -> dict[str, Any]:
     if field.default not in (None, ()):
         text += " (required)" if field.default is MISSING else f" (default: {field.default})"
     if get_origin(flag_type) is tuple:
-        return {"help": text, "nargs": "+", "metavar": "FILE"}
+        convert = functools.partial(_convert_value, field.name, get_args(flag_type)[0])
+        return {"help": text, "type": convert, "nargs": "+", "metavar": "FILE"}
     convert = functools.partial(_convert_value, field.name, flag_type)
     if get_origin(flag_type) is Literal:
         return {"help": text, "type": convert, "choices": get_args(flag_type)}
-    return {"help": text, "type": convert, "metavar": {int: "N", float: "X", str: "TEXT"}[flag_type]}
+    return {"help": text, "type": convert, "metavar": {int: "N", float: "X", str: "TEXT", PathText: "PATH"}[flag_type]}
 
 
 def _convert_value(flag: str, flag_type: Any, text: str) -> Any:
-    """Converts the text of a flag's value to its type; UserError if it is not a choice or not a number."""
+    """Converts the text of a flag's value to its type; UserError if it is no choice, no number, or a `~` of nobody."""
+    if flag_type is PathText:
+        return expand_home(text, f"--{flag} ")
     if choices := get_args(flag_type):
         if text in choices:
             return text

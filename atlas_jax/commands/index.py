@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import random
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from atlas_jax.commands.flags import Parser, add_flags, find_command, make_config
 from atlas_jax.config import CHECKPOINT_FILE, READERS, Config, IndexConfig, ModelConfig, RunConfig, TextConfig
 from atlas_jax.errors import UserError
+from atlas_jax.storage.paths import check_text_file, expand_home
 
 if TYPE_CHECKING:
     from atlas_jax.retrieval.compress import RecallQueries
@@ -70,12 +72,11 @@ in parts, side by side on several machines: give each some of the files and an -
     if not config.index.passages:
         raise UserError("no passages: pass --passages FILE.jsonl")
     for file in config.index.passages:
-        if not Path(file).is_file():
-            raise UserError(f"--passages {file}: no such file")
+        check_text_file(file, "--passages ", seekable=False)
     embedder, fingerprint = _load_embedder(config, "passage")
     from atlas_jax.retrieval.passage_index import build_passage_index
 
-    build_passage_index(config, embedder, fingerprint, output)
+    build_passage_index(config, embedder, fingerprint, output, "choose another --output, with room")
     logger.info("wrote %s; pass it as --load_index_path", output)
 
 
@@ -129,7 +130,7 @@ then: atlas evaluate ... --load_index_path index/xxl-sq --index_mode faiss --fai
     )
     _add_source(parser, "folder of a flat index of ours")
     add_flags(parser, IndexConfig, "faiss_index_type", "faiss_code_size")
-    parser.add_argument("--queries", help="jsonl rows with `question` to measure recall with", metavar="FILE")
+    _add_path(parser, "--queries", "FILE", "jsonl rows with `question` to measure recall with")
     _add_number(parser, "sample", 200, "how many queries, at most")
     _add_number(parser, "k", 20, "how many passages a query finds")
     add_flags(parser, ModelConfig, *MODEL_FLAGS)
@@ -169,7 +170,7 @@ def _inspect(argv: Sequence[str]) -> None:
         "missing or cut short are an error.",
         "example: atlas index inspect index/xxl",
     )
-    parser.add_argument("folder", metavar="DIR")
+    _add_path(parser, "folder", "DIR")
     args = vars(parser.parse_args(argv))
     from atlas_jax.retrieval.formats.inspection import inspect
 
@@ -183,7 +184,7 @@ def _merge(argv: Sequence[str]) -> None:
         "Writes several flat indexes of one retriever as one, the passages of the first before those of the second.",
         "example: atlas index merge index/part1 index/part2 --output index/base",
     )
-    parser.add_argument("folders", nargs="+", metavar="DIR")
+    _add_path(parser, "folders", "DIR", nargs="+")
     _add_output(parser)
     args = vars(parser.parse_args(argv))
     folders = [Path(folder) for folder in args["folders"]]
@@ -191,9 +192,10 @@ def _merge(argv: Sequence[str]) -> None:
         _source_folder(args | {"load_index_path": str(folder)}, flag="")
     output = _output_folder(args)
     from atlas_jax.retrieval.formats.convert import convert
-    from atlas_jax.retrieval.formats.merge import MergedIndexes
+    from atlas_jax.retrieval.formats.merge import MergedIndexes, check_disjoint
 
     parts = MergedIndexes(folders)
+    check_disjoint(parts)
     convert(parts, output, parts.origin)
     logger.info("wrote %s; pass it as --load_index_path", output)
 
@@ -211,12 +213,18 @@ def _parser(name: str, description: str, examples: str) -> Parser:
 
 
 def _add_source(parser: Parser, text: str) -> None:
-    parser.add_argument("--load_index_path", help=f"{text} (required)", metavar="DIR")
+    _add_path(parser, "--load_index_path", "DIR", f"{text} (required)")
 
 
 def _add_output(parser: Parser) -> None:
     text = "folder to write (required); an index of ours there is replaced, anything else is left alone"
-    parser.add_argument("--output", help=text, metavar="DIR")
+    _add_path(parser, "--output", "DIR", text)
+
+
+def _add_path(parser: Parser, name: str, metavar: str, text: str | None = None, **options: Any) -> None:
+    """Adds a flag or an argument that names a file or a folder; `~` is expanded in its value."""
+    expand = functools.partial(expand_home, name=f"{name} ")
+    parser.add_argument(name, type=expand, metavar=metavar, help=text, **options)
 
 
 def _add_number(parser: Parser, name: str, default: int, text: str) -> None:
@@ -265,9 +273,11 @@ def _load_embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[
     from atlas_jax.checkpoints.restore import place_on_mesh, restore, retriever_fingerprint
     from atlas_jax.mesh import make_mesh
     from atlas_jax.retrieval.embedder import Embedder
+    from atlas_jax.runtime.backend import start_backend
     from atlas_jax.runtime.compiled import enable_compilation_cache
     from atlas_jax.storage.cache import cache_folder
 
+    start_backend()
     enable_compilation_cache(config.run.compile_cache, cache_folder(config.run.cache_dir))
     mesh, weights = make_mesh(config.run.mesh), restore(config)
     retriever, tokenizer = place_on_mesh(weights, config.model, mesh).retriever, weights.retriever_tokenizer
@@ -283,6 +293,7 @@ def _sample_questions(file: str, sample: int, config: Config, source: Path) -> "
     from atlas_jax.retrieval.compress import from_questions
     from atlas_jax.retrieval.formats.index_folder import check_retriever, read_metadata
 
+    check_text_file(file, "--queries ")
     rows = JsonlRows(file)
     numbers = sorted(random.Random(config.run.seed).sample(range(len(rows)), min(sample, len(rows))))
     questions = [rows[number].get("question") or "" for number in numbers]

@@ -3,15 +3,16 @@
 import contextlib
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from atlas_jax.commands.flags import find_command
 from atlas_jax.commands.run_context import log_handler
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.cpu_threads import set_cpu_threads
 from atlas_jax.runtime.interrupts import Interrupted, exit_while_compiling
+from atlas_jax.runtime.streams import discard_unwritable_stdout, prepare_streams
 
 USAGE = """usage: atlas COMMAND [FLAGS]
 
@@ -27,9 +28,10 @@ ATLAS: a retriever and a reader, in JAX (arXiv 2208.03299).
 # Subcommand to the module whose `main` runs it; imported only when called, since JAX takes seconds to import
 COMMANDS = {name: f"atlas_jax.commands.{name}" for name in ("train", "evaluate", "index", "convert", "plan")}
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit statuses: 128 + SIGINT and 128 + SIGPIPE, as a shell reports them
-MEMORY_REMEDY = (
-    "take a smaller --per_gpu_batch_size, --per_gpu_embedder_batch_size or --text_maxlength, or --precision bf16"
-)
+MEMORY_FLAGS = {  # by command: flags whose smaller value saves memory
+    **dict.fromkeys(("train", "evaluate", "plan"), "--per_gpu_batch_size, --per_gpu_embedder_batch_size"),
+    "index build": "--per_gpu_embedder_batch_size",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,14 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: success; 2: an error, with one line on stderr that says what is wrong and what to do; 128 + the number of the
     signal: interrupted. `atlas plan` also returns 1: the run does not fit.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    prepare_streams()
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        discard_unwritable_stdout()
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Runs a subcommand; returns its exit status, after one line on stderr if it fails."""
     try:
         set_cpu_threads()
         with _log_to_stderr():
             status = _dispatch(arguments)
-        sys.stdout.flush()
+        _flush_stdout()
     except BrokenPipeError:  # the reader of stdout has exited, as in `atlas evaluate --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would complain when it flushes stdout
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return exit_while_compiling(_print_error("interrupted", INTERRUPTED))
@@ -56,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _print_error(str(error))
     except MemoryError as error:
-        return _print_error(f"out of memory ({str(error) or 'of this machine'}); {MEMORY_REMEDY}")
+        return _print_error(f"out of memory ({str(error) or 'of this machine'}); {_memory_remedy(arguments)}")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] in ("", "atlas_jax"):
+            raise
+        made_by = "make plan-env" if Path(sys.prefix).name == ".venv-plan" else "make setup"
+        return _print_error(f"{sys.prefix}: is no whole environment ({error}); run `{made_by}`, to its end")
     except OSError as error:
         if error.errno is None:
             raise
@@ -65,13 +79,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # the status that XLA reports when memory runs out
             raise
-        return _print_error(f"out of memory ({str(error).splitlines()[0]:.200}); {MEMORY_REMEDY}")
+        return _print_error(f"out of memory ({str(error).splitlines()[0]:.200}); {_memory_remedy(arguments)}")
     return status
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"standard output: cannot be written ({error.strerror}); send it to another place") from None
+
+
+def _memory_remedy(arguments: Sequence[str]) -> str:
+    """What to do when memory runs out, with flags that the command has."""
+    command = " ".join(arguments[: 2 if arguments[0] == "index" else 1])
+    if command not in MEMORY_FLAGS:
+        return "take a machine with more, or end other programs"
+    return f"take a smaller {MEMORY_FLAGS[command]} or --text_maxlength, or --precision bf16"
 
 
 def _print_error(message: str, status: int = 2) -> int:
     """Prints one line on stderr and returns `status`."""
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         print(f"atlas: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return status
 

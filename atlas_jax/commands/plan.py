@@ -91,7 +91,10 @@ def _exec_in_plan_environment(topology: Topology, argv: Sequence[str]) -> None:
         raise UserError(f"--topology {topology.text}: no compiler for {kind} in this environment; run `make plan-env`")
     sys.stdout.flush()
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.execve(PLAN_PYTHON, [str(PLAN_PYTHON), "-m", "atlas_jax", "plan", *argv], os.environ | {"PYTHONPATH": paths})
+    try:
+        os.execve(PLAN_PYTHON, [str(PLAN_PYTHON), "-m", "atlas_jax", "plan", *argv], os.environ | {"PYTHONPATH": paths})
+    except OSError as error:
+        raise UserError(f"{PLAN_PYTHON}: does not start ({error.strerror}); run `make plan-env` to its end") from None
 
 
 def _compile_reports(

@@ -40,7 +40,7 @@ def run_folder(config: "Config") -> Iterator[Path]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="atlas-")))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+            handler = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(
                 f"{folder}: cannot be written ({error.strerror}); choose another --checkpoint_dir"

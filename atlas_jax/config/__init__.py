@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from atlas_jax.config.flag_fields import ResumeRule, require
+from atlas_jax.config.flag_fields import PathText, ResumeRule, at_least, require
 from atlas_jax.config.models import BERT_POSITIONS, READERS, GenerationConfig, ModelConfig, TextConfig
 from atlas_jax.config.retrieval import DistillConfig, GoldMode, IndexConfig, RetrievalConfig
 from atlas_jax.config.run import NoEffectConfig, OptimConfig, Permutations, RunConfig, TaskConfig, TaskName
@@ -27,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "NoEffectConfig",
     "OptimConfig",
+    "PathText",
     "Permutations",
     "ResumeRule",
     "RetrievalConfig",
@@ -41,6 +42,7 @@ __all__ = [
 
 Command = Literal["train", "evaluate", "plan"]
 CHECKPOINT_FILE = "atlas.json"  # the file by which a checkpoint of ours is recognised
+RETRIEVER_MINLENGTH = 3  # tokens: [CLS], one of the text, [SEP]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Config:
             self._override("retrieval", query_side_retriever_training=False)
             self._override("distill", train_retriever=False)
             self._override("model", use_gradient_checkpoint_retriever=False)
+        else:
+            at_least(RETRIEVER_MINLENGTH, self.text, "text_maxlength")
         self._override("distill", gold_score_mode=self.distill.gold)
         if self.text.target_maxlength == -1:
             self._override("text", target_maxlength=None)

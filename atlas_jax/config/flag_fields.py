@@ -2,11 +2,12 @@
 
 import string
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from atlas_jax.errors import UserError
 
 ResumeRule = Literal["same", "changeable", "warned"]
+PathText = Annotated[str, "path"]  # a flag that may name a file or a folder: the command line expands its `~`
 
 
 def changeable(default: Any) -> Any:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from atlas_jax.config.flag_fields import at_least, changeable, require, valid_format
+from atlas_jax.config.flag_fields import PathText, at_least, changeable, require, valid_format
 from atlas_jax.errors import UserError
 
 READERS = (
@@ -18,12 +18,12 @@ BERT_POSITIONS = 512  # position embeddings of the retriever
 class ModelConfig:
     """Model (reader, retriever, and where their weights come from)"""
 
-    reader_model_type: str = changeable("")  # the T5 that reads: t5-{small,base,large,3b,11b},
+    reader_model_type: PathText = changeable("")  # the T5 that reads: t5-{small,base,large,3b,11b},
     # google/t5-v1_1-{base,large,xl,xxl}, google/t5-{base,large,xl,xxl}-lm-adapt, or a local folder with config.json and
     # tokenizer; not needed if --model_path is a checkpoint of ours
-    retriever_model_path: str = changeable("facebook/contriever")  # the encoder that retrieves: a BERT of the Hugging
-    # Face hub by its name, or a local folder; weights in --model_path take precedence over its own
-    model_path: str = changeable("none")  # folder with trained Atlas weights, ours or the published model.pth.tar;
+    retriever_model_path: PathText = changeable("facebook/contriever")  # the encoder that retrieves: a BERT of the
+    # Hugging Face hub by its name, or a local folder; weights in --model_path take precedence over its own
+    model_path: PathText = changeable("none")  # folder with trained Atlas weights, ours or the published model.pth.tar;
     # none: resume the run's latest checkpoint, or else start from the two models above, whose weights are read from
     # their folders, or from the Hugging Face hub or its cache (HF_HOME, HF_HUB_OFFLINE)
     random_weights: bool = changeable(False)  # start from random weights, for tests and benchmarks: --seed draws both

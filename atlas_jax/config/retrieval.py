@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from atlas_jax.config.flag_fields import above_zero, at_least, changeable, require, warned
+from atlas_jax.config.flag_fields import PathText, above_zero, at_least, changeable, require, warned
 from atlas_jax.errors import UserError
 
 GoldMode = Literal["evalnormsum", "loop", "ppmean", "emdr"]
@@ -45,12 +45,12 @@ class RetrievalConfig:
 class IndexConfig:
     """Index (the passages to search, and how)"""
 
-    passages: tuple[str, ...] = warned(())  # jsonl files of passages to embed and search; not read with
+    passages: tuple[PathText, ...] = warned(())  # jsonl files of passages to embed and search; not read with
     # --load_index_path
     max_passages: int = -1  # use only this many, the first ones; -1 uses all
-    load_index_path: str | None = warned(None)  # folder of an index and its passages: ours, or the published
+    load_index_path: PathText | None = warned(None)  # folder of an index and its passages: ours, or the published
     # embeddings.N.pt
-    save_index_path: str | None = warned(None)  # folder to write the index to whenever it was built
+    save_index_path: PathText | None = warned(None)  # folder to write the index to whenever it was built
     index_mode: Literal["flat", "faiss"] = "flat"  # flat: exact search on the mesh; faiss: on the host
     faiss_index_type: Literal["ivfflat", "flat", "ivfsq", "ivfpq", "pq"] = "flat"  # faiss: exact (flat), clustered
     # (ivf...), compressed (sq, pq)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from atlas_jax.config.flag_fields import above_zero, at_least, changeable, require, valid_format, warned
+from atlas_jax.config.flag_fields import PathText, above_zero, at_least, changeable, require, valid_format, warned
 
 TaskName = Literal["base", "mlm", "lm", "multiple_choice", "kilt", "section", "fever", "qa"]
 Permutations = Literal["single", "cyclic", "all"]
@@ -14,10 +14,10 @@ class RunConfig:
     """Run (its name, its files, how often it reports)"""
 
     name: str = changeable("experiment_name")  # the run's folder inside --checkpoint_dir
-    checkpoint_dir: str = changeable("./checkpoint/")  # where the folders of all runs are
+    checkpoint_dir: PathText = changeable("./checkpoint/")  # where the folders of all runs are
     seed: int = 0  # draws dropout, the order of the data, and --random_weights
-    train_data: tuple[str, ...] = warned(())  # jsonl files to train on
-    eval_data: tuple[str, ...] = changeable(())  # jsonl files to evaluate on, each scored by itself
+    train_data: tuple[PathText, ...] = warned(())  # jsonl files to train on
+    eval_data: tuple[PathText, ...] = changeable(())  # jsonl files to evaluate on, each scored by itself
     shuffle: bool = False  # train on the rows in a new random order each epoch
     per_gpu_batch_size: int = changeable(1)  # questions per device and step
     log_freq: int = changeable(100)  # train: steps between two lines of metrics
@@ -36,9 +36,10 @@ class RunConfig:
     # files
     mesh: str = changeable("auto")  # how devices share the work: sizes of data, fsdp, passages and model, as
     # data=8,fsdp=8; or auto
-    cache_dir: str | None = changeable(None)  # folder for what is made once and used by later runs: compiled programs,
-    # published indexes and token ids where theirs cannot be written; left out: $ATLAS_CACHE, or the user's cache
-    compile_cache: str = changeable("auto")  # folder that keeps compiled programs for the next run; auto: in
+    cache_dir: PathText | None = changeable(None)  # folder for what is made once and used by later runs: compiled
+    # programs, published indexes and token ids where theirs cannot be written; left out: $ATLAS_CACHE, or the user's
+    # cache
+    compile_cache: PathText = changeable("auto")  # folder that keeps compiled programs for the next run; auto: in
     # --cache_dir; or none
     coordinator: str | None = changeable(None)  # several hosts: host:port of process 0; SLURM, Open MPI and Google's
     # TPUs need none

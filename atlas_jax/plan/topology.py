@@ -86,8 +86,14 @@ def parse_topology(text: str) -> Topology:
 
 
 def has_compiler(platform: Platform) -> bool:
-    """Returns whether XLA's compiler for the platform is installed in this environment."""
-    return platform == "cpu" or importlib.util.find_spec(COMPILER_MODULES[platform]) is not None
+    """Returns whether XLA's compiler for the platform is installed in this environment, and JAX with it.
+
+    A package whose installation was interrupted may have a folder without a module.
+    """
+    if platform == "cpu":
+        return True
+    specs = (importlib.util.find_spec(module) for module in ("jax", "jaxlib", COMPILER_MODULES[platform]))
+    return all(spec and spec.origin for spec in specs)
 
 
 def configure_jax(topology: Topology) -> None:

@@ -165,8 +165,8 @@ def _empty_index(kind: FaissKind, count: int, dim: int, code_size: int | None) -
         raise UserError(f"--faiss_code_size {code_size}: a {kind!r} index needs a divisor of the vectors' width, {dim}")
     if count < PQ_CENTROIDS:
         raise UserError(
-            f"a {kind!r} index learns {PQ_CENTROIDS} centroids and there are only {count} passages: "
-            "use --index_mode flat"
+            f"--faiss_index_type {kind}: learns {PQ_CENTROIDS} centroids, and there are only {count} passages; "
+            "take flat, which is exact, or ivfsq"
         )
     if kind == "pq":
         return faiss.IndexPQ(dim, code_size, 8, metric)

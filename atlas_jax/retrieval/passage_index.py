@@ -32,7 +32,7 @@ from atlas_jax.retrieval.formats.index_folder import (
 )
 from atlas_jax.retrieval.formats.npy_files import VectorFile, read_array
 from atlas_jax.retrieval.formats.torch_shards import TorchShards
-from atlas_jax.retrieval.passage_store import PassageStore, build_passages
+from atlas_jax.retrieval.passage_store import REMEDY, PassageStore, build_passages
 from atlas_jax.retrieval.published_index import take_over
 from atlas_jax.retrieval.search import VectorIndex
 from atlas_jax.retrieval.sharded_faiss_index import ShardedFaissIndex
@@ -43,8 +43,6 @@ from atlas_jax.storage.files import atomic_folder, read_json
 from atlas_jax.storage.shared_files import atomic_shared_folder
 
 logger = logging.getLogger(__name__)
-
-_REMEDY = "pass --save_index_path with a folder that can be written and has room"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +74,20 @@ def open_passage_index(
     return _open(folder, config, embedder.dim, fingerprints, mesh, scratch)
 
 
-def build_passage_index(config: Config, embedder: Embedder, fingerprint: str, folder: Path) -> None:
+def build_passage_index(
+    config: Config, embedder: Embedder, fingerprint: str, folder: Path, remedy: str = REMEDY
+) -> None:
     """Writes an index in our own format: from the published shards in --load_index_path, else by embedding --passages.
 
-    `fingerprint`: of the passage encoder. Replaces an index in `folder`; UserError if it holds anything else.
+    `fingerprint`: of the passage encoder. Replaces an index in `folder`; UserError if it holds anything else, or, with
+    `remedy` at its end, if it cannot be written.
     """
     if config.index.load_index_path:
         process_group().run_on_first(lambda: _convert_shards(config, embedder.dim, fingerprint, folder))
         return
     process_group().run_on_first(lambda: check_replaceable(folder))
-    with atomic_shared_folder(folder, _REMEDY) as draft:
-        process_group().run_on_first(lambda: _write_passages(config.index, draft))
+    with atomic_shared_folder(folder, remedy) as draft:
+        process_group().run_on_first(lambda: _write_passages(config.index, draft, remedy))
         _embed(config, embedder, fingerprint, draft)
 
 
@@ -94,7 +95,7 @@ def _convert_shards(config: Config, dim: int, fingerprint: str, folder: Path) ->
     """Writes the published shards in --load_index_path as the kind of index that the flags ask for."""
     shards = TorchShards(Path(config.index.load_index_path or ""))
     check_replaceable(folder)
-    with atomic_folder(folder, _REMEDY, replace=True) as draft:
+    with atomic_folder(folder, REMEDY, replace=True) as draft:
         _convert(shards, config, dim, _origin(config.text, fingerprint), draft)
 
 
@@ -125,7 +126,7 @@ def rebuild_passage_index(
     """
     folder = Path(os.path.abspath(config.index.save_index_path or scratch / "index"))
     copy = config.index.save_index_path is not None
-    with atomic_shared_folder(folder, _REMEDY) as draft:
+    with atomic_shared_folder(folder, REMEDY) as draft:
         process_group().run_on_first(lambda: link_tree(index.passages.folder, draft / PASSAGES, copy=copy))
         _embed(config, embedder, fingerprint, draft)
     return _open(folder, config, embedder.dim, [fingerprint], mesh, scratch)
@@ -211,7 +212,7 @@ def _build_faiss_from_flat(folder: Path, metadata: dict[str, Any], config: Confi
     """
     if process_group().count == 1:
         return build_faiss_index(read_vectors(folder, metadata), config)
-    with atomic_shared_folder(shared, _REMEDY) as draft:
+    with atomic_shared_folder(shared, REMEDY) as draft:
         faiss_metadata = process_group().run_on_first(
             lambda: build_faiss_index(read_vectors(folder, metadata), config).save(draft)
         )
@@ -243,10 +244,10 @@ def build_faiss_index(vectors: np.ndarray, config: Config) -> FaissIndex:
         return FaissIndex.build(vectors, kind, code_size, seed=config.run.seed, progress=advance)
 
 
-def _write_passages(config: IndexConfig, folder: Path) -> None:
+def _write_passages(config: IndexConfig, folder: Path, remedy: str) -> None:
     """Writes the store of the passages in the --passages files."""
     with progress("reading passages", "passages") as advance:
-        build_passages(config.passages, folder / PASSAGES, config.max_passages, advance)
+        build_passages(config.passages, folder / PASSAGES, config.max_passages, advance, remedy)
 
 
 def _embed(config: Config, embedder: Embedder, fingerprint: str, folder: Path) -> None:

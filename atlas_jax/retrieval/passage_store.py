@@ -26,14 +26,18 @@ PathLike = str | os.PathLike[str]
 
 _VERSION = 1
 _BATCH = 1024  # passages in memory at a time when writing
-_REMEDY = "pass --save_index_path with a folder that can be written and has room"
+REMEDY = "pass --save_index_path with a folder that can be written and has room"  # of a run
 _TOKENS_REMEDY = "pass --cache_dir with a folder that can be written and has room"
 _REBUILD = "delete the folder and build the passages again"
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def build_passages(
-    paths: Sequence[PathLike], folder: PathLike, max_passages: int = -1, progress: Progress | None = None
+    paths: Sequence[PathLike],
+    folder: PathLike,
+    max_passages: int = -1,
+    progress: Progress | None = None,
+    remedy: str = REMEDY,
 ) -> "PassageStore":
     """Builds a store of the first `max_passages` passages (-1: all) of JSON-lines files, read as a stream.
 
@@ -42,7 +46,9 @@ def build_passages(
     if not paths:
         raise UserError("no passage files: name at least one with --passages")
     texts = itertools.chain.from_iterable(map(_read_passages, paths))
-    return PassageStore.write(itertools.islice(texts, None if max_passages < 0 else max_passages), folder, progress)
+    return PassageStore.write(
+        itertools.islice(texts, None if max_passages < 0 else max_passages), folder, progress, remedy
+    )
 
 
 def _read_passages(path: PathLike) -> Iterator[bytes]:
@@ -91,14 +97,17 @@ class PassageStore:
         return cls.write(serialize_passages(rows), folder, progress)
 
     @classmethod
-    def write(cls, texts: Iterable[bytes], folder: PathLike, progress: Progress | None = None) -> "PassageStore":
+    def write(
+        cls, texts: Iterable[bytes], folder: PathLike, progress: Progress | None = None, remedy: str = REMEDY
+    ) -> "PassageStore":
         """Writes passages given as JSON.
 
-        A store in `folder` is replaced once the new one is complete; UserError if the folder holds anything else.
+        A store in `folder` is replaced once the new one is complete; UserError if the folder holds anything else, or,
+        with `remedy` at its end, if it cannot be written.
         """
         folder = Path(os.path.abspath(folder))
         _check_replaceable(folder)
-        with atomic_folder(folder, _REMEDY, replace=True) as draft:
+        with atomic_folder(folder, remedy, replace=True) as draft:
             with RaggedWriter(draft, "text", np.dtype(np.uint8)) as writer:
                 for batch in _batches(texts):
                     writer.extend(np.frombuffer(b"".join(batch), np.uint8), map(len, batch))

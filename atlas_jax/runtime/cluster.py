@@ -14,13 +14,14 @@ import socket
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from atlas_jax.config import RunConfig
 from atlas_jax.errors import UserError
+from atlas_jax.runtime.backend import start_backend
 from atlas_jax.runtime.membership import ProcessInfo, rendezvous
 from atlas_jax.runtime.process_group import ProcessGroup, process_group, use_process_group
 
@@ -31,6 +32,7 @@ DEVICE_FILES = Path("/dev")  # holds one file per GPU: nvidia0, nvidia1, ...
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # step ids from here on are not srun's: the batch script, an interactive shell
 # Flags that may differ between the processes of a run
 PER_PROCESS_FLAGS = ("--process_id", "--local_rank", "--cache_dir", "--compile_cache")
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # environment variables whose proxy gRPC takes
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ def _by_flags(run: RunConfig) -> ClusterSpec:
     assert run.coordinator
     assert run.num_processes
     assert run.process_id is not None
-    host, _, port = run.coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator {run.coordinator}: expected host:port, such as node1:12345")
+    match = re.fullmatch(r"(?:[^:\[\]\s]+|\[[^\[\]\s]+\]):(\d+)", run.coordinator)
+    if not match or not 0 < int(match[1]) < 65536:
+        expected = "expected host:port, such as node1:12345, or [2001:db8::1]:12345 for an IPv6 address"
+        raise UserError(f"--coordinator {run.coordinator}: {expected}")
     if run.process_id >= run.num_processes:
         raise UserError(f"--process_id {run.process_id}: must be 0 to {run.num_processes - 1}, see --num_processes")
     return ClusterSpec(run.coordinator, run.num_processes, run.process_id, source="--coordinator")
@@ -113,6 +116,7 @@ def _by_open_mpi(run: RunConfig, environment: Mapping[str, str]) -> ClusterSpec:
     matches = (re.search(r"(\d+)[^;]*;tcp[46]?://\[?([^,\]:]+)", uri) for uri in uris)
     job, host = next(((int(match[1]), match[2]) for match in matches if match), (0, ""))
     host = environment.get("MASTER_ADDR", host)
+    host = f"[{host}]" if ":" in host.strip("[]") and not host.startswith("[") else host
     if not host:
         raise UserError("Open MPI: no address of process 0; set MASTER_ADDR to its host")
     port = run.main_port if run.main_port != -1 else FIRST_PORT + job % PORTS
@@ -233,6 +237,7 @@ def connect(run: RunConfig) -> Iterator[ProcessGroup]:
     """
     cluster = detect_cluster(run)
     if cluster.count == 1:
+        start_backend()
         yield process_group()
         return
     import jax
@@ -248,8 +253,11 @@ def connect(run: RunConfig) -> Iterator[ProcessGroup]:
         differences,
     )
     host = cluster.coordinator.rpartition(":")[0]
+    if bypass_proxy(host.strip("[]"), os.environ) and not cluster.index:
+        logger.info("%s goes into no_proxy for this process: JAX would ask the proxy of the environment for it", host)
     error: BaseException | None = None
     try:
+        jax.config.update("jax_check_proxy_envs", False)  # a warning that `bypass_proxy` has made untrue
         jax.config.update("jax_enable_preemption_service", False)  # `Interrupts` handles the signals
         platforms: str | None = jax.config.values["jax_platforms"]
         if (platforms or "").split(",")[0] == "cpu":
@@ -267,6 +275,7 @@ def connect(run: RunConfig) -> Iterator[ProcessGroup]:
         group = ProcessGroup(
             cluster.index, [info["host"] for info in membership.processes], global_state.client, run.host_timeout
         )
+        start_backend()
         _compare_devices(group, cluster)
         with use_process_group(group):
             yield group
@@ -280,6 +289,21 @@ def connect(run: RunConfig) -> Iterator[ProcessGroup]:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # so that it is never destroyed
             global_state.client = global_state.service = None
         membership.leave(error)
+
+
+def bypass_proxy(host: str, environment: MutableMapping[str, str]) -> bool:
+    """Adds `host` to no_proxy if the environment has a proxy that gRPC would take for it; returns whether it did.
+
+    gRPC reads no_grpc_proxy or else no_proxy, in lower case only, and compares the ends of names: `*` means nothing.
+    """
+    if not any(environment.get(name) or environment.get(name.upper()) for name in PROXIES):
+        return False
+    name = "no_grpc_proxy" if environment.get("no_grpc_proxy") else "no_proxy"
+    excepted = environment.get(name) or environment.get("NO_PROXY") or ""
+    if any(host.lower().endswith(entry.lower()) for entry in excepted.replace(" ", "").split(",") if entry):
+        return False
+    environment[name] = f"{excepted},{host}".lstrip(",")
+    return True
 
 
 def _process_info() -> ProcessInfo:
@@ -298,7 +322,7 @@ def _process_info() -> ProcessInfo:
 def command_hash(arguments: Sequence[str]) -> str:
     """Returns a fingerprint of a command line without its `PER_PROCESS_FLAGS`: 12 hexadecimal digits."""
     joined = re.sub(rf"\0(?:{'|'.join(PER_PROCESS_FLAGS)})(?:=|\0)[^\0]*", "", "\0" + "\0".join(arguments))
-    return hashlib.sha256(joined.encode()).hexdigest()[:12]
+    return hashlib.sha256(joined.encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def differences(infos: Sequence[ProcessInfo]) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import platform
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -24,10 +25,19 @@ T = TypeVar("T")
 def enable_compilation_cache(folder: str, cache: Path) -> None:
     """Sets the folder of JAX's persistent compilation cache, from which later runs load compiled programs.
 
-    `auto` is JAX_COMPILATION_CACHE_DIR or else a folder in `cache`; `none` turns the cache off.
+    `auto` is JAX_COMPILATION_CACHE_DIR or else a folder in `cache`; `none` turns the cache off, as does, with a
+    warning, a folder that cannot be written.
     """
     if folder == "auto":
-        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache / _programs_name())
+        variable = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        folder = os.path.expanduser(variable) if variable else str(cache / _programs_name())
+    if folder != "none":
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            logger.warning("compiled programs are not kept: %s cannot be written (%s)", folder, error.strerror)
+            folder = "none"
     jax.config.update("jax_compilation_cache_dir", None if folder == "none" else folder)
     if folder != "none":
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

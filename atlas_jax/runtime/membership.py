@@ -6,7 +6,9 @@ long, or a process detects that it is stuck itself.
 """
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import selectors
 import socket
@@ -18,6 +20,8 @@ from typing import Any
 
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 EXIT_PEER_LOST = 75  # the exit status when another process is gone: EX_TEMPFAIL, "try again"
 ERROR_GRACE = 1.0  # seconds for this process to report an error of its own before it exits because of another's
@@ -180,14 +184,47 @@ def rendezvous(
     `host_names`: of all processes if they are known beforehand, else empty.
     """
     host, _, port = coordinator.rpartition(":")
-    end = time.monotonic() + timeout
+    host, end = host.strip("[]"), time.monotonic() + timeout
+    if why := _unresolved(host):
+        logger.warning(
+            "%s: this host cannot resolve the name of process 0's (%s); trying for %.0f s", host, why, timeout
+        )
     if index == 0:
-        return _coordinate(int(port), count, info, end, timeout, host_names, compare)
-    return _join(host.strip("[]"), int(port), index, info | {"index": index, "count": count}, end, timeout)
+        return _coordinate(host, int(port), count, info, end, timeout, host_names, compare)
+    return _join(host, int(port), index, info | {"index": index, "count": count}, end, timeout)
+
+
+def _unresolved(host: str) -> str:
+    """Why a host name cannot be resolved; empty if it can."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        return error.strerror or str(error)
+    except UnicodeError:  # an empty label, or one that is too long
+        return "not a host name"
+    return ""
+
+
+def _listen(port: int) -> socket.socket:
+    """Listens on all addresses of this host, those of IPv6 too if it has some."""
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:  # else IPv6 is switched off
+                raise
+    return socket.create_server(("", port), backlog=1024)
 
 
 def _coordinate(
-    port: int, count: int, info: ProcessInfo, end: float, timeout: float, host_names: Sequence[str], compare: Compare
+    host: str,
+    port: int,
+    count: int,
+    info: ProcessInfo,
+    end: float,
+    timeout: float,
+    host_names: Sequence[str],
+    compare: Compare,
 ) -> Membership:
     """Process 0: waits for all other processes, compares them, and sends them the properties of all and JAX's port."""
     infos: dict[int, ProcessInfo] = {0: info}
@@ -199,7 +236,7 @@ def _coordinate(
         return UserError(text)
 
     try:
-        server = socket.create_server(("", port), backlog=1024)
+        server = _listen(port)
     except OSError as error:
         raise UserError(f"port {port} of this host: {error.strerror}; choose another one") from None
     with server:
@@ -227,7 +264,9 @@ def _coordinate(
     processes = [infos[index] for index in range(count)]
     if text := compare(processes):
         raise refuse(text)
-    with socket.create_server(("", 0)) as free:
+    if why := _unresolved(host):  # JAX connects to this address in process 0 too, and aborts if it cannot
+        raise refuse(f"{host}: process 0 cannot resolve this name of its own ({why}); give its address")
+    with _listen(0) as free:
         jax_port = free.getsockname()[1]
     for connection in connections.values():
         connection.socket.settimeout(None)
@@ -242,10 +281,12 @@ def _join(host: str, port: int, index: int, info: ProcessInfo, end: float, timeo
         try:
             connected = socket.create_connection((host, port), timeout=max(end - time.monotonic(), 0.5))
             connection = JsonConnection(connected)
-        except OSError:
+        except (OSError, UnicodeError):
             if time.monotonic() > end:
+                why = f": the name cannot be resolved ({why})" if (why := _unresolved(host)) else ""
+                where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
                 raise UserError(
-                    f"process 0 did not come to {host}:{port} within {timeout:.0f} s; --host_timeout waits longer"
+                    f"process 0 did not come to {where} within {timeout:.0f} s{why}; --host_timeout waits longer"
                 ) from None
             time.sleep(0.2)
     connection.send(info)

@@ -1,7 +1,10 @@
 """Files that are made once and found again by later runs: where they are kept, and how they are recognised."""
 
+import contextlib
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -12,6 +15,9 @@ from typing import Any
 from atlas_jax.errors import UserError
 from atlas_jax.storage.file_lock import exclusive
 from atlas_jax.storage.files import WriteError
+from atlas_jax.storage.paths import expand_home
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "ATLAS_CACHE"  # the environment variable with the default of --cache_dir
 GIGABYTE = 1e9
@@ -19,11 +25,30 @@ BLOCK = 2**16  # bytes of a block of `sample_digest`
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """The folder of --cache_dir: the flag, else $ATLAS_CACHE, else `atlas_jax` in the user's cache folder."""
+    """The folder of --cache_dir: the flag, else $ATLAS_CACHE, else `atlas_jax` in the user's cache folder.
+
+    For a user without a home, as in some containers, it is in the folder for temporary files.
+    """
     if folder := cache_dir or os.environ.get(VARIABLE):
-        return Path(os.path.abspath(folder))
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(os.path.abspath(expand_home(folder, "" if cache_dir else f"{VARIABLE}=")))
+    try:
+        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and a user id that the system does not know
+        return _temporary_cache()
     return Path(user) / "atlas_jax"
+
+
+@functools.cache
+def _temporary_cache() -> Path:
+    """A folder that only this user can write, since programs are loaded from it: an earlier run's, or a new one."""
+    folder = Path(tempfile.gettempdir()) / f"atlas_jax-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700)
+    owned = folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+    if not owned or folder.stat().st_mode & 0o022:
+        folder = Path(tempfile.mkdtemp(prefix="atlas_jax-"))
+    logger.info("no home folder: later runs look for what this one keeps in %s, or in $%s", folder, VARIABLE)
+    return folder
 
 
 def fingerprint_files(paths: Iterable[Path], **others: Any) -> str:

@@ -180,7 +180,9 @@ def _without_nan(value: Any) -> Any:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object, indented, as an `atomic_file`."""
     with atomic_file(path) as draft:
-        draft.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
+        text = json_text(value, indent=2) + "
+"
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name need not be UTF-8
 
 
 def read_json(path: Path) -> dict[str, Any]:

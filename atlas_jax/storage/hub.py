@@ -226,6 +226,8 @@ def _explained(name: str, files: Sequence[str], remedy: str) -> Iterator[None]:
     """Raises every error of the block as a UserError of one line that says why a file cannot be had."""
     from huggingface_hub import constants, errors
 
+    if constants.HF_HUB_CACHE.startswith("~"):  # the library would make a folder of that name
+        raise UserError(f"{name}: no such folder, and no home folder with the hub's cache; set HF_HOME, or {remedy}")
     try:
         yield
     except UserError:

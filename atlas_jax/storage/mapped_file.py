@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,9 @@ class MappedFile(mmap.mmap):
         file.path, file.descriptor = path, descriptor
         return file
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit the module `os` may be gone
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 def read_view(view: np.ndarray, *, keep_cached: bool = True) -> np.ndarray:

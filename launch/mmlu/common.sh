@@ -3,15 +3,19 @@
 #   SIZE       base, large, xl or xxl (default xxl)
 # Optional: PRECISION (fp32; default bf16), SAVE_DIR (folder for the runs), READER and RETRIEVER (folders with config.json and
 # tokenizer, if the Hugging Face hub cannot be reached). The arguments of a script are passed on to atlas.
-# ATLAS and SCORES are the commands that train or evaluate, and that print the score table. DRY_RUN=1 prints the commands.
+# ATLAS and SCORES are the commands that train or evaluate, and that print the score table, quoted as for a shell. DRY_RUN=1
+# prints the commands.
 set -euo pipefail
 
 : "${DATA_DIR:?set DATA_DIR: the folder that holds models/, indices/ and data/}"
+for name in DATA_DIR SAVE_DIR READER RETRIEVER; do # a shell leaves ~ alone in NAME="~/folder"
+  [[ "${!name:-}" != \~/* ]] || printf -v "$name" %s "$HOME/${!name#*/}"
+done
 SIZE=${SIZE:-xxl}
 SAVE_DIR=${SAVE_DIR:-$DATA_DIR/experiments}
 MMLU=$DATA_DIR/data/mmlu_data
-read -ra ATLAS <<<"${ATLAS:-atlas}"
-read -ra SCORES <<<"${SCORES:-python $(dirname "${BASH_SOURCE[0]}")/../../eval/evaluate_mmlu_predictions.py}"
+eval "ATLAS=(${ATLAS:-atlas})"
+eval "SCORES=(${SCORES:-python $(printf %q "$(dirname "${BASH_SOURCE[0]}")/../../eval/evaluate_mmlu_predictions.py")})"
 
 # Runs atlas; its exit status becomes that of the script. Signals are forwarded to atlas, so that it saves: in a container only
 # the first process, which is this shell, gets them. Not with srun: SLURM itself signals the processes that srun has started,

@@ -24,7 +24,8 @@ for name in DATA_DIR SIZE PRECISION SAVE_DIR READER RETRIEVER DOMAIN; do
   [ -z "${!name:-}" ] || settings+=("$name=${!name}")
 done
 run() { # SETTINGS...: prints the worker's command line, with these settings added to its environment
-  printf '%q ' cd "${REPOSITORY:-atlas_jax}"
+  local folder=${REPOSITORY:-atlas_jax}
+  printf '%q ' cd "${folder#\~/}" # ssh starts in the home folder
   # shellcheck disable=SC2016 # the worker's shell is to expand it
   printf '&& PATH=$PWD/.venv/bin:$PATH %s ' env
   printf '%q ' "$@" "${settings[@]}" "launch/mmlu/$experiment.sh" "${flags[@]}"

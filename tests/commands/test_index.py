@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from atlas_jax.retrieval.faiss_index import FaissIndex
 from atlas_jax.retrieval.formats import inspection
 from atlas_jax.retrieval.formats.convert import FlatIndexFolder, convert
 from atlas_jax.retrieval.formats.index_folder import Origin, read_metadata, read_vectors
+from atlas_jax.retrieval.passage_store import PassageStore
 from tests.commands.sample_evaluation import SAMPLE, evaluate_argv
 
 COUNT, DIM = 600, 16
@@ -266,14 +268,39 @@ def test_inspect_names_truncated_and_missing_files(run_index, index_fails, flat,
 
 
 def test_merge_concatenates_indexes(run_index, index_fails, flat, golden, tmp_path):
-    """Merging an index with itself has every passage twice; --output may not be one of the indexes that are merged."""
-    run_index("merge", flat, flat, "--output", tmp_path / "twice")
+    """Merging indexes has the passages of both, in order; --output may not be one of the indexes that are merged."""
+    other = copy_with_ids(flat, tmp_path / "other", lambda passage: passage | {"id": f"other {passage['id']}"})
+    run_index("merge", other, flat, "--output", tmp_path / "twice")
     merged = FlatIndexFolder(tmp_path / "twice")
     np.testing.assert_array_equal(merged.read(0, 2 * COUNT), np.concatenate([TopicPassages().vectors] * 2))
     assert merged.store.take([COUNT + 7])[0]["id"] == "7"
     index_fails(["merge", flat, tmp_path / "twice", "--output", tmp_path / "twice"], "is the folder that is read")
     index_fails(["merge", flat, golden / "index_1shard", "--output", tmp_path / "no"], "no index of ours", "convert")
     assert len(read_vectors(tmp_path / "twice", read_metadata(tmp_path / "twice"))) == 2 * COUNT
+
+
+def copy_with_ids(index: Path, copy: Path, change: Callable[[dict], dict]) -> Path:
+    """Copies an index, with its passages changed."""
+    shutil.copytree(index, copy)
+    store = PassageStore.open(index / "passages")
+    PassageStore.build(map(change, store.take(np.arange(len(store)))), copy / "passages")
+    return copy
+
+
+def test_merge_names_passages_that_are_in_two_parts(run_index, index_fails, flat, tmp_path, caplog):
+    """An index and itself, by whatever path, a copy, or a part of it are refused; an id for another text is logged."""
+    output = ["--output", tmp_path / "merged"]
+    (tmp_path / "link").symlink_to(flat)
+    index_fails(["merge", flat, flat, *output], f"{flat}: is to be merged with itself")
+    index_fails(["merge", flat, tmp_path / "link", *output], "is to be merged with itself", "link")
+    copy = copy_with_ids(flat, tmp_path / "copy", lambda passage: passage)
+    index_fails(["merge", flat, copy, *output], f"{copy}: ids of {COUNT} of its passages", "with the same text")
+    new_ids = copy_with_ids(flat, tmp_path / "a", lambda p: p if p["id"] == "7" else p | {"id": f"new {p['id']}"})
+    index_fails(["merge", flat, new_ids, *output], "ids of 1 of its passages, such as '7',")
+    other = copy_with_ids(flat, tmp_path / "b", lambda passage: passage | {"text": f"other {passage['text']}"})
+    run_index("merge", flat, other, *output)
+    assert f"{other}: ids of {COUNT} of its passages, such as " in caplog.text
+    assert FlatIndexFolder(tmp_path / "merged").count == 2 * COUNT
 
 
 def test_bad_arguments_are_refused(index_fails, flat, golden, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,11 +17,15 @@ FAKES = Path(__file__).parent / "fakes"
 class Site:
     """A folder with the published layout (two MMLU domains, empty weights) and an environment with the fakes in PATH.
 
-    `fakes/host/` are programs of the host, `fakes/container/` those that a container image has as well.
+    `fakes/host/` are programs of the host, `fakes/container/` those that a container image has as well. The folder and
+    the copy of the repository in it, from which commands start, have spaces and quotes in their names.
     """
 
     def __init__(self, home: Path):
-        self.home = home
+        self.home, self.repository = home, home / 'the "repository" of atlas'
+        shutil.copytree(REPOSITORY / "launch", self.repository / "launch")
+        for name in ("eval", "atlas_jax"):
+            (self.repository / name).symlink_to(REPOSITORY / name)
         container_path = f"{FAKES / 'container'}:{Path(sys.executable).parent}:/usr/bin:/bin"
         removed = ("SLURM", "CUDA", "JAX_PLATFORMS")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
@@ -28,10 +33,10 @@ class Site:
         self.environment |= {"CONTAINER_PATH": container_path, "PATH": f"{FAKES / 'host'}:{container_path}"}
         self.environment |= {"PYTHONPATH": str(REPOSITORY)}
 
-    def start(self, *command: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.Popen:
+    def start(self, *command: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
         """Starts a command in a session of its own, as a terminal does."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-        return subprocess.Popen(command, env=self.environment | environment, cwd=cwd, **options)
+        return subprocess.Popen(command, env=self.environment | environment, cwd=cwd or self.repository, **options)
 
     def run(self, *command: object, **environment: str) -> str:
         """Runs a command, asserts exit status 0 and returns its output."""
@@ -63,12 +68,13 @@ class Site:
 @pytest.fixture
 def site(tmp_path) -> Site:
     """A site with the published files of two domains, one question each."""
+    home = tmp_path / "it's a site"
     rows = {
         domain: {"question": f"{domain}?", "options": dict(zip("ABCD", "wxyz", strict=True)), "answer": "A"}
         | {"dataset": f"{domain}_test"}
         for domain in ("anatomy", "virology")
     }
-    mmlu = tmp_path / "data/mmlu_data"
+    mmlu = home / "data/mmlu_data"
     for domain, row in rows.items():
         for name in ("train/{}.5-shot-train", "valid/{}.val", "test/{}.test"):
             write_jsonl(mmlu / f"5-shot/individual_{name.format(domain)}.jsonl", [row])
@@ -76,8 +82,8 @@ def site(tmp_path) -> Site:
         for name in ("train", "combined_valid", "combined_test"):
             write_jsonl(mmlu / setting / f"{name}.jsonl", list(rows.values()))
     for folder in ("models/atlas/base", "indices/atlas/wiki/base"):
-        (tmp_path / folder).mkdir(parents=True)
-    return Site(tmp_path)
+        (home / folder).mkdir(parents=True)
+    return Site(home)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

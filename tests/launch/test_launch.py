@@ -128,6 +128,27 @@ def test_5_shot_trains_each_domain_once(site):
 
 
 @pytest.mark.parametrize("script", ["mmlu", "slurm"])
+def test_a_tilde_in_a_setting_is_the_home_folder(site, script):
+    """`DATA_DIR="~/x"`, which the shell leaves alone, is the same as `DATA_DIR=~/x`; a quoted command stays whole."""
+    expected = site.run(f"launch/{script}/full.sh", DRY_RUN="1", SAVE_DIR=f"{site.home}/runs")
+    site.environment |= {"HOME": str(site.home.parent), "DATA_DIR": f"~/{site.home.name}"}
+    assert site.run(f"launch/{script}/full.sh", DRY_RUN="1", SAVE_DIR=f"~/{site.home.name}/runs") == expected
+    command = "'a \"quoted\" atlas' now"
+    if script == "mmlu":
+        (line, *_) = site.run("launch/mmlu/full.sh", DRY_RUN="1", ATLAS=command).splitlines()
+        assert shlex.split(line)[:2] == shlex.split(command)
+
+
+def test_a_path_that_no_container_can_mount_is_refused(site):
+    """Mounts are separated by commas, and their ends by colons: one line, status 2; without a container it runs."""
+    settings = {"SAVE_DIR": f"{site.home}/a,b", "DRY_RUN": "1"}
+    process = site.start("launch/slurm/full.sh", **settings, **IMAGES["apptainer"])
+    line = f"{site.home}/a,b: no container can mount a path with , or : in its name; take another\n"
+    assert (process.communicate(timeout=30)[0], process.returncode) == (line, 2)
+    assert "a\\,b" in site.run("launch/slurm/full.sh", **settings)
+
+
+@pytest.mark.parametrize("script", ["mmlu", "slurm"])
 @pytest.mark.parametrize("empty", [False, True])
 def test_5_shot_without_domains_names_the_script_that_makes_them(site, script, empty):
     """If the folder of the domains is missing or empty: one line, exit status 2, and no command runs."""
@@ -173,7 +194,7 @@ def test_a_slurm_script_prints_srun_and_the_container(site, experiment, image):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_slurm_script_must_be_submitted_from_the_repository(site, experiment, start):
     """From another folder: one line, exit status 2, and no command runs."""
-    script = REPOSITORY / f"launch/slurm/{experiment}.sh"
+    script = site.repository / f"launch/slurm/{experiment}.sh"
     job = site.start(*start, script, cwd=site.home, NODES="a b", NODE_LIST="a,b", ARRAY="0")
     line = f"{site.home}: no launch/slurm; submit from the repository's folder\n"
     assert (job.communicate(timeout=30)[0], job.returncode) == (line, 2)
@@ -202,7 +223,7 @@ def test_slurm_starts_one_process_per_node(site, experiment, image, nodes):
         assert call["cluster"]["count"] == len(names)
         assert call["cluster"]["host_names"] == names
         assert call["location"] == IMAGES[image].get("IMAGE")
-        mounts = f"{site.home}:{site.home},{REPOSITORY}:{REPOSITORY},{site.home}/runs:{site.home}/runs"
+        mounts = f"{site.home}:{site.home},{site.repository}:{site.repository},{site.home}/runs:{site.home}/runs"
         assert call["mounts"] == (mounts if image else None)
     by_job = {(call["cluster"]["coordinator"], call["cluster"]["index"]) for call in calls}
     ports = (21234, 21235) if experiment == "5-shot" else (21234,)
@@ -211,7 +232,8 @@ def test_slurm_starts_one_process_per_node(site, experiment, image, nodes):
         started = [call["arguments"][call["arguments"].index("--name") + 1] for call in calls]
         assert sorted(started) == ["anatomy", "anatomy", "virology", "virology"]
     (table,) = site.read_log("python")
-    assert table.startswith(f"0 1 {IMAGES[image].get('IMAGE', '')} {REPOSITORY}/eval/evaluate_mmlu_predictions.py ")
+    program = f"{site.repository}/eval/evaluate_mmlu_predictions.py"
+    assert table.startswith(f"0 1 {IMAGES[image].get('IMAGE', '')} {program} ")
 
 
 @pytest.mark.parametrize("image", IMAGES)
@@ -380,7 +402,7 @@ def test_gke_pods_with_tpus_find_the_coordinator(site):
 def test_all_tpu_workers_run_the_experiment(site, experiment):
     """Settings, also with spaces and quotes, are passed on; worker 0 prints the table; DRY_RUN prints the commands."""
     (site.home / "a copy").mkdir()
-    (site.home / "a copy/launch").symlink_to(REPOSITORY / "launch")
+    (site.home / "a copy/launch").symlink_to(site.repository / "launch")
     script = ["launch/tpu/run.sh", experiment, "--seed", "7", "--mesh", "data=-1"]
     settings = {"TPU": "slice", "ZONE": "here", "REPOSITORY": "a copy", "READER": "it's a reader", "DRY_RUN": "1"}
     lines = site.run(*script, **settings).splitlines()

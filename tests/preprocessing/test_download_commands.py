@@ -29,7 +29,7 @@ SCRIPTS = Path(published.__file__).parent
 SIZES = ("xxl", "xl", "large", "base")
 BASE = "models/atlas/base"
 FILE = f"{BASE}/model.pth.tar"
-CONTENT = bytes(range(256)) * 1000
+CONTENT = (b"PK\x03\x04" + bytes(range(256)) * 1000)[:256_000]
 
 
 @pytest.fixture
@@ -96,7 +96,8 @@ def test_the_printed_next_step_has_existing_paths_and_flags(run, server, tmp_pat
     """Files are stored below the published name; the printed next step has flags of `atlas` and paths that exist."""
     catalogue = script.CATALOGUE
     name = next(name for name in reversed(catalogue.names) if "_nq" not in name)
-    server.files |= {f"{name}/{file}": f"{name}/{file}".encode() for file in catalogue.files}
+    start = b'{"' if script is download_corpus else b"\x80\x04"
+    server.files |= {f"{name}/{file}": start + file.encode() for file in catalogue.files}
     status, out, errors = run(catalogue=catalogue)
     assert (status, errors) == (0, [])
     for file in catalogue.files:
@@ -128,10 +129,10 @@ def test_scripts_run_from_any_folder_and_list_all_names(tmp_path):
         (["--model", "models/atlas/lrage"], "did you mean models/atlas/large"),
         (["--model", "../../etc"], "--model ../../etc: no such name; --list shows the names"),
         ([], "--model is missing; --list shows the names"),
-        (["--model", BASE, "--jobs", "0"], "--jobs: 0: must be a whole number, 1 or more; see --help"),
-        (["--model", BASE, "--base_url", "ftp://a/b"], "--base_url: ftp://a/b: no http(s) address; see --help"),
-        (["--model", BASE, "--base_url", "http://a:b"], "--base_url: invalid address value: 'http://a:b'; see --help"),
-        (["--model", BASE, "--base_url", "http://a/b c"], "--base_url: http://a/b c: no http(s) address; see --help"),
+        (["--model", BASE, "--jobs", "0"], "--jobs: 0: must be a whole number, 1 or more; see download_model --help"),
+        (["--model", BASE, "--base_url", "ftp://a/b"], "--base_url: ftp://a/b: no http(s) address; see download_model"),
+        (["--model", BASE, "--base_url", "http://a:b"], "--base_url: invalid address value: 'http://a:b'"),
+        (["--model", BASE, "--base_url", "http://a/b c"], "--base_url: http://a/b c: no http(s) address"),
         (["--modell", BASE], "unrecognized arguments: --modell"),
     ],
 )
@@ -302,3 +303,60 @@ def test_an_interrupted_download_resumes_at_its_last_byte(run, server, tmp_path,
     assert (tmp_path / FILE).read_bytes() == CONTENT
     assert server.gets()[-1] == (FILE, "bytes=100-")
     assert server.bytes_sent[FILE] == len(CONTENT)
+
+
+PAGE = b"<html>Please log in</html>"
+
+
+@pytest.mark.parametrize("content_type", ["text/html; charset=utf-8", "application/octet-stream", None])
+def test_a_login_page_is_not_the_file(run, server, tmp_path, content_type):
+    """A page with status 200 is refused by its content type, or else by its first bytes; nothing is recorded or left.
+
+    Afterwards the file itself is downloaded as if nothing had been.
+    """
+    server.files[FILE] = PAGE
+    for method in ("HEAD", "GET"):
+        server.faults[method, FILE] = [Fault(headers={"Content-Type": content_type})]
+    status, out, (line,) = run()
+    assert (status, out) == (2, "")
+    assert "is a web page, such as a login" in line
+    assert "try another --base_url" in line
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    server.faults.clear()
+    server.files[FILE] = CONTENT
+    assert run()[0] == 0
+
+
+@pytest.mark.parametrize("content", [b'{"error": "log in"}', b"\x1f\x8b\x08", b"PK\x05\x06"])
+def test_a_file_of_another_kind_is_refused(run, server, tmp_path, content):
+    """An error in JSON, something compressed, an empty archive: the first bytes are named, and nothing is left."""
+    server.files[FILE] = content
+    status, _, (line,) = run()
+    assert status == 2
+    assert f"begins with {content[:8]!r}, so it is not model.pth.tar" in line
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_page_that_is_there_already_is_named(run, server, tmp_path):
+    """As a browser or an earlier version saved it: neither adopted nor, if manifest.json has it, called complete."""
+    (tmp_path / BASE).mkdir(parents=True)
+    (tmp_path / FILE).write_bytes(PAGE)
+    server.files[FILE] = PAGE
+    assert "is a web page" in run()[2][0]
+    assert not (tmp_path / BASE / "manifest.json").exists()
+    entry = {"size": len(PAGE), "sha256": hashlib.sha256(PAGE).hexdigest()}
+    (tmp_path / BASE / "manifest.json").write_text(json.dumps({"model.pth.tar": entry}))
+    for flags in ([], ["--verify"]):
+        status, out, (line,) = run(*flags)
+        assert (status, out) == (2, "")
+        assert "is a web page, such as a login, so it is not model.pth.tar; delete it" in line
+
+
+def test_a_tilde_in_the_output_directory_is_the_home_folder(run, tmp_path, monkeypatch):
+    """`--output_directory=~/x`, which a shell leaves alone; the home of nobody is refused."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run("--output_directory=~/home")[0] == 0
+    assert (tmp_path / "home" / FILE).read_bytes() == CONTENT
+    assert "~nobody-here/x: no home folder" in run("--output_directory=~nobody-here/x")[2][0]
+    assert not list(tmp_path.glob("~*"))

@@ -210,7 +210,7 @@ def test_empty_lists_are_kept(tmp_path, capfd):
 def test_impossible_builds_and_searches_are_refused(vectors):
     """UserError for each; the message names the values and a remedy."""
     for kind in ("pq", "ivfpq"):
-        with pytest.raises(UserError, match="256 centroids and there are only 255 passages: use --index_mode flat"):
+        with pytest.raises(UserError, match="pq: learns 256 centroids, and there are only 255 passages; take flat"):
             FaissIndex.build(vectors[:255], kind, 8)
         for code_size in (None, 0, -8, 7, 64):
             with pytest.raises(UserError, match=f"--faiss_code_size {code_size}: .* divisor of the vectors' width, 32"):

@@ -20,7 +20,7 @@ from atlas_jax.retrieval.formats.index_folder import (
     write_metadata,
 )
 from atlas_jax.retrieval.formats.npy_files import VectorFile
-from atlas_jax.retrieval.passage_store import PassageStore
+from atlas_jax.retrieval.passage_store import REMEDY, PassageStore
 from atlas_jax.runtime.progress import progress
 from atlas_jax.storage.files import atomic_folder
 from atlas_jax.storage.mapped_file import release_pages
@@ -69,15 +69,16 @@ class FlatIndexFolder:
 
 def convert(source: IndexSource, output: Path, origin: Origin) -> None:
     """Writes a flat index in our own format to the folder `output`."""
-    with atomic_folder(output, "choose another --output", replace=True) as draft:
-        write_metadata(draft, write_flat_index(source, draft), origin)
+    remedy = "choose another --output"
+    with atomic_folder(output, remedy, replace=True) as draft:
+        write_metadata(draft, write_flat_index(source, draft, remedy), origin)
 
 
-def write_flat_index(source: IndexSource, folder: Path) -> dict[str, Any]:
+def write_flat_index(source: IndexSource, folder: Path, remedy: str = REMEDY) -> dict[str, Any]:
     """Writes the vectors and passages of a flat index; returns the fields of index.json that describe the vectors."""
     write_vectors(source, folder / VECTORS)
     with progress("writing passages", "passages", source.count) as advance:
-        PassageStore.write(source.passages_json(), folder / PASSAGES, advance)
+        PassageStore.write(source.passages_json(), folder / PASSAGES, advance, remedy)
     return {"index_mode": "flat", "kind": "flat", "count": source.count, "dim": source.dim}
 
 
