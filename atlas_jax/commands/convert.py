@@ -1,6 +1,7 @@
 """`atlas convert`: converts weights between formats, a part at a time; `--inspect` prints what a checkpoint holds."""
 
 import argparse
+import functools
 import json
 import logging
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from atlas_jax.commands.flags import Parser, field_comments
 from atlas_jax.config import READERS, Config, ModelConfig, RetrievalConfig, TaskConfig
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.progress import byte_progress
+from atlas_jax.storage.files import can_write, is_empty
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +42,18 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(facts, indent=2) if args.json else "\n".join(lines(facts)))
         return
     output = Path(args.output or "")
-    _check_args(args, output)
+    _check_args(args)
+    check = functools.partial(_check_output, args)
+    check()
     model = ModelConfig(args.reader_model_type, args.retriever_model_path, args.model_path)
     weights = open_weights(Config(model, TaskConfig("base"), retrieval=RetrievalConfig()))
     with byte_progress("converting", sum(array.nbytes for array in weights.params.values())) as advance:
         if args.to == "huggingface":
-            write_huggingface(output, weights, advance)
+            write_huggingface(output, weights, advance, check)
         elif args.to == "reference":
-            write_reference(output, weights, advance)
+            write_reference(output, weights, advance, check)
         else:
-            store.save(output, weights, on_bytes=advance)
+            store.save(output, weights, on_bytes=advance, check=check)
     logger.info("wrote %s%s", output, _usage_hint(args.to, output))
 
 
@@ -72,13 +76,20 @@ def _parser() -> Parser:
     return parser
 
 
-def _check_args(args: argparse.Namespace, output: Path) -> None:
-    """Checks, without opening a file, that --output is new or an Orbax checkpoint and that the models are named."""
-    if not args.output:
-        raise UserError("--output is missing: name the folder to write, or --inspect PATH to only look")
-    if output.exists() and not (args.to == "orbax" and store.is_checkpoint(output)):
+def _check_output(args: argparse.Namespace) -> None:
+    """UserError unless --output can be written, and is new, empty or an Orbax checkpoint to replace."""
+    output = Path(args.output)
+    if output.exists() and not is_empty(output) and not (args.to == "orbax" and store.is_checkpoint(output)):
         problem = "is there and no checkpoint of ours" if args.to == "orbax" else "is there"
         raise UserError(f"--output {output}: {problem}; choose a new folder")
+    if not can_write(output):
+        raise UserError(f"--output {output}: cannot be written; choose another folder")
+
+
+def _check_args(args: argparse.Namespace) -> None:
+    """Checks, without opening a file, that --output and the models are named."""
+    if not args.output:
+        raise UserError("--output is missing: name the folder to write, or --inspect PATH to only look")
     if args.model_path != "none" and not Path(args.model_path).is_dir():
         raise UserError(f"--model_path {args.model_path}: no such folder; name one with {PUBLISHED}, or one of ours")
     if not args.reader_model_type and not store.is_checkpoint(Path(args.model_path)):
