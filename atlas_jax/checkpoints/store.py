@@ -86,15 +86,6 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / CHECKPOINT_FILE).is_file()
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether every file exists with its full size; contents are not read."""
-    try:
-        _check_file_sizes(folder)
-    except UserError:
-        return False
-    return True
-
-
 def save(
     folder: Path,
     weights: Weights,

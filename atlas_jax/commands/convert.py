@@ -13,6 +13,7 @@ from atlas_jax.checkpoints.inspection import inspect, lines
 from atlas_jax.checkpoints.restore import PUBLISHED, open_weights
 from atlas_jax.commands.flags import Parser, field_comments
 from atlas_jax.config import READERS, Config, ModelConfig, RetrievalConfig, TaskConfig
+from atlas_jax.config.run_weights import follow_link
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.progress import byte_progress
 from atlas_jax.storage.files import can_write, is_empty
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     """Converts the weights that the flags name into --output, or prints the contents of the --inspect path."""
     args = _parser().parse_args(argv)
     if args.inspect:
-        facts = inspect(Path(args.inspect))
+        facts = inspect(follow_link(Path(args.inspect)))
         print(json.dumps(facts, indent=2) if args.json else "\n".join(lines(facts)))
         return
     output = Path(args.output or "")
@@ -90,9 +91,10 @@ def _check_args(args: argparse.Namespace) -> None:
     """Checks, without opening a file, that --output and the models are named."""
     if not args.output:
         raise UserError("--output is missing: name the folder to write, or --inspect PATH to only look")
-    if args.model_path != "none" and not Path(args.model_path).is_dir():
+    folder = follow_link(Path(args.model_path))
+    if args.model_path != "none" and not folder.is_dir():
         raise UserError(f"--model_path {args.model_path}: no such folder; name one with {PUBLISHED}, or one of ours")
-    if not args.reader_model_type and not store.is_checkpoint(Path(args.model_path)):
+    if not args.reader_model_type and not store.is_checkpoint(folder):
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
 
 
