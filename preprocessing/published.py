@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import fcntl
 import hashlib
 import io
 import json
@@ -49,6 +48,7 @@ from tqdm import tqdm
 from atlas_jax.commands.flags import Parser
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.streams import prepare_streams
+from atlas_jax.storage.file_lock import sole_writer
 from atlas_jax.storage.files import write_json
 from atlas_jax.storage.paths import user_path
 
@@ -228,19 +228,12 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Locks the folder: two processes would write the same part files. No lock where the file system has none."""
-    path = folder / ".lock"
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is downloading to it; wait for its end") from None
-        except OSError:
-            pass
+    """Locks the folder: two processes would write the same part files."""
+    with sole_writer(folder, f"{folder}: another process is downloading to it; wait for its end"):
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            (folder / ".lock").unlink(missing_ok=True)
 
 
 class LogLines(io.TextIOBase):

@@ -22,15 +22,16 @@ from atlas_jax.storage.lazy_array import ArrayLike
 logger = logging.getLogger(__name__)
 
 OnBytes = Callable[[int], object]  # called with the number of bytes after each array is written
+Check = Callable[[], object] | None  # see `atomic_folder`
 
 
-def write_huggingface(folder: Path, weights: Weights, on_bytes: OnBytes) -> None:
+def write_huggingface(folder: Path, weights: Weights, on_bytes: OnBytes, check: Check = None) -> None:
     """Writes Hugging Face folders: `reader/` (T5) and `retriever/` (BERT), or `query_encoder/` and `passage_encoder/`.
 
-    `folder` must not exist yet. UserError if it cannot be written.
+    `folder` must be empty or not exist. UserError if it cannot be written.
     """
     cfg, arrays = weights.cfg, export_arrays(weights.params, weights.cfg, aliases=False)
-    with atomic_folder(folder, REMEDY) as draft:
+    with atomic_folder(folder, REMEDY, replace=check is not None, check=check) as draft:
         check_free_space(draft, folder, total_bytes(arrays))
         if cfg.reader:
             model_arrays = _select_prefix("reader.", arrays)
@@ -54,7 +55,7 @@ def write_huggingface(folder: Path, weights: Weights, on_bytes: OnBytes) -> None
         )
 
 
-def write_reference(folder: Path, weights: Weights, on_bytes: OnBytes) -> None:
+def write_reference(folder: Path, weights: Weights, on_bytes: OnBytes, check: Check = None) -> None:
     """Writes `model.pth.tar` as the reference saves it, without optimizers; UserError if it cannot be written.
 
     `opt` has the one attribute that the reference reads when it loads a checkpoint. It is an OrderedDict, because
@@ -67,7 +68,7 @@ def write_reference(folder: Path, weights: Weights, on_bytes: OnBytes) -> None:
             arrays[f"retriever.{reference_name}.embeddings.position_ids"] = positions
     opt = {"query_side_retriever_training": weights.cfg.untied}
     training_state = dict.fromkeys(("optimizer", "retr_optimizer", "scheduler", "retr_scheduler"))
-    with atomic_folder(folder, REMEDY) as draft:
+    with atomic_folder(folder, REMEDY, replace=check is not None, check=check) as draft:
         check_free_space(draft, folder, total_bytes(arrays))
         extra = {"step": weights.step, **training_state, "opt": Attributes(opt)}
         write_torch(draft / PUBLISHED, arrays, extra, on_bytes)

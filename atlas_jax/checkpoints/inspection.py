@@ -17,6 +17,7 @@ from atlas_jax.checkpoints.pretrained import (
 )
 from atlas_jax.checkpoints.restore import PUBLISHED, open_reference_arrays
 from atlas_jax.checkpoints.weights import is_untied
+from atlas_jax.config.run_weights import is_whole
 from atlas_jax.errors import UserError
 from atlas_jax.models.atlas import param_shapes
 from atlas_jax.models.contriever import ContrieverConfig
@@ -75,7 +76,7 @@ def _inspect_checkpoint(folder: Path) -> Facts:
         "dtype": sorted({str(shape.dtype) for shape in shapes.values()}),
         "tokenizers": [name for name in ("reader", "retriever") if _has_tokenizer(folder / name)],
         "optimizer": store.has_optimizer(folder),
-        "whole": store.is_complete(folder),
+        "whole": is_whole(folder),
         "bytes": _folder_bytes(folder),
     }
 

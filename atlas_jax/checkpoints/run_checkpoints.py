@@ -5,8 +5,8 @@ import functools
 import itertools
 import logging
 import os
-import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,15 +14,16 @@ from typing import TypeVar
 
 from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.store import ResumeState, Weights
+from atlas_jax.config.run_weights import CHECKPOINT_FILE, follow_link, is_whole, saved_step, step_folders
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.process_group import process_group
-from atlas_jax.storage.files import atomic_file
+from atlas_jax.storage.files import remove_tree
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-STEP_FOLDER = r"step-(0|[1-9][0-9]*)"  # pattern of a checkpoint folder's name
+LINKS = ("latest", "best")
 
 
 class DifferentRun(UserError):
@@ -32,6 +33,8 @@ class DifferentRun(UserError):
 class RunCheckpoints:
     """Manages the checkpoints `step-N` in a folder that only this run writes, and links to the `latest` and the `best`.
 
+    On a file system without symbolic links, a link is a file with the name of the checkpoint.
+
     All processes of a run call the same methods in the same order and get the same results. Kept are the best and, with
     `keep`, that many of the newest complete ones; without it only a former best is removed, if its step is no multiple
     of `every`. `save_error`: the message of the last save if it failed, else None.
@@ -40,12 +43,12 @@ class RunCheckpoints:
     def __init__(self, folder: Path, keep: int | None = None, every: int = 1):
         self.folder, self.keep, self.every = folder, keep, every
         self.save_error: str | None = None
-        link = folder / "best"
-        self._best = folder / link.readlink() if link.is_symlink() else None
         self._damaged: set[Path] = set()  # checkpoints that failed to load; their file sizes may still be right
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
-        process_group().run_on_first(lambda: _clean_up_killed_saves(folder))
+        process_group().run_on_first(lambda: _clean_up(folder))
+        best = follow_link(folder / "best")
+        self._best = None if best == folder / "best" else best
 
     def restore(
         self, read: Callable[[Path], T], verify: Callable[[T], None] = lambda result: None
@@ -60,7 +63,7 @@ class RunCheckpoints:
         def read_checkpoint(folder: Path) -> None:
             results.append(read(folder))
 
-        names = process_group().run_on_first(lambda: [folder.name for folder in self._newest_first()])
+        names = process_group().run_on_first(lambda: [folder.name for folder in step_folders(self.folder)])
         errors = []
         for name, older in itertools.zip_longest(names, names[1:]):
             folder = self.folder / name
@@ -114,10 +117,10 @@ class RunCheckpoints:
         self.wait()
         if process_group().index:
             return
-        for folder in self._newest_first():
+        for folder in step_folders(self.folder):
             shutil.rmtree(folder, ignore_errors=True)
-        for name in ("latest", "best"):
-            (self.folder / name).unlink(missing_ok=True)
+        for name in LINKS:
+            _unlink(self.folder / name)
 
     def remove_best_optimizer(self) -> None:
         """Removes the moments of the best checkpoint if it is kept only because it is the best."""
@@ -148,25 +151,18 @@ class RunCheckpoints:
         self._damaged.discard(folder)
         if process_group().index:
             return
-        self._link("latest", folder)
+        _link(self.folder / "latest", folder)
         if self.keep is not None:
-            self._remove(set(self._newest_first()) - {folder})
+            self._remove(set(step_folders(self.folder)) - {folder})
 
     def _link_best(self, folder: Path | None) -> None:
         if folder is None or not self._is_whole(folder):
-            (self.folder / "best").unlink(missing_ok=True)
+            _unlink(self.folder / "best")
             return
         former, self._best = self._best, folder
-        self._link("best", folder)
+        _link(self.folder / "best", folder)
         if former:
             self._remove([former])
-
-    def _link(self, name: str, folder: Path) -> None:
-        try:
-            with atomic_file(self.folder / name) as link:
-                link.symlink_to(folder.name)
-        except UserError as error:  # a file system without symbolic links
-            logger.warning("%s is saved, but %s", folder, error)
 
     def _remove(self, folders: Iterable[Path]) -> None:
         """Removes those of the checkpoints that need not be kept."""
@@ -175,24 +171,51 @@ class RunCheckpoints:
 
     def _kept_anyway(self) -> list[Path]:
         """The checkpoints that are kept whether or not they are the best."""
-        folders = self._newest_first()
+        folders = step_folders(self.folder)
         newest = list(itertools.islice(filter(self._is_whole, folders), self.keep or 1))
         return newest if self.keep is not None else newest + [f for f in folders if _step(f) % self.every == 0]
 
     def _is_whole(self, folder: Path) -> bool:
-        return folder not in self._damaged and store.is_complete(folder)
-
-    def _newest_first(self) -> list[Path]:
-        folders = [path for path in self.folder.glob("step-*") if re.fullmatch(STEP_FOLDER, path.name)]
-        return sorted(folders, key=_step, reverse=True)
+        return folder not in self._damaged and is_whole(folder)
 
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _clean_up_killed_saves(folder: Path) -> None:
-    """Removes what saves of killed processes left, and renames a checkpoint back that was being replaced."""
+def _link(link: Path, checkpoint: Path) -> None:
+    """Replaces a link by one to a checkpoint beside it."""
+    draft = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}.draft")
+    try:
+        try:
+            draft.symlink_to(checkpoint.name)
+        except OSError as error:
+            _warn_without_links(link.parent, error.strerror)
+            draft.write_text(f"{checkpoint.name}\n")
+        os.replace(draft, link)
+    except OSError as error:
+        logger.warning("%s is saved, but %s cannot be written (%s)", checkpoint, link, error.strerror)
+    finally:
+        _unlink(draft)
+
+
+@functools.cache  # once for each folder
+def _warn_without_links(folder: Path, reason: str) -> None:
+    logger.warning(
+        "%s: no symbolic links there (%s); latest and best are files with a checkpoint's name", folder, reason
+    )
+
+
+def _unlink(link: Path) -> None:
+    if link.is_symlink() or link.is_file():
+        link.unlink()
+
+
+def _clean_up(folder: Path) -> None:
+    """Removes what saves of killed processes left, and renames a checkpoint back that was being replaced.
+
+    Where `latest` or `best` is a copy, made by a program that follows links, it becomes a link again.
+    """
     for retired in folder.glob(".step-*.old"):
         target = folder / retired.name.split(".")[1]
         if not target.exists():
@@ -201,3 +224,12 @@ def _clean_up_killed_saves(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     for link in [*folder.glob(".latest.*.draft"), *folder.glob(".best.*.draft")]:
         link.unlink()
+    for copy in [folder / name for name in LINKS]:
+        if copy.is_dir() and not copy.is_symlink() and is_whole(copy):
+            own = folder / f"step-{saved_step(copy)}"
+            if not own.exists():
+                os.rename(copy, own)
+            elif is_whole(own) and (own / CHECKPOINT_FILE).read_bytes() == (copy / CHECKPOINT_FILE).read_bytes():
+                remove_tree(copy)
+            if not copy.exists():
+                _link(copy, own)

@@ -86,22 +86,14 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / CHECKPOINT_FILE).is_file()
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether every file exists with its full size; contents are not read."""
-    try:
-        _check_file_sizes(folder)
-    except UserError:
-        return False
-    return True
-
-
 def save(
     folder: Path,
     weights: Weights,
     resume_state: ResumeState | None = None,
     on_bytes: Callable[[int], object] = lambda count: None,
+    check: Callable[[], object] | None = None,
 ) -> None:
-    """Writes a checkpoint folder atomically (synced, then renamed), replacing an existing one.
+    """Writes a checkpoint folder atomically (synced, renamed), replacing an existing one. `check`: see `atomic_folder`.
 
     Parameters that are still in files are streamed, never all in memory. Calls `on_bytes(count)` after each chunk.
 
@@ -113,7 +105,7 @@ def save(
         trees["training"] = resume_state.arrays
     arrays = {name: tree for name, tree in trees.items() if tree}
     group = process_group()
-    with atomic_shared_folder(folder, REMEDY, CHANNEL) as draft:
+    with atomic_shared_folder(folder, REMEDY, CHANNEL, check) as draft:
         group.run_on_first(lambda: _create_trees(draft, folder, arrays), CHANNEL)
         local = {name: _local_arrays(tree, first_process=group.index == 0) for name, tree in arrays.items()}
         sums = group.run_on_all(lambda: _write_trees(draft, folder, local, on_bytes), CHANNEL)

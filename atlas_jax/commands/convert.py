@@ -13,8 +13,10 @@ from atlas_jax.checkpoints.inspection import inspect, lines
 from atlas_jax.checkpoints.restore import PUBLISHED, open_weights
 from atlas_jax.commands.flags import Parser, field_comments
 from atlas_jax.config import READERS, Config, ModelConfig, RetrievalConfig, TaskConfig
+from atlas_jax.config.run_weights import follow_link
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.progress import byte_progress
+from atlas_jax.storage.files import can_write, is_empty
 from atlas_jax.storage.paths import expand_home
 
 logger = logging.getLogger(__name__)
@@ -38,20 +40,22 @@ def main(argv: Sequence[str]) -> None:
     """Converts the weights that the flags name into --output, or prints the contents of the --inspect path."""
     args = _parser().parse_args(argv)
     if args.inspect:
-        facts = inspect(Path(args.inspect))
+        facts = inspect(follow_link(Path(args.inspect)))
         print(json.dumps(facts, indent=2) if args.json else "\n".join(lines(facts)))
         return
     output = Path(args.output or "")
-    _check_args(args, output)
+    _check_args(args)
+    check = functools.partial(_check_output, args)
+    check()
     model = ModelConfig(args.reader_model_type, args.retriever_model_path, args.model_path)
     weights = open_weights(Config(model, TaskConfig("base"), retrieval=RetrievalConfig()))
     with byte_progress("converting", sum(array.nbytes for array in weights.params.values())) as advance:
         if args.to == "huggingface":
-            write_huggingface(output, weights, advance)
+            write_huggingface(output, weights, advance, check)
         elif args.to == "reference":
-            write_reference(output, weights, advance)
+            write_reference(output, weights, advance, check)
         else:
-            store.save(output, weights, on_bytes=advance)
+            store.save(output, weights, on_bytes=advance, check=check)
     logger.info("wrote %s%s", output, _usage_hint(args.to, output))
 
 
@@ -82,16 +86,24 @@ def _expand(flag: str) -> Callable[[str], str]:
     return functools.partial(expand_home, name=f"--{flag} ")
 
 
-def _check_args(args: argparse.Namespace, output: Path) -> None:
-    """Checks, without opening a file, that --output is new or an Orbax checkpoint and that the models are named."""
-    if not args.output:
-        raise UserError("--output is missing: name the folder to write, or --inspect PATH to only look")
-    if output.exists() and not (args.to == "orbax" and store.is_checkpoint(output)):
+def _check_output(args: argparse.Namespace) -> None:
+    """UserError unless --output can be written, and is new, empty or an Orbax checkpoint to replace."""
+    output = Path(args.output)
+    if output.exists() and not is_empty(output) and not (args.to == "orbax" and store.is_checkpoint(output)):
         problem = "is there and no checkpoint of ours" if args.to == "orbax" else "is there"
         raise UserError(f"--output {output}: {problem}; choose a new folder")
-    if args.model_path != "none" and not Path(args.model_path).is_dir():
+    if not can_write(output):
+        raise UserError(f"--output {output}: cannot be written; choose another folder")
+
+
+def _check_args(args: argparse.Namespace) -> None:
+    """Checks, without opening a file, that --output and the models are named."""
+    if not args.output:
+        raise UserError("--output is missing: name the folder to write, or --inspect PATH to only look")
+    folder = follow_link(Path(args.model_path))
+    if args.model_path != "none" and not folder.is_dir():
         raise UserError(f"--model_path {args.model_path}: no such folder; name one with {PUBLISHED}, or one of ours")
-    if not args.reader_model_type and not store.is_checkpoint(Path(args.model_path)):
+    if not args.reader_model_type and not store.is_checkpoint(folder):
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
 
 

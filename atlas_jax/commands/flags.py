@@ -112,12 +112,12 @@ def _check_inputs(command: Command, config: Config) -> None:
     for flag, files in (("train_data", run.train_data), ("eval_data", run.eval_data), ("passages", index.passages)):
         for file in files:
             check_text_file(file, f"--{flag} ", seekable=flag != "passages")
-    exists = model.model_path == "none" or Path(model.model_path).is_dir()
+    folder = config.weights_folder
+    exists = model.model_path == "none" or (folder is not None and folder.is_dir())
     require(exists, model, "model_path", "no such folder; leave it out to start from plain T5 and Contriever")
     exists = index.load_index_path is None or Path(index.load_index_path).is_dir()
     require(exists, index, "load_index_path", "no such folder; --passages FILE.jsonl builds an index")
     reader = model.reader_model_type
-    folder = config.weights_folder
     if not reader and folder and (folder / CHECKPOINT_FILE).is_file():
         return
     _check_reader_model_type(config.model)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from atlas_jax.commands.flags import Parser, add_flags, find_command, make_config
 from atlas_jax.config import CHECKPOINT_FILE, READERS, Config, IndexConfig, ModelConfig, RunConfig, TextConfig
+from atlas_jax.config.run_weights import follow_link
 from atlas_jax.errors import UserError
 from atlas_jax.storage.paths import check_text_file, expand_home
 
@@ -268,7 +269,10 @@ def _required_folder(args: dict[str, Any], flag: str, purpose: str) -> str:
 
 def _load_embedder(config: Config, side: Literal["query", "passage"]) -> "tuple[Embedder, str]":
     """Loads one encoder of the retriever; returns it with the fingerprint of the passage encoder."""
-    if not config.model.reader_model_type and not (Path(config.model.model_path) / CHECKPOINT_FILE).is_file():
+    if (
+        not config.model.reader_model_type
+        and not (follow_link(Path(config.model.model_path)) / CHECKPOINT_FILE).is_file()
+    ):
         raise UserError(f"--reader_model_type is missing: choose from {', '.join(READERS)}, or a local folder")
     from atlas_jax.checkpoints.restore import place_on_mesh, restore, retriever_fingerprint
     from atlas_jax.mesh import make_mesh

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def connected_hosts(config: "Config") -> Iterator[None]:
     """Connects the processes of the run and checks that they share its folder; all but process 0 log only warnings."""
+    from atlas_jax.config.run_weights import newest_checkpoint, use_checkpoint
     from atlas_jax.runtime.cluster import connect
     from atlas_jax.storage.shared_files import check_shared
 
@@ -23,6 +24,10 @@ def connected_hosts(config: "Config") -> Iterator[None]:
         if group.index:
             logging.getLogger("atlas_jax").setLevel(logging.WARNING)
         check_shared(config.run_folder, "--checkpoint_dir")
+        if group.count > 1:
+            folder = config.run_folder / "checkpoint"
+            found = group.run_on_first(lambda: str(newest_checkpoint(folder) or ""))
+            use_checkpoint(folder, Path(found) if found else None)
         yield
 
 

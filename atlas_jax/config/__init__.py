@@ -13,6 +13,7 @@ from atlas_jax.config.flag_fields import PathText, ResumeRule, at_least, require
 from atlas_jax.config.models import BERT_POSITIONS, READERS, GenerationConfig, ModelConfig, TextConfig
 from atlas_jax.config.retrieval import DistillConfig, GoldMode, IndexConfig, RetrievalConfig
 from atlas_jax.config.run import NoEffectConfig, OptimConfig, Permutations, RunConfig, TaskConfig, TaskName
+from atlas_jax.config.run_weights import CHECKPOINT_FILE, follow_link, newest_checkpoint
 
 __all__ = [
     "BERT_POSITIONS",
@@ -41,7 +42,6 @@ __all__ = [
 ]
 
 Command = Literal["train", "evaluate", "plan"]
-CHECKPOINT_FILE = "atlas.json"  # the file by which a checkpoint of ours is recognised
 RETRIEVER_MINLENGTH = 3  # tokens: [CLS], one of the text, [SEP]
 
 
@@ -91,11 +91,10 @@ class Config:
 
     @property
     def weights_folder(self) -> Path | None:
-        """The folder of trained weights: --model_path, else the run's latest checkpoint, else None."""
+        """The folder of trained weights: --model_path, else the run's newest checkpoint, else None."""
         if self.model.model_path != "none":
-            return Path(self.model.model_path)
-        latest = self.run_folder / "checkpoint" / "latest"
-        return latest if (latest / CHECKPOINT_FILE).is_file() else None
+            return follow_link(Path(self.model.model_path))
+        return newest_checkpoint(self.run_folder / "checkpoint")
 
     def _override(self, group: str, **flags: Any) -> None:
         object.__setattr__(self, group, replace(getattr(self, group), **flags))

@@ -1,6 +1,7 @@
 """Compresses a flat index to a faiss index; measures recall against exact search, bytes on disk and time per query."""
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from atlas_jax.mesh import global_batch_size
 from atlas_jax.retrieval.embedder import Embedder
 from atlas_jax.retrieval.formats.index_folder import (
     PASSAGES,
+    check_replaceable,
     link_tree,
     origin_from_metadata,
     read_metadata,
@@ -74,7 +76,8 @@ def compress(
     """
     metadata = read_metadata(source)
     vectors = read_vectors(source, metadata)
-    with atomic_folder(output, "choose another --output", replace=True) as draft:
+    check = functools.partial(check_replaceable, output, "--output")
+    with atomic_folder(output, "choose another --output", replace=True, check=check) as draft:
         index = build_faiss_index(vectors, config)
         write_metadata(draft, index.save(draft), origin_from_metadata(metadata))
         link_tree(source / PASSAGES, draft / PASSAGES, copy=True)

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,7 @@ def build_passage_index(
     if config.index.load_index_path:
         process_group().run_on_first(lambda: _convert_shards(config, embedder.dim, fingerprint, folder))
         return
-    process_group().run_on_first(lambda: check_replaceable(folder))
-    with atomic_shared_folder(folder, remedy) as draft:
+    with atomic_shared_folder(folder, remedy, check=_check(config, folder)) as draft:
         process_group().run_on_first(lambda: _write_passages(config.index, draft, remedy))
         _embed(config, embedder, fingerprint, draft)
 
@@ -94,8 +94,7 @@ def build_passage_index(
 def _convert_shards(config: Config, dim: int, fingerprint: str, folder: Path) -> None:
     """Writes the published shards in --load_index_path as the kind of index that the flags ask for."""
     shards = TorchShards(Path(config.index.load_index_path or ""))
-    check_replaceable(folder)
-    with atomic_folder(folder, REMEDY, replace=True) as draft:
+    with atomic_folder(folder, REMEDY, replace=True, check=_check(config, folder)) as draft:
         _convert(shards, config, dim, _origin(config.text, fingerprint), draft)
 
 
@@ -126,7 +125,7 @@ def rebuild_passage_index(
     """
     folder = Path(os.path.abspath(config.index.save_index_path or scratch / "index"))
     copy = config.index.save_index_path is not None
-    with atomic_shared_folder(folder, REMEDY) as draft:
+    with atomic_shared_folder(folder, REMEDY, check=_check(config, folder)) as draft:
         process_group().run_on_first(lambda: link_tree(index.passages.folder, draft / PASSAGES, copy=copy))
         _embed(config, embedder, fingerprint, draft)
     return _open(folder, config, embedder.dim, [fingerprint], mesh, scratch)
@@ -138,6 +137,13 @@ def is_built_by(folder: str | None, fingerprint: str) -> bool:
     return folder is not None and path.is_file() and read_json(path).get("retriever") == fingerprint
 
 
+def _check(config: Config, folder: Path) -> Callable[[], None]:
+    """A function that raises UserError if an index must not be written to `folder`."""
+    return functools.partial(
+        check_replaceable, folder, "--save_index_path" if config.index.save_index_path else "--output"
+    )
+
+
 def _origin(text: TextConfig, fingerprint: str) -> Origin:
     return Origin(fingerprint, text.retriever_format, text.retriever_maxlength)
 
@@ -147,7 +153,7 @@ def check_passage_index(config: Config) -> None:
     folder = Path(config.index.load_index_path or "")
     if config.index.load_index_path and is_index(folder):
         check_count(config.retrieval, read_json(folder / METADATA).get("count"))
-    elif config.index.save_index_path:
+    if config.index.save_index_path:
         check_replaceable(Path(os.path.abspath(config.index.save_index_path)))
 
 

@@ -1,25 +1,29 @@
 """Folders that all processes of a run use: process 0 creates and removes them, on storage that all hosts share."""
 
 import contextlib
-import shutil
-import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.process_group import process_group
-from atlas_jax.storage.files import atomic_folder
+from atlas_jax.storage.file_lock import try_lock
+from atlas_jax.storage.files import atomic_folder, remove_tree
+from atlas_jax.storage.process_id import is_alive, process_id
+
+LOCK = ".lock"  # in a scratch folder, locked while its process lives
 
 
 @contextlib.contextmanager
-def atomic_shared_folder(folder: Path, remedy: str, channel: str = "main") -> Iterator[Path]:
+def atomic_shared_folder(
+    folder: Path, remedy: str, channel: str = "main", check: Callable[[], object] | None = None
+) -> Iterator[Path]:
     """`files.atomic_folder` for all processes: each may write into it, and it appears once all have left the block.
 
     Replaces an existing folder. Yields an absolute path.
     """
     with contextlib.ExitStack() as stack:
-        draft = atomic_folder(folder, remedy, replace=True)
+        draft = atomic_folder(folder, remedy, replace=True, check=check)
         yield Path(process_group().run_on_first(lambda: str(stack.enter_context(draft).resolve()), channel))
         process_group().run_on_first(stack.close, channel)
 
@@ -28,21 +32,40 @@ def atomic_shared_folder(folder: Path, remedy: str, channel: str = "main") -> It
 def shared_scratch(folder: Path, prefix: str) -> Iterator[Path]:
     """Yields a temporary folder inside `folder`, the same on all processes, removed once all have left the block.
 
-    First removes all entries of `folder` whose names begin with `prefix`: leftovers of processes that were killed.
+    First removes those with this prefix whose processes have ended, on whichever machine.
     """
-
-    def create() -> str:
-        for leftover in folder.glob(f"{prefix}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        return tempfile.mkdtemp(prefix=prefix, dir=folder)
-
-    scratch = Path(process_group().run_on_first(create))
-    try:
-        yield scratch
+    with contextlib.ExitStack() as stack:
+        made = _scratch(folder, prefix)
+        yield Path(process_group().run_on_first(lambda: str(stack.enter_context(made))))
         process_group().barrier()  # other processes may have its files open
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path, prefix: str) -> Iterator[Path]:
+    """`shared_scratch` for one process."""
+    for leftover in folder.glob(f"{prefix}*"):
+        if _is_abandoned(leftover, leftover.name.removeprefix(prefix)):
+            remove_tree(leftover)
+    scratch = folder / f"{prefix}{process_id()}-{uuid.uuid4().hex[:8]}"
+    try:
+        scratch.mkdir()
+        with (scratch / LOCK).open("w") as lock:
+            try_lock(lock)
+            yield scratch
     finally:
-        if not process_group().index:
-            shutil.rmtree(scratch, ignore_errors=True)
+        remove_tree(scratch)
+
+
+def _is_abandoned(scratch: Path, name: str) -> bool:
+    """Whether the process that made a scratch folder has ended: by its id, on another machine by its lock."""
+    lives = is_alive(name.rpartition("-")[0])
+    if lives is not None:
+        return not lives
+    try:
+        with (scratch / LOCK).open("r+") as lock:
+            return try_lock(lock) is True
+    except OSError:  # without a lock: being made or removed now, or by an older version
+        return False
 
 
 def check_shared(folder: Path, flag: str) -> None:

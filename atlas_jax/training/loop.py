@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from atlas_jax.runtime.compiled import enable_compilation_cache
 from atlas_jax.runtime.interrupts import Interrupted, Interrupts, requeue
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.storage.cache import cache_folder
+from atlas_jax.storage.file_lock import sole_writer
 from atlas_jax.storage.files import write_json
 from atlas_jax.storage.shared_files import shared_scratch
 from atlas_jax.tasks import make_task
@@ -55,11 +55,12 @@ def train(config: Config, run: Path) -> None:
     eval_rows = checked_files(config.run.eval_data, task)
     check_passage_index(config)
     enable_compilation_cache(config.run.compile_cache, cache_folder(config.run.cache_dir))
+    lock = sole_writer(run, f"{run}: another process trains there now; wait for it or choose another --name")
     with contextlib.ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts(deferred=process_group().count > 1))
         process_group().stop_signal = interrupts.first
         stack.push(_requeue)
-        stack.enter_context(_exclusive_lock(run))
+        stack.enter_context(lock)
         scratch = stack.enter_context(shared_scratch(config.run_folder, SCRATCH))
         folder = config.run_folder / "checkpoint"
         checkpoints = stack.enter_context(RunCheckpoints(folder, config.run.keep, config.run.save_freq))
@@ -249,14 +250,3 @@ def _requeue(_: object, error: BaseException | None, __: object) -> None:
     """Requeues an interrupted SLURM job, after everything is saved; further signals are only logged by now."""
     if isinstance(error, Interrupted):
         requeue(error.signum)
-
-
-@contextlib.contextmanager
-def _exclusive_lock(run: Path) -> Iterator[None]:
-    """UserError if another process is training in this folder."""
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{run}: another process trains there now; wait for it or choose another --name") from None
-        yield

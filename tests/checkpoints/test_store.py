@@ -17,6 +17,7 @@ import pytest
 from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.formats.orbax_arrays import verify_shards
 from atlas_jax.checkpoints.store import ResumeState, Weights
+from atlas_jax.config.run_weights import is_whole
 from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.mesh import make_mesh, put_parameter
@@ -346,14 +347,14 @@ def test_changed_values_and_files_are_refused_by_name(folder, trained, tmp_path)
     metadata["checksums"]["params"][name] = metadata["checksums"]["params"][name][::-1]
     edit(folder, **metadata)
     refusal(lambda: store.load(folder), f"{folder}/params: {name} is not what was saved; copy the checkpoint again")
-    assert store.is_complete(folder)  # its file sizes are right
+    assert is_whole(folder)  # its file sizes are right
     for name in ("training.json", "training/_METADATA"):
         damaged = Path(shutil.copytree(trained, tmp_path / name.replace("/", "-")))
         (damaged / name).write_bytes((damaged / name).read_bytes()[:-3])
         refusal(lambda damaged=damaged: store.load_resume_state(damaged), f"{damaged}/{name}", "bytes, not")
         (damaged / name).unlink()
         refusal(lambda damaged=damaged: store.load(damaged), f"{damaged}/{name}: missing")
-        assert not store.is_complete(damaged)
+        assert not is_whole(damaged)
 
 
 def test_everything_is_synced_before_the_folder_appears(tmp_path, tiny_weights, resume_state, monkeypatch):

@@ -280,8 +280,9 @@ def test_too_little_disk_space_is_refused_before_writing(run, converted, tmp_pat
 
 
 def test_exports_do_not_replace_an_existing_folder(run, converted, tmp_path):
-    """An --output that exists is refused, and so is a missing --output."""
+    """An --output with content is refused, an empty one is not; a missing --output is."""
     (tmp_path / "out").mkdir()
+    run(tmp_path / "out", model_path=converted["initial"], to="reference")
     for to in ("huggingface", "reference"):
         with pytest.raises(UserError, match="out: is there; choose a new folder"):
             run(tmp_path / "out", model_path=converted["initial"], to=to)
@@ -375,7 +376,7 @@ def test_bad_outputs_are_refused_before_any_file_is_opened(assert_refused, tmp_p
         [*argv, "--output", str(tmp_path / "out"), "--to", "gguf"], "--to: invalid choice: 'gguf'", "huggingface"
     )
     assert_refused(argv, "--output is missing: name the folder to write, or --inspect PATH to only look")
-    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "own").mkdir(parents=True)
     assert_refused(
         [*argv, "--output", str(tmp_path / "there"), "--to", "reference"], "there: is there; choose a new folder"
     )

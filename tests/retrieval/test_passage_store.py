@@ -261,7 +261,7 @@ def test_interrupted_tokenization_leaves_no_files(tmp_path):
 
 def test_two_writers_of_the_same_tokens_both_succeed(tmp_path, monkeypatch):
     """Two hosts on a disk without locks: the files of the first to finish are kept, and the other reads them."""
-    monkeypatch.setattr(file_lock, "_lock", lambda file, place: False)
+    monkeypatch.setattr(file_lock, "try_lock", lambda file: None)
     folder = PassageStore.build([PASSAGE] * 3, tmp_path / "store").folder
     barrier, taken = threading.Barrier(2, timeout=10), []
 

@@ -110,7 +110,7 @@ def test_the_next_writer_removes_the_drafts_of_killed_processes(tmp_path, monkey
     (tmp_path / "file.b").unlink()
     kill(folder, file)
     with monkeypatch.context() as patch:
-        patch.setattr("atlas_jax.storage.files._machine_id", lambda: "01234567")
+        patch.setattr("atlas_jax.storage.process_id.machine_id", lambda: "01234567")
         make(folder, "new")
         assert len(list(tmp_path.iterdir())) == 4
     make(folder, "newer", replace=True)

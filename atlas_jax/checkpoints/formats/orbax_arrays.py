@@ -19,12 +19,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from atlas_jax.checkpoints.formats.checksum import Checksum
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.prefetch import map_in_order
 from atlas_jax.runtime.process_group import process_group
-from atlas_jax.storage.files import drop_page_cache
+from atlas_jax.storage.files import can_sync_folders, drop_page_cache, fsync
 from atlas_jax.storage.lazy_array import (
     ArrayLike,
     LazyArray,
@@ -38,13 +39,15 @@ from atlas_jax.storage.lazy_array import (
     start_indices,
 )
 
+# Orbax's context has no setter; what it writes is synced with the whole checkpoint, and locks are needed as little
+tensorstore_utils._BASE_TS_CONTEXT.update({"file_io_sync": False, "file_io_locking": {"mode": "none"}})
+
 WORKERS = 4  # threads, each of which reads, checksums and writes a chunk
 CONTEXT = {
     "file_io_concurrency": {"limit": 8},  # file operations, each of which may hold a chunk
-    "file_io_sync": True,  # syncs each file when it is written, while other chunks are prepared
+    "file_io_locking": {"mode": "none"},  # not on every file system, and each file has one writer
     "cache_pool": {"total_bytes_limit": 0},
 }
-
 
 PartialSums = dict[str, list[int]]  # by array: the `Checksum.sums` of what one process wrote or read
 
@@ -53,7 +56,7 @@ def create_arrays(folder: Path, arrays: Mapping[str, ArrayLike]) -> None:
     """Creates the folder and the metadata of the arrays, but no chunks. Raises whatever Orbax and TensorStore raise."""
     with _make_checkpointer() as checkpointer:
         checkpointer.save(folder, {name: np.zeros((), array.dtype) for name, array in arrays.items()})
-    context = tensorstore.Context(CONTEXT)
+    context = _write_context(folder)
     for name, array in arrays.items():
         spec = {
             **_store_spec(folder, name),
@@ -70,7 +73,8 @@ def write_arrays(folder: Path, arrays: Mapping[str, ArrayLike], on_bytes: Callab
     Several processes may write at the same time: of `LocalShards`, each writes only its own shards.
     `combine_checksums` makes the checksums from the sums that all processes return.
     """
-    context = tensorstore.Context(CONTEXT)
+    context = _write_context(folder)
+    syncs = can_sync_folders(folder)
     stores = {name: tensorstore.open(_store_spec(folder, name), context=context, open=True).result() for name in arrays}
     checksums = {name: Checksum(array.dtype, array.shape) for name, array in arrays.items()}
 
@@ -79,7 +83,10 @@ def write_arrays(folder: Path, arrays: Mapping[str, ArrayLike], on_bytes: Callab
         stores[chunk.name][chunk.target].write(values, can_reference_source_data_indefinitely=True).result()
         added = Checksum(values.dtype, arrays[chunk.name].shape)
         added.add(start_indices(chunk.target), values)
-        drop_page_cache(*_chunk_files(folder / chunk.name, stores[chunk.name], chunk.target))
+        files = list(_chunk_files(folder / chunk.name, stores[chunk.name], chunk.target))
+        if not syncs:
+            fsync(*files)
+        drop_page_cache(*files)
         return chunk.name, added
 
     with contextlib.closing(map_in_order(write_chunk, _chunk_writes(arrays), WORKERS)) as written:
@@ -87,6 +94,11 @@ def write_arrays(folder: Path, arrays: Mapping[str, ArrayLike], on_bytes: Callab
             checksums[name].merge(added)
             on_bytes(added.element_count * added.dtype.itemsize)
     return {name: checksum.sums.tolist() for name, checksum in checksums.items()}
+
+
+def _write_context(folder: Path) -> Any:
+    """Makes a context that syncs each file when it is written, where TensorStore can, while others are prepared."""
+    return tensorstore.Context(CONTEXT | {"file_io_sync": can_sync_folders(folder)})
 
 
 def combine_checksums(arrays: Mapping[str, ArrayLike], partial_sums: Sequence[PartialSums]) -> dict[str, str]:

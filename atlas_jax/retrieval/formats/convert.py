@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from atlas_jax.retrieval.formats.index_folder import (
     PASSAGES,
     VECTORS,
     Origin,
+    check_replaceable,
     origin_from_metadata,
     read_metadata,
     read_vectors,
@@ -70,7 +72,8 @@ class FlatIndexFolder:
 def convert(source: IndexSource, output: Path, origin: Origin) -> None:
     """Writes a flat index in our own format to the folder `output`."""
     remedy = "choose another --output"
-    with atomic_folder(output, remedy, replace=True) as draft:
+    check = functools.partial(check_replaceable, output, "--output")
+    with atomic_folder(output, remedy, replace=True, check=check) as draft:
         write_metadata(draft, write_flat_index(source, draft, remedy), origin)
 
 

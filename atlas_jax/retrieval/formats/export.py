@@ -1,6 +1,7 @@
 """Writes an index as the published shards, in any number of them, without torch and without `pickle`."""
 
 import concurrent.futures
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 from atlas_jax.checkpoints.formats.torch_writer import dump, write_tensor
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.formats.convert import CHUNK_ROWS, THREADS, IndexSource
+from atlas_jax.retrieval.formats.index_folder import check_replaceable
 from atlas_jax.retrieval.formats.npy_files import create_array
 from atlas_jax.retrieval.formats.torch_shards import transpose
 from atlas_jax.runtime.progress import progress
@@ -26,7 +28,8 @@ def export_torch_shards(source: IndexSource, output: Path, shards: int) -> None:
     if not 1 <= shards <= source.count:
         raise UserError(f"--shards {shards}: must be 1 to {source.count}, the number of passages")
     bounds = [source.count * n // shards for n in range(shards + 1)]
-    with atomic_folder(output, "choose another --output", replace=True) as draft:
+    check = functools.partial(check_replaceable, output, "--output")
+    with atomic_folder(output, "choose another --output", replace=True, check=check) as draft:
         with progress("writing vectors", "vectors", source.count) as advance:
             for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
                 _write_vectors(source, start, stop, draft / f"embeddings.{n}.pt", advance)

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval.formats.npy_files import read_array
-from atlas_jax.storage.files import read_json, write_json
+from atlas_jax.storage.files import can_write, copy_tree, is_empty, read_json, remove_tree, write_json
 
 FORMAT = 1
 METADATA = "index.json"
@@ -86,21 +85,28 @@ def read_vectors(folder: Path, metadata: Mapping[str, Any]) -> np.ndarray:
 
 
 def check_replaceable(folder: Path, flag: str = "--save_index_path") -> None:
-    """UserError unless `folder` is an index, is empty or does not exist; also if it is the working directory."""
+    """UserError unless `folder` is an index, is empty or does not exist, and can be written.
+
+    Also if it is the working directory.
+    """
     replaceable = is_index(folder) and "retriever" in read_json(folder / METADATA)
-    if folder.exists() and not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not replaceable and not is_empty(folder):
         raise UserError(f"{flag} {folder}: holds something else than an index; choose a new folder")
-    if folder == Path.cwd():
+    if folder.resolve() == Path.cwd():
         raise UserError(f"{flag} {folder}: is the folder that this runs in; choose a new folder")
+    if not can_write(folder):
+        raise UserError(f"{flag} {folder}: cannot be written; choose another folder")
 
 
 def link_tree(source: Path, target: Path, *, copy: bool) -> None:
-    """Recreates a folder with hard links; across file systems, copies it if `copy` and symlinks it otherwise."""
+    """Recreates a folder with hard links; where there are none, copies it if `copy` or else links to it if possible."""
     try:
-        shutil.copytree(source, target, copy_function=os.link)
-    except (OSError, shutil.Error):  # another file system
-        shutil.rmtree(target, ignore_errors=True)
-        if copy:
-            shutil.copytree(source, target)
-        else:
+        copy_tree(source, target, os.link)
+    except OSError:  # another file system, or one without hard links
+        remove_tree(target)
+        try:
+            if copy:
+                raise
             target.symlink_to(source)
+        except OSError:
+            copy_tree(source, target)

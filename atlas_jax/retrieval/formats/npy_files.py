@@ -1,5 +1,6 @@
 """The .npy files of an index: memory-mapped for reading, written by rows from any number of threads and processes."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -76,8 +77,18 @@ class VectorFile:
 
 
 def allocate(file: int, size: int) -> None:
-    """Sets the size of an open file in bytes, and reserves the disk space where the system can."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, size)
-    else:  # macOS
-        os.ftruncate(file, size)
+    """Sets the size of an open file in bytes, and reserves the disk space where the system can.
+
+    Elsewhere it checks that there is room now: OSError as for a full disk.
+    """
+    try:
+        return os.posix_fallocate(file, 0, size)
+    except AttributeError:  # macOS
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+    disk = os.fstatvfs(file)
+    if size - os.fstat(file).st_blocks * 512 > disk.f_bavail * disk.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(file, size)
