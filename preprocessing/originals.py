@@ -15,6 +15,7 @@ from typing import IO, Any
 from downloads import HttpClient, fetch
 
 from atlas_jax.errors import UserError
+from atlas_jax.runtime.interrupts import Interrupted, Interrupts
 from atlas_jax.runtime.progress import progress
 from atlas_jax.runtime.streams import discard_unwritable_stdout, prepare_streams
 
@@ -23,12 +24,13 @@ DAMAGED_ARCHIVE_ERRORS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError
 
 @contextlib.contextmanager
 def exit_on_error(name: str) -> Iterator[None]:
-    """Logs progress to stderr; exits after bad input with one line on stderr and status 2, after Ctrl-C with 130."""
+    """Logs progress to stderr; exits with one line on stderr after bad input, status 2, and after a signal."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
     prepare_streams()
     try:
-        yield
-        sys.stdout.flush()
+        with Interrupts():
+            yield
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has exited
         message, status = "", 141
     except UserError as error:
@@ -36,8 +38,9 @@ def exit_on_error(name: str) -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message, status = f"{where}{error.strerror or error}; check the path, its permissions and the disk", 2
-    except KeyboardInterrupt:
-        message, status = "interrupted; the same command starts again, a download where it was", 130
+    except (Interrupted, KeyboardInterrupt) as stop:  # the latter after a second Ctrl-C
+        message = f"{str(stop) or 'interrupted'}; the same command starts again, a download where it was"
+        status = getattr(stop, "status", 130)
     else:
         return
     if message:

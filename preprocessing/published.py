@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 from atlas_jax.commands.flags import Parser
 from atlas_jax.errors import UserError
+from atlas_jax.runtime.interrupts import Interrupted, Interrupts
 from atlas_jax.runtime.streams import prepare_streams
 from atlas_jax.storage.file_lock import sole_writer
 from atlas_jax.storage.files import write_json
@@ -340,18 +341,20 @@ def run(catalogue: Catalogue, description: str, argv: Sequence[str] | None) -> S
 
 
 def main(catalogue: Catalogue, description: str, argv: Sequence[str] | None = None) -> int:
-    """Runs a download command; returns its status: 0, 2 after errors (one line each on stderr), 130 after Ctrl-C."""
+    """Runs a download command; returns its status: 0, 2 after errors (lines on stderr), 128 + N after signal N."""
     prepare_streams()
     try:
-        errors: list[object] = [*run(catalogue, description, argv)]
+        with Interrupts():
+            errors: list[object] = [*run(catalogue, description, argv)]
         status = 2 if errors else 0
     except UserError as error:
         errors, status = [error], 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         errors, status = [f"{where}{error.strerror or error}; check the disk and its permissions, and run again"], 2
-    except KeyboardInterrupt:
-        errors, status = ["interrupted; what has arrived is kept, and the same command goes on from there"], 130
+    except (Interrupted, KeyboardInterrupt) as stop:  # the latter after a second Ctrl-C
+        errors = [f"{str(stop) or 'interrupted'}; what has arrived is kept, and the same command goes on from there"]
+        status = getattr(stop, "status", 130)
     lines = sorted(" ".join(str(error).split()) for error in errors)
     if len(lines) > MAX_ERROR_LINES:
         lines[MAX_ERROR_LINES:] = [f"and {len(lines) - MAX_ERROR_LINES} other files"]

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from atlas_jax.commands.flags import find_command
 from atlas_jax.commands.run_context import log_handler
 from atlas_jax.errors import UserError
 from atlas_jax.runtime.cpu_threads import set_cpu_threads
-from atlas_jax.runtime.interrupts import Interrupted, exit_while_compiling
+from atlas_jax.runtime.interrupts import Interrupted, Interrupts, exit_while_compiling
 from atlas_jax.runtime.streams import discard_unwritable_stdout, prepare_streams
 
 USAGE = """usage: atlas COMMAND [FLAGS]
@@ -59,9 +58,8 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return exit_while_compiling(_print_error("interrupted", INTERRUPTED))
     except Interrupted as interruption:
-        return exit_while_compiling(
-            _print_error(f"{interruption}; the same command goes on from its newest checkpoint", interruption.status)
-        )
+        goes_on = "; the same command goes on from its newest checkpoint" if arguments[:1] == ["train"] else ""
+        return exit_while_compiling(_print_error(f"{interruption}{goes_on}", interruption.status))
     except UserError as error:
         return _print_error(str(error))
     except MemoryError as error:
@@ -112,14 +110,23 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    from atlas_jax.commands.flags import find_command  # here, where Ctrl-C is handled
+
     module = importlib.import_module(find_command("atlas", COMMANDS, arguments[0]))
     command: Callable[[Sequence[str]], int | None] = module.main
-    try:
-        return command(arguments[1:]) or 0
-    except SystemExit as done:
-        if done.code:  # 0: argparse has printed --help
+    with Interrupts() as interrupts:
+        try:
+            return command(arguments[1:]) or 0
+        except SystemExit as done:
+            if done.code:  # 0: argparse has printed --help
+                raise
+            return 0
+        except UserError:
             raise
-        return 0
+        except Exception:
+            if interrupts.first():  # what a library made of the interruption
+                raise Interrupted(interrupts.first()) from None
+            raise
 
 
 @contextlib.contextmanager

@@ -165,7 +165,7 @@ def test_a_process_that_gets_ctrl_c_exits_with_status_130(tmp_path):
             errors = process.communicate(timeout=30)[1].splitlines()
             break
     assert process.returncode == 130
-    assert errors[-1] == "atlas: interrupted"
+    assert errors[-1] == "atlas: interrupted by SIGINT"
     assert unfinished_files(tmp_path) == []
     assert not list((tmp_path / "runs" / "run").glob("eval-step-1*"))
 

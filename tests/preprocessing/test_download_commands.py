@@ -295,7 +295,7 @@ def test_an_interrupted_download_resumes_at_its_last_byte(run, server, tmp_path,
         _, err = process.communicate(timeout=10)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        what = "interrupted; what has arrived is kept, and the same command goes on from there"
+        what = "interrupted by SIGINT; what has arrived is kept, and the same command goes on from there"
         assert err.splitlines()[-1] == f"download_model: {what}"
         assert "Traceback" not in err
     assert not (tmp_path / FILE).exists()

@@ -19,6 +19,8 @@ from atlas_jax.storage.files import (
     WritebackLimiter,
     atomic_file,
     atomic_folder,
+    can_sync_folders,
+    can_write,
     drop_page_cache,
     fsync,
     json_text,
@@ -188,3 +190,160 @@ def test_json_has_no_nan(tmp_path):
     found = json.loads(text, parse_constant=pytest.fail)
     assert found == {"a": None, "b": [1.5, None, {"c": [None, "x", None]}], "d": {"é": 2}}
     assert json_text({"a": [1, 2.5]}) == '{"a": [1, 2.5]}'
+
+
+@pytest.fixture
+def mount(tmp_path, monkeypatch) -> Path:
+    """An empty mount point, which cannot be renamed nor replaced; ext4 keeps a folder of its own in it."""
+    folder = tmp_path / "mount"
+    (folder / "lost+found").mkdir(parents=True)
+    rename = os.rename
+
+    def refuse_mount(source: Path, target: Path) -> None:
+        if folder in (source, target):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse_mount)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == folder)
+    return folder
+
+
+def test_a_mount_point_gets_the_content(mount):
+    """What was written is in it, once complete and again when it is replaced; an error leaves the old content."""
+    for text in ("first", "second"):
+        with atomic_folder(mount, "choose another", replace=True) as draft:
+            (draft / "a").write_text(text)
+            (draft / "index.json").write_text(text)
+            assert draft.parent == mount
+        with pytest.raises(KeyboardInterrupt), atomic_folder(mount, "choose another", replace=True):
+            raise KeyboardInterrupt
+        assert sorted(path.name for path in mount.iterdir()) == ["a", "index.json", "lost+found"]
+        assert (mount / "a").read_text() == (mount / "index.json").read_text() == text
+    assert list(mount.parent.iterdir()) == [mount]
+
+
+KILLED_IN_MOUNT = """
+import os, pathlib, signal, sys
+from atlas_jax.storage import files
+folder, last = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+files.os.path.ismount = lambda path: path == folder
+rename, renames = os.rename, []
+def count(source, target):
+    rename(source, target)
+    renames.append(source)
+    if len(renames) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.rename = count
+with files.atomic_folder(folder, "", replace=True) as draft:
+    for name in ("a", "b", "index.json"):
+        (draft / name).write_text("new")
+"""
+
+
+@pytest.mark.parametrize("renames", range(1, 8))
+def test_a_kill_while_a_mount_point_is_replaced_loses_nothing(tmp_path, renames):
+    """After a kill between any two renames, the next writer finds the old content or the new one, and no leftover."""
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    for name in ("a", "c", "index.json"):
+        (folder / name).write_text("old")
+    command = [sys.executable, "-c", KILLED_IN_MOUNT, str(folder), str(renames)]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[2], check=False).returncode
+    assert killed == -signal.SIGKILL
+    with pytest.raises(ValueError, match="no"), atomic_folder(folder, "choose another", replace=True):
+        raise ValueError("no")
+    found = {path.name: path.read_text() for path in folder.iterdir()}
+    old = dict.fromkeys(["a", "c", "index.json"], "old")
+    new = dict.fromkeys(["a", "b", "index.json"], "new")
+    assert found == (old if renames < 4 else new)  # the fourth declares the new content complete
+
+
+def test_a_mounted_folder_of_the_same_file_system_is_recognised(tmp_path):
+    """`os.path.ismount` does not see it. The counter-case: a folder beside it, which is no mount point."""
+    code = "from pathlib import Path; from atlas_jax.storage.files import _is_fixed; "
+    code += "print([_is_fixed(Path(name).absolute()) for name in ('a b', 'c')])"
+    (tmp_path / "code.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    shell = f'mkdir "a b" c && mount --bind c "a b" && {sys.executable} code.py'
+    command = ["unshare", "-m", "sh", "-c", shell]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount here: {done.stderr}")
+    assert done.stdout == "[True, False]\n"
+
+
+def test_links_are_followed(tmp_path):
+    """A link to a folder or to a file stays, and what it names is replaced, also if it does not exist yet."""
+    (tmp_path / "far/folder").mkdir(parents=True)
+    (tmp_path / "far/file").touch()
+    for name in ("folder", "file", "new", "new.json"):
+        (tmp_path / name).symlink_to(Path("far") / name)
+    for name in ("folder", "new"):
+        make(tmp_path / name, "text", replace=True)
+        assert (tmp_path / "far" / name / "a").read_text() == "text"
+    for name in ("file", "new.json"):
+        write_json(tmp_path / name, {})
+        assert (tmp_path / "far" / name).read_text() == "{}\n"
+    assert all(path.is_symlink() for path in tmp_path.iterdir() if path.name != "far")
+    assert len(list((tmp_path / "far").iterdir())) == 4
+
+
+def test_content_that_appears_meanwhile_stays(tmp_path):
+    """What `check` refuses at the end is not replaced, and what was written is kept; what it accepts is replaced."""
+    folder = tmp_path / "folder"
+
+    def check() -> None:
+        if (folder / "own").exists():
+            raise UserError("holds something else")
+
+    def write(draft: Path) -> None:
+        (draft / "a").write_text("after hours")
+        (folder / "own").touch()
+
+    for _ in range(2):
+        with atomic_folder(folder, "", replace=True, check=check) as draft:
+            (draft / "a").write_text("text")
+    message = rf"what was written is in {folder}\.new, .*holds something else"
+    with pytest.raises(UserError, match=message), atomic_folder(folder, "", replace=True, check=check) as draft:
+        write(draft)
+    assert (folder / "own").exists()
+    assert (tmp_path / "folder.new/a").read_text() == "after hours"
+    with pytest.raises(UserError, match=r"^holds something else"), atomic_folder(folder, "", replace=True, check=check):
+        pytest.fail("refused at the start")
+    assert sorted(tmp_path.iterdir()) == [folder, tmp_path / "folder.new"]
+
+
+def test_a_folder_that_cannot_be_written_is_seen_at_the_start(tmp_path, monkeypatch):
+    """`can_write` judges the folder itself if it cannot be renamed, else the nearest one above it."""
+    closed: set[Path] = set()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in closed)
+    (tmp_path / "folder").mkdir()
+    assert can_write(tmp_path / "folder")
+    assert can_write(tmp_path / "new/below")
+    closed.add(tmp_path)
+    assert can_write(tmp_path / "folder")
+    assert not can_write(tmp_path / "new/below")
+    closed.add(tmp_path / "folder")
+    assert not can_write(tmp_path / "folder")
+    (tmp_path / "file").touch()
+    assert not can_write(tmp_path / "file/below")
+
+
+def test_only_folders_may_refuse_to_be_synced(tmp_path, monkeypatch):
+    """EINVAL for a folder is no error; for a file it is, as is a failing disk."""
+    failing: list[int] = []
+
+    def failing_fsync(descriptor: int) -> None:
+        raise OSError(failing[0], "x")
+
+    monkeypatch.setattr(os, "fsync", failing_fsync)
+    (tmp_path / "file").touch()
+    failing[:] = [errno.EINVAL]
+    fsync(tmp_path)
+    assert not can_sync_folders(tmp_path)
+    with pytest.raises(OSError, match="x"):
+        fsync(tmp_path / "file")
+    failing[:] = [errno.EIO]
+    with pytest.raises(OSError, match="x"):
+        fsync(tmp_path)
