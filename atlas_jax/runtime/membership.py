@@ -186,9 +186,7 @@ def rendezvous(
     host, _, port = coordinator.rpartition(":")
     host, end = host.strip("[]"), time.monotonic() + timeout
     if why := _unresolved(host):
-        logger.warning(
-            "%s: this host cannot resolve the name of process 0's (%s); trying for %.0f s", host, why, timeout
-        )
+        logger.warning("%s: %s; trying for %.0f s", host, why, timeout)
     if index == 0:
         return _coordinate(host, int(port), count, info, end, timeout, host_names, compare)
     return _join(host, int(port), index, info | {"index": index, "count": count}, end, timeout)
@@ -199,9 +197,9 @@ def _unresolved(host: str) -> str:
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
-        return error.strerror or str(error)
+        return f"the name cannot be resolved ({error.strerror})"
     except UnicodeError:  # an empty label, or one that is too long
-        return "not a host name"
+        return "the name cannot be resolved (it is none)"
     return ""
 
 
@@ -247,8 +245,9 @@ def _coordinate(
             except TimeoutError:
                 absent = [index for index in range(count) if index not in infos]
                 names = ", ".join(f"process {i}" + (f" ({host_names[i]})" if host_names else "") for i in absent)
+                why = f" ({host}: {why})" if (why := _unresolved(host)) else ""
                 raise refuse(
-                    f"{names} of {count} did not come within {timeout:.0f} s; --host_timeout waits longer"
+                    f"{names} of {count} did not come within {timeout:.0f} s{why}; --host_timeout waits longer"
                 ) from None
             connection = JsonConnection(accepted)
             accepted.settimeout(5)
@@ -265,7 +264,7 @@ def _coordinate(
     if text := compare(processes):
         raise refuse(text)
     if why := _unresolved(host):  # JAX connects to this address in process 0 too, and aborts if it cannot
-        raise refuse(f"{host}: process 0 cannot resolve this name of its own ({why}); give its address")
+        raise refuse(f"{host}: on process 0, whose name it is, {why}; give its address")
     with _listen(0) as free:
         jax_port = free.getsockname()[1]
     for connection in connections.values():
@@ -283,7 +282,7 @@ def _join(host: str, port: int, index: int, info: ProcessInfo, end: float, timeo
             connection = JsonConnection(connected)
         except (OSError, UnicodeError):
             if time.monotonic() > end:
-                why = f": the name cannot be resolved ({why})" if (why := _unresolved(host)) else ""
+                why = f" ({why})" if (why := _unresolved(host)) else ""
                 where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
                 raise UserError(
                     f"process 0 did not come to {where} within {timeout:.0f} s{why}; --host_timeout waits longer"

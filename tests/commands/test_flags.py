@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from atlas_jax.commands.flags import EXAMPLES, GROUPS, NO_EFFECT, field_comments, parse_args
+from atlas_jax.commands.flags import EXAMPLES, GROUPS, NO_EFFECT, _flag_values, field_comments, parse_args
 from atlas_jax.config import (
     READERS,
     Config,
@@ -319,3 +319,25 @@ def test_refresh_index_is_parsed_into_ranges(text, schedule):
 def test_a_wrong_flag_ends_the_command_with_one_line(assert_refused, no_weights, tmp_path, flags, parts):
     """The message names the flag, what is wrong with its value, and the nearest right one; no weights are loaded."""
     assert_refused(evaluate_argv(tmp_path, **flags), *parts)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "plan"])
+def test_a_tilde_is_expanded_in_every_flag_that_names_a_path(command, monkeypatch, tmp_path):
+    """Inputs and outputs alike, also as `--flag=~/x`; in a flag that names no path, `~` is a character."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"reader_model_type", "retriever_model_path", "model_path", "checkpoint_dir", "train_data", "eval_data"}
+    paths |= {"passages", "load_index_path", "save_index_path", "cache_dir", "compile_cache"}
+    texts = {"name", "encoder_format", "retriever_format", "select_by", "mesh", "refresh_index", "coordinator"}
+    for flag in paths | texts:
+        (value,) = (v for k, v in _flag_values(command, [f"--{flag}=~/x", "--task=qa"]).items() if k == flag)
+        expected = f"{tmp_path}/x" if flag in paths else "~/x"
+        assert value == ([expected] if flag in ("train_data", "eval_data", "passages") else expected)
+    with pytest.raises(UserError, match="--model_path ~nobody-here: no home folder for ~nobody-here"):
+        _flag_values(command, ["--model_path", "~nobody-here"])
+
+
+def test_a_text_of_the_retriever_has_room_for_a_token(input_files):
+    """[CLS], a token and [SEP]; without a retriever the reader may read less."""
+    assert "--text_maxlength 2: must be at least 3" in refusal(f"{MINIMAL} --text_maxlength 2")
+    assert parse_args("evaluate", [*MINIMAL.split(), "--text_maxlength", "3"]).text.text_maxlength == 3
+    assert parse_args("evaluate", f"{MINIMAL} --text_maxlength 1 --closed_book".split()).text.text_maxlength == 1

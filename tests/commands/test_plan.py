@@ -5,6 +5,9 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
+import venv
 
 import jax
 import numpy as np
@@ -342,3 +345,35 @@ def test_materialized_arrays_include_a_gathered_parameter():
         "  ROOT %g = f32[3,64,4]{2,1,0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={1}\n}\n"
     )
     assert [shape.sizes for shape, _ in hlo.materialized_arrays(hlo.parse(text))] == [(3, 64, 4)]
+
+
+@pytest.mark.parametrize("packages", [(), ("jax_cuda12_plugin",), ("jax", "jaxlib", "jax_cuda12_plugin")])
+def test_a_half_made_plan_environment_is_named(monkeypatch, tmp_path, packages):
+    """As an interrupted `make plan-env` leaves it: without packages, or with folders of them that hold no module."""
+    venv.create(tmp_path / ".venv-plan", symlinks=True)
+    (site_packages,) = (tmp_path / ".venv-plan").glob("lib/python*/site-packages")
+    for package in packages:
+        (site_packages / package).mkdir()
+    (tmp_path / "atlas_jax").symlink_to(plan_command.ROOT / "atlas_jax")
+    program = (
+        "import sys; from pathlib import Path; from atlas_jax.commands import main, plan; "
+        f"plan.PLAN_PYTHON = Path({str(tmp_path / '.venv-plan/bin/python')!r}); "
+        "plan.has_compiler = lambda platform: False; sys.exit(main.main(sys.argv[1:]))"
+    )
+    argv = ["plan", "--topology", "a100-80gb:1x8", "--reader_model_type", "t5-small"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv], cwd=plan_command.ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("atlas: ")
+    assert "run `make plan-env`" in line
+
+
+def test_a_plan_environment_that_does_not_start_is_named(flags, capsys, monkeypatch, tmp_path):
+    """Its Python is a file that is no program."""
+    monkeypatch.setattr(topology, "COMPILER_MODULES", {"cuda": "no_such_module", "tpu": "no_such_module"})
+    monkeypatch.setattr(plan_command, "PLAN_PYTHON", tmp_path / "python")
+    (tmp_path / "python").touch()
+    assert main(["plan", "--topology", "a100-80gb:8x8", *flags]) == 2
+    assert "python: does not start (Permission denied); run `make plan-env` to its end" in capsys.readouterr().err

@@ -32,7 +32,7 @@ def run(capsys) -> Callable[..., Run]:
     def call(*args: str | Path) -> Run:
         status = 0
         try:
-            scorer.main([str(arg) for arg in args])
+            status = scorer.main([str(arg) for arg in args])
         except SystemExit as stop:
             status = int(stop.code or 0)
         return Run(status, *capsys.readouterr())
@@ -383,3 +383,31 @@ def test_missing_and_empty_files_are_named(run, tmp_path):
     assert f"{gold_path}: no question" in error_line(run(*arguments[:2], "--gold_path", write_jsonl(gold_path, [])))
     write_jsonl(gold_path, [gold_row("?")])
     assert "p.jsonl: No such file" in error_line(run(*arguments))
+
+
+NAME = "evaluate_mmlu_predictions"
+
+
+@pytest.mark.parametrize(
+    ("shell", "status", "err"),
+    [
+        ('"$@" >&-', 0, ""),
+        ('"$@" 2>&-', 0, ""),
+        ('set -o pipefail; "$@" | true', 141, ""),
+        ('"$@" >/dev/full', 2, f"{NAME}: standard output: No space left on device; check it, and the disk\n"),
+        ('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@"', 0, ""),
+        ('"$@" --step many', 2, None),
+        ('"$@" --gold_path "~nobody-here/x"', 2, None),
+        ('gzip -c "$4" >g; "$@" --gold_path g', 2, f"{NAME}: g: is compressed with gzip; unpack it with gunzip first\n"),
+        ('"$1" "$2" --gold_path <(cat "$4") "$5" "$6"', 0, ""),
+    ],
+)
+def test_a_hostile_environment_gives_one_line(reference_args, tmp_path, shell, status, err):
+    """Streams that are closed, full or not read to their end, another locale, gzip, a pipe: no traceback."""
+    predictions, gold = reference_args[1], reference_args[3]
+    argv = [sys.executable, scorer.__file__, "--gold_path", gold, "--predictions_path", predictions]
+    command = ["bash", "-c", shell, "bash", *argv]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.count("\n") == (status == 2)
+    assert err in (None, done.stderr)

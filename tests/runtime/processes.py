@@ -46,13 +46,21 @@ class Processes:
         return int(self._parent.stdout.readline())
 
     def start(
-        self, mode: str, indices: Iterable[int], count: int, *, port: int = 0, timeout: int = 2, **options: float
+        self,
+        mode: str,
+        indices: Iterable[int],
+        count: int,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        timeout: int = 2,
+        **options: object,
     ) -> "dict[int, Process]":
         """Starts the processes `indices` of a run of `count`; `options` are those of the mode, see `worker.main`.
 
-        The coordinator listens on `port`, or on a free one.
+        The coordinator listens on `port`, or on a free one. The option `environment` holds more variables.
         """
-        run = {"coordinator": f"127.0.0.1:{port or free_port()}", "num_processes": count, "host_timeout": timeout}
+        run = {"coordinator": f"{host}:{port or free_port()}", "num_processes": count, "host_timeout": timeout}
         request = {"mode": mode, "seconds": 0.5, "target": 1} | options
         return {index: Process(self, request | {"run": run | {"process_id": index}}) for index in indices}
 

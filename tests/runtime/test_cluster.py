@@ -15,6 +15,7 @@ from atlas_jax.errors import UserError
 from atlas_jax.runtime import cluster
 from atlas_jax.runtime.cluster import (
     ClusterSpec,
+    bypass_proxy,
     command_hash,
     detect_cluster,
     differences,
@@ -343,3 +344,65 @@ def test_per_process_flags_do_not_change_the_command_hash():
     assert command_hash(["train", "--compile_cache", "/scratch/3", "--cache_dir", "/scratch/3", "--lr", "1"]) == base
     assert command_hash(["train", "--lr", "2"]) != base
     assert command_hash(["train", "--lr", "1", "--process_ids", "4"]) != base
+
+
+PROXY = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+
+
+@pytest.mark.parametrize(("host", "environment"), [("127.0.0.1", PROXY), ("[::1]", PROXY), ("[::1]", {})])
+def test_processes_meet_at_ipv6_addresses_and_beside_a_proxy(processes, host, environment):
+    """A proxy of the environment, at which nobody listens, is not asked for the coordinator; process 0 says so once."""
+    results = {}
+    for index, process in processes.start("nothing", [0, 1], 2, host=host, environment=environment).items():
+        status, lines = process.end()
+        results[index] = (status, sum("goes into no_proxy" in line for line in lines), lines[-1])
+    assert results == {0: (0, len(environment) // 2, "done"), 1: (0, 0, "done")}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (PROXY, "node1"),
+        ({"HTTPS_PROXY": "http://p:1"}, "node1"),
+        (PROXY | {"no_proxy": "localhost,.org"}, "localhost,.org,node1"),
+        (PROXY | {"NO_PROXY": "localhost"}, "localhost,node1"),
+        (PROXY | {"no_proxy": "*"}, "*,node1"),
+        (PROXY | {"no_proxy": "a, NODE1"}, None),
+        (PROXY | {"https_proxy": "", "http_proxy": ""}, None),
+        ({"no_proxy": "localhost"}, None),
+        ({}, None),
+    ],
+)
+def test_the_coordinator_is_added_to_no_proxy(environment, expected):
+    """Only if there is a proxy and it is not excepted, as gRPC reads no_proxy; what is there already stays."""
+    changed = dict(environment)
+    assert bypass_proxy("node1", changed) == (expected is not None)
+    assert changed == environment | ({"no_proxy": expected} if expected else {})
+
+
+def test_the_variable_of_grpc_goes_before_no_proxy():
+    """With no_grpc_proxy, gRPC does not read no_proxy."""
+    changed = PROXY | {"no_grpc_proxy": "a", "no_proxy": "node1"}
+    assert bypass_proxy("node1", changed)
+    assert changed["no_grpc_proxy"] == "a,node1"
+
+
+@pytest.mark.parametrize("host", ["nosuch.invalid", "a..b"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_coordinator_that_cannot_be_resolved_is_named(processes, host, index):
+    """Both sides end in time, with the name and why; a name that no resolver takes is no traceback either."""
+    (process,) = processes.start("nothing", [index], 2, host=host, timeout=1).values()
+    status, lines = process.end()
+    assert status == 2
+    assert lines[0].startswith(f"{host}: the name cannot be resolved (")
+    assert lines[-1].startswith("atlas: process ")
+    assert f"{host}" in lines[-1]
+    assert "the name cannot be resolved (" in lines[-1]
+
+
+@pytest.mark.parametrize("text", ["node1", "node1:", ":1", "node1:0", "node1:65536", "::1:12345", "[]:1", "a b:1"])
+def test_a_coordinator_without_host_or_port_is_refused(text):
+    """An IPv6 address without brackets too: where its port begins cannot be told."""
+    with pytest.raises(UserError, match=r"--coordinator .*: expected host:port, such as .* or \[2001:db8::1\]:12345"):
+        detect_cluster(RunConfig(coordinator=text, num_processes=2, process_id=0))
+    assert detect_cluster(RunConfig(coordinator="[::1]:5", num_processes=2, process_id=1)).coordinator == "[::1]:5"

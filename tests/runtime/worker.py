@@ -128,6 +128,7 @@ if __name__ == "__main__":
     mode, index = request["mode"], request["run"]["process_id"]
     sys.argv = ["atlas", "train", "--process_id", str(index)]
     os.chdir(Path(request["output"]).parent)
+    os.environ.update(request.get("environment", {}))
     sys.stdout.reconfigure(line_buffering=True)
     membership.MIN_SILENCE_TIMEOUT = 1.0
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -217,3 +217,12 @@ def test_a_killed_download_is_resumed(server, tmp_path):
     assert Path(output.strip()).read_bytes() == CONTENT
     assert server.bytes_sent[PATH] <= len(CONTENT) + 100_000
     assert str(ranges(server)[1]).startswith("bytes=")
+
+
+def test_without_a_home_the_cache_is_asked_for(monkeypatch, tmp_path):
+    """The library would make a folder named `~` in the working directory; HF_HOME is named instead."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"a/b: no such folder, and no home folder .* set HF_HOME, or name a folder"):
+        hub_file("a/b", ["config.json"], "name a folder")
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,8 @@
 """Reading views of memory-mapped files: equal values, errors for damaged files, memory and descriptors given back."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,11 @@ def test_a_missing_or_empty_file_cannot_be_mapped(tmp_path):
     with pytest.raises(ValueError, match="empty"):
         MappedFile(tmp_path / "empty")
     assert len(os.listdir("/proc/self/fd")) == open_count
+
+
+def test_a_map_at_the_end_of_the_interpreter_is_quiet(path):
+    """A map that lives in a module is closed after `os` is gone: nothing is printed."""
+    code = f"import sys; from atlas_jax.storage.mapped_file import MappedFile; sys.kept = MappedFile({str(path)!r}); "
+    code += "sys.kept.itself = sys.kept; import os; sys.modules['os'].close = None"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
