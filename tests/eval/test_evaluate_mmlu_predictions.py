@@ -386,6 +386,7 @@ def test_missing_and_empty_files_are_named(run, tmp_path):
 
 
 NAME = "evaluate_mmlu_predictions"
+UNPACK = f"{NAME}: g: is compressed with gzip; unpack it with gunzip first\n"
 
 
 @pytest.mark.parametrize(
@@ -398,7 +399,7 @@ NAME = "evaluate_mmlu_predictions"
         ('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@"', 0, ""),
         ('"$@" --step many', 2, None),
         ('"$@" --gold_path "~nobody-here/x"', 2, None),
-        ('gzip -c "$4" >g; "$@" --gold_path g', 2, f"{NAME}: g: is compressed with gzip; unpack it with gunzip first\n"),
+        ('gzip -c "$4" >g; "$@" --gold_path g', 2, UNPACK),
         ('"$1" "$2" --gold_path <(cat "$4") "$5" "$6"', 0, ""),
     ],
 )
