@@ -63,14 +63,14 @@ def check_retriever(folder: Path, metadata: Mapping[str, Any], dim: int, fingerp
     if metadata["dim"] != dim:
         raise UserError(
             f"{folder}: vectors of width {metadata['dim']}, but this retriever's are {dim} wide; "
-            "load the index that belongs to --model_path, or build one (atlas index build)"
+            "load the index that belongs to --model_path, or build one (atlas index build, or --passages of a run)"
         )
     if metadata.get("retriever", "") is None:
         logger.info("%s: does not say which retriever built it; make sure it is this one", folder)
     elif metadata.get("retriever") not in fingerprints:
         raise UserError(
             f"{folder}: built by another retriever than this one; load the index that belongs to --model_path, "
-            "or build one (atlas index build)"
+            "or build one (atlas index build, or --passages of a run)"
         )
 
 
