@@ -1,6 +1,7 @@
 """A run restores its newest complete checkpoint after a killed process, a full disk or damaged files."""
 
 import dataclasses
+import errno
 import logging
 import os
 import random
@@ -18,7 +19,7 @@ import pytest
 from atlas_jax.checkpoints import store
 from atlas_jax.checkpoints.run_checkpoints import RunCheckpoints
 from atlas_jax.checkpoints.store import ResumeState, Weights
-from atlas_jax.config.run_weights import is_whole
+from atlas_jax.config.run_weights import is_whole, newest_checkpoint
 from atlas_jax.errors import UserError
 from atlas_jax.models.atlas import AtlasConfig
 
@@ -345,3 +346,51 @@ def test_a_full_disk_keeps_the_older_checkpoints(folder):
     assert stdout.splitlines() == [*expected, f"True {['latest', 'step-13']}"]
     assert "Traceback" not in stderr  # no traceback of Orbax's threads
     assert RunCheckpoints(folder).restore(read_step) == (13, folder / "step-13")
+
+
+def test_without_symbolic_links_latest_is_a_small_file(tmp_path, weights, monkeypatch, caplog):
+    """`latest` and `best` hold a checkpoint's name, a resumed run knows the best by it, and one warning says so."""
+
+    def refuse(source: object, target: object, *_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    with RunCheckpoints(tmp_path, keep=1) as checkpoints:
+        for step, best in ((1, 1), (2, 1), (3, 1)):
+            checkpoints.save(step, *weights_at_step(weights, step))
+            checkpoints.link_best(best)
+    assert file_names(tmp_path) == ["best", "latest", "step-1", "step-3"]
+    assert (tmp_path / "latest").read_text() == "step-3\n"
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-3"
+    assert caplog.text.count("no symbolic links there (Operation not permitted)") == 1
+    with RunCheckpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(4, *weights_at_step(weights, 4))
+        assert checkpoints.wait()
+        assert file_names(tmp_path) == ["best", "latest", "step-1", "step-4"]
+        checkpoints.remove()
+    assert file_names(tmp_path) == []
+
+
+def test_copies_in_place_of_links_become_links_again(folder, weights):
+    """After `cp -rL`: the copy of a step that is there goes, one of another step gets its name; other folders stay."""
+    (folder / "best").symlink_to("step-2")
+    copy = folder.with_name("copy")
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "step-2")
+    with RunCheckpoints(copy) as checkpoints:
+        assert file_names(copy) == ["best", "latest", "step-10", "step-2", "step-4"]
+        assert [os.readlink(copy / name) for name in ("latest", "best")] == ["step-10", "step-2"]
+        assert checkpoints.restore(read_step) == (10, copy / "step-10")
+        checkpoints.save(11, *weights_at_step(weights, 11))
+        assert checkpoints.wait()
+        assert os.readlink(copy / "latest") == "step-11"
+    (copy / "latest").unlink()
+    (copy / "latest").mkdir()
+    (copy / "latest/own").touch()
+    with RunCheckpoints(copy) as checkpoints:
+        checkpoints.save(12, *weights_at_step(weights, 12))
+        assert checkpoints.wait()
+        checkpoints.link_best(None)
+        checkpoints.remove()
+    assert file_names(copy) == ["latest"]
+    assert (copy / "latest/own").exists()

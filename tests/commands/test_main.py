@@ -1,6 +1,5 @@
 """The `atlas` command: dispatch, help, log handlers, and the exit status of runs that fail or are interrupted."""
 
-import contextlib
 import errno
 import io
 import logging
@@ -146,28 +145,44 @@ def test_a_closed_stdout_is_no_error(argv):
     assert process.returncode == (0 if argv else 141)
 
 
-def test_a_process_that_gets_ctrl_c_exits_with_status_130(tmp_path):
-    """SIGINT after the weights are read: the last line on stderr is one line without a traceback, and no file is left.
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [("SIGINT", "million parameters"), ("SIGTERM", "million parameters"), ("SIGTERM", "embedding: 30")],
+)
+def test_a_process_that_gets_a_signal_leaves_nothing(tmp_path, name, moment):
+    """While passages are prepared, or a model is compiled: no traceback, the status of shells, no scratch folder.
 
-    The run would last for minutes. SIGINT is sent up to four times, since Python loses one during garbage collection.
+    The run would last for minutes, and has its index in its scratch folder.
     """
     write_file(tmp_path / "eval.jsonl", to_jsonl(ROWS * 2000))
-    process = start_atlas(*evaluate_argv(tmp_path, save_index_path=tmp_path / "index"))
+    process = start_atlas(*evaluate_argv(tmp_path))
     assert process.stderr
     line = ""
-    while "million parameters" not in line:
+    while moment not in line:
         line = process.stderr.readline()
         assert line, "ended by itself"
-    errors = []
-    for _ in range(4):
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            errors = process.communicate(timeout=30)[1].splitlines()
-            break
-    assert process.returncode == 130
-    assert errors[-1] == "atlas: interrupted by SIGINT"
+    process.send_signal(getattr(signal, name))
+    errors = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 128 + getattr(signal, name)
+    assert errors[-1] == f"atlas: interrupted by {name}"
+    assert "Traceback" not in " ".join(errors)
     assert unfinished_files(tmp_path) == []
     assert not list((tmp_path / "runs" / "run").glob("eval-step-1*"))
+
+
+def test_what_a_library_makes_of_a_signal_is_an_interruption(capsys, tmp_path, monkeypatch):
+    """An error after a signal ends with the signal's status. The counter-case is an error without a signal, above."""
+
+    def translate(self, rows, reader, write):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise RuntimeError("computation interrupted") from None
+
+    monkeypatch.setattr(EVALUATOR_CALL, translate)
+    assert main(evaluate_argv(tmp_path, **CLOSED_BOOK)) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "atlas: interrupted by SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "plan"])
