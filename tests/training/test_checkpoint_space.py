@@ -9,6 +9,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
+from atlas_jax.checkpoints import run_checkpoints
 from atlas_jax.checkpoints.run_checkpoints import RunCheckpoints
 from atlas_jax.checkpoints.store import ResumeState
 from atlas_jax.config import RunConfig
@@ -58,12 +59,12 @@ def test_checkpoints_take_no_more_than_the_run_says(tmp_path, weights, monkeypat
     def count() -> int:
         return len(list(folder.glob("step-*")))
 
-    def counting_link(self, name, target):
+    def counting_link(path, checkpoint):
         counts.append(count())  # a checkpoint is complete, and none is removed yet
-        return link(self, name, target)
+        return link(path, checkpoint)
 
-    link = RunCheckpoints._link
-    monkeypatch.setattr(RunCheckpoints, "_link", counting_link)
+    link = run_checkpoints._link
+    monkeypatch.setattr(run_checkpoints, "_link", counting_link)
     peak, left = checkpoint_space(run, total, 0, 0, 1, 1)
     reached = []
     for draw in ("first", "each", "random"):
