@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from atlas_jax.checkpoints import store
+from atlas_jax.checkpoints.formats import orbax_arrays
 from atlas_jax.checkpoints.formats.orbax_arrays import verify_shards
 from atlas_jax.checkpoints.store import ResumeState, Weights
 from atlas_jax.config.run_weights import is_whole
@@ -434,3 +436,16 @@ def test_a_checkpoint_carries_the_tokens_of_transformers_4_18(tiny_weights, gold
     assert loaded.fingerprint == tokenizer.fingerprint != tiny_weights.tokenizer.fingerprint
     assert loaded.decode(loaded.ids(["a . b"])[0]) == "a. b"
     assert (tmp_path / "checkpoint" / "reader" / "spiece.model").is_file()
+
+
+def test_file_systems_need_neither_locks_nor_synced_folders(folder, tmp_path, monkeypatch):
+    """TensorStore takes no locks, neither for Orbax nor for the arrays, and syncs only where folders can be."""
+    orbax_context = tensorstore_utils.get_ts_context(use_ocdbt=False).spec.to_json(include_defaults=False)
+    assert orbax_context["file_io_locking"] == {"mode": "none"}
+    assert orbax_context["file_io_sync"] is False
+    assert orbax_arrays._write_context(tmp_path).spec.to_json(include_defaults=True)["file_io_sync"] is True
+    monkeypatch.setattr(orbax_arrays, "can_sync_folders", lambda folder: False)
+    context = orbax_arrays._write_context(tmp_path).spec.to_json(include_defaults=False)
+    assert (context["file_io_sync"], context["file_io_locking"]) == (False, {"mode": "none"})
+    store.save(tmp_path / "saved", store.load(folder))
+    assert is_whole(tmp_path / "saved")

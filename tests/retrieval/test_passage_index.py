@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 from atlas_jax.config import IndexConfig
 from atlas_jax.errors import UserError
 from atlas_jax.retrieval import passage_index
-from atlas_jax.retrieval.passage_index import open_passage_index
+from atlas_jax.retrieval.formats.index_folder import link_tree
+from atlas_jax.retrieval.passage_index import check_passage_index, open_passage_index
 
 COUNT = 300  # passages; "pq" needs 256
 KINDS = {  # the flags of every kind of index
@@ -265,6 +268,35 @@ def test_a_save_path_with_other_files_is_refused(open_index, corpus, tmp_path, m
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match=r"--save_index_path .*here: is the folder that this runs in"):
         open_index(save_index_path=".", passages=(str(corpus),))
+
+
+def test_a_refresh_replaces_nothing_else(saved, tiny_config, tmp_path):
+    """With an index to load, --save_index_path is judged at the start too: a refresh would write there hours later."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    index = IndexConfig(load_index_path=str(saved / "flat"), save_index_path=str(tmp_path))
+    with pytest.raises(UserError, match=r"--save_index_path .*: holds something else than an index"):
+        check_passage_index(dataclasses.replace(tiny_config, index=index))
+    index = dataclasses.replace(index, save_index_path=str(tmp_path / "new"))
+    check_passage_index(dataclasses.replace(tiny_config, index=index))
+
+
+@pytest.mark.parametrize("refused", ["link", "link chmod", "link chmod symlink"])
+def test_passages_are_linked_or_copied_wherever_that_is_refused(tmp_path, monkeypatch, refused):
+    """Without hard links, permissions or symbolic links: the content is there, and the source unchanged."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    source = tmp_path / "source"
+    (source / "below").mkdir(parents=True)
+    (source / "below/a").write_text("text")
+    for name in refused.split():
+        monkeypatch.setattr(os, name, refuse)
+    for copied in (True, False):
+        target = tmp_path / f"copy-{copied}"
+        link_tree(source, target, copy=copied)
+        assert (target / "below/a").read_text() == "text"
+        assert target.is_symlink() == (not copied and "symlink" not in refused)
 
 
 def test_an_index_or_an_empty_folder_is_replaced(open_index, saved, corpus, tmp_path):

@@ -15,7 +15,7 @@ from atlas_jax.retrieval.formats import convert as module
 from atlas_jax.retrieval.formats.convert import FlatIndexFolder, convert, write_vectors
 from atlas_jax.retrieval.formats.index_folder import Origin, read_metadata, read_vectors
 from atlas_jax.retrieval.formats.merge import MergedIndexes
-from atlas_jax.retrieval.formats.npy_files import create_array
+from atlas_jax.retrieval.formats.npy_files import VectorFile, create_array, read_array
 from atlas_jax.retrieval.formats.torch_shards import TorchShards, split_range, transpose
 from atlas_jax.storage.mapped_file import release_pages
 from tests.checkpoints.formats import pickles
@@ -131,6 +131,19 @@ def test_a_full_disk_fails_before_writing(tmp_path, monkeypatch):
     ):
         convert(TorchShards(tmp_path / "shards"), tmp_path / "ours", Origin())
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+def test_a_file_system_that_cannot_reserve_space_is_asked_for_room(tmp_path, monkeypatch):
+    """Without posix_fallocate the file gets its size; a full disk is an error as with it."""
+
+    def refuse(file: int, offset: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    create_array(tmp_path / "fits.npy", np.float16, (3, 4))[:] = 1
+    assert (read_array(tmp_path / "fits.npy", np.float16, (3, 4)) == 1).all()
+    with pytest.raises(OSError, match="No space left on device"):
+        VectorFile.create(tmp_path / "vast.npy", 2**50, 2)
 
 
 @pytest.mark.parametrize("at", ["vectors", "passages"])
