@@ -212,7 +212,7 @@ def open_checkpoint(folder: Path) -> Weights:
 def _load_reader_tokenizer(folder: Path) -> Tokenizer:
     """The reader's tokenizer, with one line in the log if an older version saved it, whose ids were others."""
     tokenizer = Tokenizer.load(folder, clean_up=False)
-    if not tokenizer.says_clean_up:
+    if not tokenizer.configures_clean_up:
         logger.warning(
             "%s: saved by an older version, whose token ids can differ from the reference's; the checkpoint goes on "
             "unchanged; to get the reference's ids, convert the published weights again with atlas convert",

@@ -91,7 +91,7 @@ def _flush_stdout() -> None:
 
 
 def _memory_remedy(arguments: Sequence[str]) -> str:
-    """What to do when memory runs out, with flags that the command has."""
+    """Returns the remedy for a lack of memory, naming flags that the command has."""
     command = " ".join(arguments[: 2 if arguments[0] == "index" else 1])
     if command not in MEMORY_FLAGS:
         return "take a machine with more, or end other programs"

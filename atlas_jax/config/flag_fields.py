@@ -1,4 +1,4 @@
-"""What the groups of flags are declared with: whether a flag may change on resume, and checks of its value."""
+"""Fields for the groups of flags: whether a flag may change on resume, and checks of its value."""
 
 import string
 from dataclasses import field

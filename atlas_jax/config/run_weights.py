@@ -52,7 +52,7 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file of a checkpoint exists with its full size; contents are not read."""
+    """True if every file of a checkpoint exists with its full size; contents are not read."""
     try:
         metadata = json.loads((folder / CHECKPOINT_FILE).read_bytes())
         sizes = metadata["files"].items()

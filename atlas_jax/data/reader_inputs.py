@@ -37,7 +37,7 @@ class ReaderInputEncoder:
     """Makes the reader ids of queries with their passages, equal to tokenizing each filled-in `encoder_format` whole.
 
     Only the query is tokenized, and the passage's ids come from the store, where that is exact: with a format that has
-    a `passage_part`, a tokenizer that `splits_at_spaces` and a query that it `can_end_a_part` with.
+    a `passage_part`, a tokenizer that `splits_at_spaces` and a query with `splits_after(query)`.
     """
 
     def __init__(self, tokenizer: Tokenizer, encoder_format: str, max_length: int):
@@ -55,7 +55,7 @@ class ReaderInputEncoder:
     ) -> list[list[list[int]]]:
         """Returns ids of each query ("b") with each of its passages ("b n"): special tokens added, cut, not padded."""
         pairs = list(zip(queries, np.asarray(numbers, np.int64), strict=True))
-        joinable = [self.passage_format is not None and self.tokenizer.can_end_a_part(query) for query in queries]
+        joinable = [self.passage_format is not None and self.tokenizer.splits_after(query) for query in queries]
         joined = self._encode_joined(list(itertools.compress(pairs, joinable)), store)
         whole = self._encode_whole([pair for pair, join in zip(pairs, joinable, strict=True) if not join], store)
         return [next(joined if join else whole) for join in joinable]

@@ -103,20 +103,20 @@ class Tokenizer:
         write_tokenizer_files(Path(folder), self._files._replace(core=self._core))
 
     @property
-    def says_clean_up(self) -> bool:
-        """Whether tokenizer_config.json says if `decode` cleans up; those of older checkpoints do not."""
+    def configures_clean_up(self) -> bool:
+        """True if tokenizer_config.json sets whether `decode` cleans up; older checkpoints do not."""
         return CLEAN_UP in self._files.config
 
     @functools.cached_property
     def splits_at_spaces(self) -> bool:
-        """Whether ids(a + " " + b) == ids(a) + ids(" " + b) for all `a` that `can_end_a_part`, and all `b`.
+        """True if ids(a + " " + b) == ids(a) + ids(" " + b) for all `a` with `splits_after(a)`, and all `b`.
 
         True only if this follows from the tokenizer's configuration and holds for `_PROBES`; False if in doubt.
         """
         return _splits_by_construction(json.loads(self._core.to_str())) and self._splits_on_probes()
 
-    def can_end_a_part(self, text: str) -> bool:
-        """Whether `text` ends in a visible character that does not become a space, as U+FFFD does in T5."""
+    def splits_after(self, text: str) -> bool:
+        """True if `text` ends in a visible character that does not become a space, as U+FFFD does in T5."""
         normalizer = self._core.normalizer
         return ends_in_visible_character(text) and not (normalizer and normalizer.normalize_str(text).endswith(" "))
 
@@ -130,7 +130,7 @@ class Tokenizer:
         """Whether `splits_at_spaces` holds for pairs of `_PROBES` and added tokens."""
         added = [token.content for token in self._core.get_added_tokens_decoder().values()]
         firsts = [*_PROBES, *(f"x{token}" for token in added), *(f"x {token}" for token in added)]
-        firsts = [a for a in firsts if self.can_end_a_part(a)]
+        firsts = [a for a in firsts if self.splits_after(a)]
         seconds = [*_PROBES, *(f"{token}x" for token in added)]
         pairs = [*itertools.product(firsts, _PROBES), *itertools.product(_PROBES[:3], seconds)]
         left = self.ids([a for a, _ in pairs])

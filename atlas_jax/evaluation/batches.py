@@ -55,14 +55,14 @@ class ReaderBatcher:
         return self.tokenizer.ids([form.format(query=query) for query in queries]) if form else []
 
     @property
-    def moves_letters(self) -> bool:
-        """Whether the flags put text before the answer, so that a letter is not at CHOICE_POSITION."""
+    def has_text_before_answer(self) -> bool:
+        """True if the flags put text before the answer, so that a letter is not at CHOICE_POSITION."""
         return bool(self.text.decoder_format or self.text.decoder_prompt_format)
 
     def letter_positions(
         self, examples: Sequence[Example], letters: Sequence[str], tokens: Int32[np.ndarray, " c"]
     ) -> list[int]:
-        """Where in the target of each local row its letter is, the first position at which the letters' targets differ.
+        """Returns the letter's position in each local row's target: the first at which the letters' targets differ.
 
         0 for rows without an example. UserError if the letters are not these `tokens` there, or cut off.
         """

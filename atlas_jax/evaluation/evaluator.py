@@ -185,7 +185,7 @@ class Evaluator:
             padded = pad([*local_prompts, *[[]] * (len(local_rows) - len(local_prompts))], longest, FREE)[0]
             prompt = put_batch(self.mesh, padded, self.size)
         positions = None
-        if self.task.choices and self.batcher.moves_letters:
+        if self.task.choices and self.batcher.has_text_before_answer:
             found = self.batcher.letter_positions(local_examples, self.task.choices, self.choice_ids)
             positions = put_batch(self.mesh, np.asarray(found, np.int32), self.size)
         return PendingBatch(rows, examples, retrieved, batch, prompts, prompt, positions)

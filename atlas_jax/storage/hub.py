@@ -109,9 +109,7 @@ def _find(name: str, files: Sequence[str], revision: str) -> str | None:
         except HfHubHTTPError as error:
             if not _says_no_such_file(error):
                 raise
-            with contextlib.suppress(
-                OSError
-            ):  # HfHubHTTPError is one; the library notes in its cache what is not there
+            with contextlib.suppress(OSError):  # a HfHubHTTPError; the library's cache then records that there is none
                 huggingface_hub.hf_hub_download(name, file, revision=revision)
     return None
 

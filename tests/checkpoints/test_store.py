@@ -20,21 +20,12 @@ from atlas_jax.checkpoints.formats import orbax_arrays
 from atlas_jax.checkpoints.formats.orbax_arrays import verify_shards
 from atlas_jax.checkpoints.store import ResumeState, Weights
 from atlas_jax.config.run_weights import is_whole
-from atlas_jax.data.tokens import Tokenizer
 from atlas_jax.errors import UserError
 from atlas_jax.mesh import make_mesh, put_parameter
 from atlas_jax.models.atlas import AtlasConfig
 from atlas_jax.storage.lazy_array import LocalShards
 
 TEXTS = ["question: Who? answer: <extra_id_0>", "Z_8 x Z_10, naïve 字", ""]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, tiny_weights) -> Path:
-    """Saves a checkpoint of the golden weights at step 7."""
-    folder = tmp_path_factory.mktemp("saved") / "checkpoint"
-    store.save(folder, dataclasses.replace(tiny_weights, step=7))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +46,6 @@ def trained(tmp_path_factory, tiny_weights, resume_state) -> Path:
     params = {path: array for path, array in tiny_weights.params.items() if path.startswith("retriever/")}
     store.save(folder, dataclasses.replace(tiny_weights, params=params, cfg=cfg, step=7, index="5eed"), resume_state)
     return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    """Returns a copy of a checkpoint, to damage."""
-    return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
 
 
 def refusal(call: Callable[[], object], *parts: object) -> str:
@@ -402,40 +387,6 @@ def test_a_checkpoint_larger_than_the_free_space_is_not_begun(tmp_path, tiny_wei
             with pytest.raises(UserError, match=r"needs 0\.0 GB, but 0\.0 GB are left there; free some space"):
                 store.save(tmp_path / "full", tiny_weights)
         assert [path.name for path in tmp_path.iterdir()] == ["full"] * fits
-
-
-def test_a_tokenizer_of_an_older_version_goes_on_unchanged(folder, tmp_path, caplog):
-    """Versions that left clean-up out of tokenizer_config.json decoded without it: so does this one, and says so."""
-    path = folder / "reader" / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    del config["clean_up_tokenization_spaces"]
-    path.write_text(json.dumps(config).ljust(path.stat().st_size)[: path.stat().st_size])  # sizes are checked
-    with caplog.at_level(logging.WARNING):
-        old = store.load(folder)
-    assert [record.message for record in caplog.records] == [
-        f"{folder}/reader: saved by an older version, whose token ids can differ from the reference's; the checkpoint "
-        "goes on unchanged; to get the reference's ids, convert the published weights again with atlas convert"
-    ]
-    assert old.tokenizer.decode(old.tokenizer.ids(["a . b"])[0]) == "a . b"
-    caplog.clear()
-    store.save(tmp_path / "next", old)
-    with caplog.at_level(logging.WARNING):
-        assert store.load(tmp_path / "next").tokenizer.decode(old.tokenizer.ids(["a . b"])[0]) == "a . b"
-    assert len(caplog.records) == 1
-
-
-def test_a_checkpoint_carries_the_tokens_of_transformers_4_18(tiny_weights, golden, tmp_path, caplog):
-    """A reader folder with spiece.model alone: its ids, its clean-up and the file itself are in the checkpoint."""
-    (tmp_path / "reader").mkdir()
-    shutil.copy(golden / "assets" / "reader" / "spiece.model", tmp_path / "reader")
-    tokenizer = Tokenizer.load(tmp_path / "reader")
-    store.save(tmp_path / "checkpoint", dataclasses.replace(tiny_weights, tokenizer=tokenizer, step=7))
-    with caplog.at_level(logging.WARNING):
-        loaded = store.load(tmp_path / "checkpoint").tokenizer
-    assert caplog.records == []
-    assert loaded.fingerprint == tokenizer.fingerprint != tiny_weights.tokenizer.fingerprint
-    assert loaded.decode(loaded.ids(["a . b"])[0]) == "a. b"
-    assert (tmp_path / "checkpoint" / "reader" / "spiece.model").is_file()
 
 
 def test_file_systems_need_neither_locks_nor_synced_folders(folder, tmp_path, monkeypatch):

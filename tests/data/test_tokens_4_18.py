@@ -91,16 +91,16 @@ def test_clean_up_replaces_in_the_order_of_transformers():
 
 @given(parts, st.text(max_size=8))
 def test_query_and_passage_may_be_tokenized_apart(tokenizer, a, b):
-    """`splits_at_spaces` holds: any two texts around a space, if the tokenizer `can_end_a_part` with the first."""
+    """`splits_at_spaces` holds: any two texts around a space, if the tokenizer `splits_after` the first."""
     assert tokenizer.splits_at_spaces
-    assume(tokenizer.can_end_a_part(a))
+    assume(tokenizer.splits_after(a))
     left, right, whole = tokenizer.ids([a, f" {b}", f"{a} {b}"])
     assert left + right == whole
 
 
 def test_a_text_that_normalizes_to_a_space_cannot_end_a_part(tokenizer):
     """U+FFFD becomes a space, which joins with the next one; tokenizing apart would count both."""
-    assert not tokenizer.can_end_a_part("x\ufffd")
+    assert not tokenizer.splits_after("x\ufffd")
     left, right, whole = tokenizer.ids(["x\ufffd", " y", "x\ufffd y"])
     assert left + right != whole
 

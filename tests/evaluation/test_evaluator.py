@@ -267,7 +267,7 @@ def test_choices_are_read_where_the_letter_is(golden, model, tmp_path, monkeypat
         return [list(p["choice_logits"].values()) for line in written for p in line["permutations"]]
 
     found = logits(config)
-    monkeypatch.setattr(ReaderBatcher, "moves_letters", False)
+    monkeypatch.setattr(ReaderBatcher, "has_text_before_answer", False)
     assert np.allclose(found, logits(config), atol=1e-3) == (form == "{target}")
     assert form != "{target}" or np.allclose(found, logits(plain), atol=1e-3)
 
