@@ -170,6 +170,33 @@ def test_a_process_that_gets_a_signal_leaves_nothing(tmp_path, name, moment):
     assert not list((tmp_path / "runs" / "run").glob("eval-step-1*"))
 
 
+INTERRUPT_AT = """
+import atexit, os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "{moment}":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+if "{moment}" == "exit":
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+runpy.run_module("atlas_jax", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("moment", ["atlas_jax.commands.main", "atlas_jax.commands.flags", "jax", "exit"])
+def test_ctrl_c_at_the_start_and_at_the_end_is_one_line(tmp_path, moment):
+    """While the command or JAX is imported, and when Python exits: no traceback, the status of shells."""
+    code = INTERRUPT_AT.format(moment=moment)
+    argv = ["--help"] if moment == "exit" else evaluate_argv(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1].startswith("atlas: interrupted")
+    assert "Traceback" not in done.stderr
+
+
 def test_what_a_library_makes_of_a_signal_is_an_interruption(capsys, tmp_path, monkeypatch):
     """An error after a signal ends with the signal's status. The counter-case is an error without a signal, above."""
 
