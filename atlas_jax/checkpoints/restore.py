@@ -48,9 +48,10 @@ def restore(config: Config) -> Weights:
     folder = config.weights_folder
     weights = _drop_unused_models(open_weights(config), config.retrieval)
     if not (weights.cfg.retriever or config.retrieval.use_file_passages):
-        raise UserError(f"{folder}: has no retriever; pass --use_file_passages or --closed_book, or take another")
+        without = "" if config.retrieval.retrieve_only else ", or pass --use_file_passages or --closed_book"
+        raise UserError(f"{folder}: has no retriever; take a checkpoint that has one{without}")
     if not (weights.cfg.reader or config.retrieval.retrieve_only):
-        raise UserError(f"{folder}: has no reader; pass --retrieve_only, or take another")
+        raise UserError(f"{folder}: has no reader; take a checkpoint that has one, or use evaluate --retrieve_only")
     check_tokenizers(weights, config.task.task)
     loaded = weights.load("retriever/")
     if config.retrieval.query_side_retriever_training:

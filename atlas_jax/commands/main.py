@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -74,6 +75,10 @@ def _run(arguments: Sequence[str]) -> int:
             raise
         where = f"{error.filename}: " if error.filename else ""
         return _print_error(f"{where}{error.strerror}; check the disk, its space and its permissions, and try again")
+    except ValueError as error:
+        if not _is_raised_by_jax_config(error):
+            raise
+        return _print_error(f"JAX_* variables of the environment: {error}; correct the variable, or unset it")
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # the status that XLA reports when memory runs out
             raise
@@ -88,6 +93,12 @@ def _flush_stdout() -> None:
         raise
     except OSError as error:
         raise UserError(f"standard output: cannot be written ({error.strerror}); send it to another place") from None
+
+
+def _is_raised_by_jax_config(error: ValueError) -> bool:
+    """True if JAX raised the error when its import read the environment."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"] == "jax._src.config"
 
 
 def _memory_remedy(arguments: Sequence[str]) -> str:

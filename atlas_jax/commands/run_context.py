@@ -33,7 +33,7 @@ def connected_hosts(config: "Config") -> Iterator[None]:
 
 @contextlib.contextmanager
 def run_folder(config: "Config") -> Iterator[Path]:
-    """Creates the run's folder, with the log in run.log; UserError if it is not writable.
+    """Creates the run's folder, with the log in run.log; UserError if it or one of its files is not writable.
 
     On all processes but process 0 it is a temporary folder instead, which is deleted at the end.
     """
@@ -51,6 +51,9 @@ def run_folder(config: "Config") -> Iterator[Path]:
                 f"{folder}: cannot be written ({error.strerror}); choose another --checkpoint_dir"
             ) from None
         stack.enter_context(log_handler(handler))
+        for path in folder.glob("*.json*"):  # scores and predictions are written after hours
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder, where the run writes a file; move it, or choose another --name")
         yield folder
 
 

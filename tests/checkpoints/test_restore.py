@@ -192,8 +192,12 @@ def test_a_checkpoint_of_one_model_needs_the_flag(restore_with, tmp_path, tiny_w
         )
         store.save(tmp_path / model, half)
         restore_with(tmp_path / model, reader_model_type="", **{flag: True})
-        with pytest.raises(UserError, match=f"has no {missing}; pass --{flag}"):
+        with pytest.raises(UserError, match=f"has no {missing}; take a checkpoint that has one, or .* --{flag}"):
             restore_with(tmp_path / model, reader_model_type="")
+    with pytest.raises(
+        UserError, match=r"has no retriever; take a checkpoint that has one$"
+    ):  # as in atlas index build
+        restore_with(tmp_path / "reader", reader_model_type="", retrieve_only=True)
 
 
 # -- Separately pretrained models --------------------------------------------------------------------------------------

@@ -78,6 +78,10 @@ SHELLS: dict[str, tuple[Callable[[Path], list[str]], str, int, str]] = {
     "folder deleted": (inspect, 'mkdir gone; cd gone; rmdir ../gone; exec "$@"', 0, ""),
     "no GPU": (build, 'JAX_PLATFORMS=cuda exec "$@"', 2, "JAX_PLATFORMS cuda: JAX cannot start its devices (no such"),
     "no such backend": (build, 'JAX_PLATFORMS=abacus exec "$@"', 2, "'abacus' is not in the list of known backends"),
+    "no such XLA flag": (build, 'XLA_FLAGS=--xla_nonsense=1 exec "$@"', 2, "XLA_FLAGS --xla_nonsense=1: Unknown flag"),
+    "XLA flag's value": (build, 'XLA_FLAGS=--xla_cpu_enable_fast_math=x exec "$@"', 2, "value x for flag xla_cpu"),
+    "known XLA flag": (build, 'XLA_FLAGS=--xla_cpu_enable_fast_math=false exec "$@"', 0, ""),
+    "JAX variable": (build, 'JAX_ENABLE_X64=maybe exec "$@"', 2, "invalid truth value 'maybe' for environment 'JAX_"),
     "no TPU": (build, 'JAX_PLATFORMS=tpu TPU_SKIP_MDS_QUERY=1 exec "$@"', 2, "JAX_PLATFORMS tpu: JAX cannot start"),
 }
 

@@ -50,6 +50,15 @@ def test_a_run_folder_that_cannot_be_created_is_refused(assert_refused, tmp_path
     )
 
 
+def test_a_folder_where_a_result_goes_is_refused_at_the_start(capsys, tmp_path, no_weights):
+    """Scores and predictions are written at the end, which may be after hours."""
+    folder = tmp_path / "runs/run/eval-step-1.metrics.json"
+    folder.mkdir(parents=True)
+    assert main(evaluate_argv(tmp_path)) == 2
+    message = f"atlas: {folder}: is a folder, where the run writes a file; move it, or choose another --name\n"
+    assert capsys.readouterr().err == message
+
+
 def test_log_handlers_are_removed_after_a_command(capsys, tmp_path):
     """A second command in the same process logs each line once, and not into the run.log of the first."""
     before = list(logging.getLogger().handlers)
