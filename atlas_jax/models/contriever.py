@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from atlas_jax.models.dropout import dropout
+from atlas_jax.models.attention import attend
+from atlas_jax.models.dropout import dropout, dropout_seed
+from atlas_jax.models.linear import Linear
 from atlas_jax.models.stack import StackedLayer, gather_module, scan, stack
-from atlas_jax.models.t5 import MASKED_LOGIT, map_rows
+from atlas_jax.models.t5 import map_rows
 
 MAX_POSITIONS = 512  # position embeddings that BERT has
 
@@ -61,25 +63,24 @@ class BertLayer(StackedLayer):
         d, h, f = cfg.d_model, cfg.num_heads, cfg.d_ff
         k = d // h
         init = nnx.initializers.normal(0.02)
-        einsum = functools.partial(nnx.Einsum, dtype=cfg.dtype, kernel_init=init, rngs=rngs)
-        self.q = einsum("bld,dhk->bhlk", (d, h, k), (h, k))
-        self.k = einsum("bld,dhk->bhlk", (d, h, k), (h, k))
-        self.v = einsum("bld,dhk->bhlk", (d, h, k), (h, k))
-        self.o = einsum("bhlk,hkd->bld", (h, k, d), (d,))
+        linear = functools.partial(Linear, use_bias=True, dtype=cfg.dtype, kernel_init=init, rngs=rngs)
+        self.q = linear((d,), (h, k))
+        self.k = linear((d,), (h, k))
+        self.v = linear((d,), (h, k))
+        self.o = linear((h, k), (d,))
         self.attn_norm = LayerNorm(cfg, rngs=rngs)
-        self.up = einsum("bld,df->blf", (d, f), (f,))
-        self.down = einsum("blf,fd->bld", (f, d), (d,))
+        self.up = linear((d,), (f,))
+        self.down = linear((f,), (d,))
         self.mlp_norm = LayerNorm(cfg, rngs=rngs)
         self.rate, self.dtype = cfg.dropout, cfg.dtype
 
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b l d"]:
-        q = self.q(x)
-        logits = jnp.einsum("bhtk,bhsk->bhts", q, self.k(x), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED_LOGIT))
-        weights = dropout(weights, self.rate, rngs).astype(x.dtype)
-        y = self.o(jnp.einsum("bhts,bhsk->bhtk", weights, self.v(x)))
+        q, k, v = (project(x).swapaxes(1, 2) for project in (self.q, self.k, self.v))
+        q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+        seed = dropout_seed(rngs) if rngs is not None and self.rate else None
+        y = self.o(attend(q, k, v, None, mask[:, None, None], seed, self.rate).swapaxes(1, 2))
         x = self.attn_norm(x + dropout(y, self.rate, rngs))
         y = self.down(jax.nn.gelu(self.up(x), approximate=False))
         return self.mlp_norm(x + dropout(y, self.rate, rngs))

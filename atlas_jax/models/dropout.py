@@ -1,35 +1,69 @@
-"""Dropout with 16 random bits per element: one mask per key everywhere, with the fastest sampling per platform."""
+"""Dropout whose mask is a hash of the key and of the element's place, made again in the backward pass, never stored."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, UInt32
 
-LEVELS = 1 << 16  # values of 16 random bits
+GOLDEN_RATIO = np.uint32(0x9E3779B9)  # 2^32 divided by the golden ratio: spreads consecutive integers
 
 
-def dropout(x: Float[Array, "b *rest"], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "b *rest"]:
-    """Inverted dropout with a key of `rngs`; the identity without `rngs` or at rate 0. `x` has three axes or more."""
+def dropout(x: Float[Array, "*shape"], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "*shape"]:
+    """Inverted dropout with a key of `rngs`; the identity without `rngs` or at rate 0."""
     if rngs is None or rate == 0.0:
         return x
-    return jnp.where(keep_mask(rngs.dropout(), rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)
+    return drop(x, dropout_seed(rngs), rate)
 
 
-def keep_mask(key: Key[Array, ""], rate: float, shape: tuple[int, ...]) -> Bool[Array, "b *rest"]:
-    """Returns a mask that is true for the elements to keep, each with probability 1 - `rate` to within 2^-17.
+def dropout_seed(rngs: nnx.Rngs) -> UInt32[Array, " 2"]:
+    """Returns the next key of `rngs` as the seed of `drop`."""
+    return jax.random.key_data(rngs.dropout()).reshape(-1)[-2:]
 
-    Each row of the leading axis has its own key: a CPU draws one row after the other within its cache, six times as
-    fast as all at once; other platforms draw all rows together. Each random 32-bit word serves two elements: its low 16
-    bits one in the first half of the second-to-last axis, its high 16 bits one in the second half.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def drop(x: Float[Array, "*shape"], seed: UInt32[Array, " 2"], rate: float) -> Float[Array, "*shape"]:
+    """Sets elements to 0 with probability `rate` and divides the others by 1 - `rate`; its gradient does the same."""
+    return jnp.where(keep_mask(seed, rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def _drop_forward(x: Array, seed: Array, rate: float) -> tuple[Array, Array]:
+    return drop(x, seed, rate), seed
+
+
+def _drop_backward(rate: float, seed: Array, gradient: Array) -> tuple[Array, None]:
+    return drop(gradient, seed, rate), None
+
+
+drop.defvjp(_drop_forward, _drop_backward)
+
+
+def keep_mask(seed: UInt32[Array, " 2"], rate: float, shape: tuple[int, ...]) -> Bool[Array, "*shape"]:
+    """Returns a mask that is true for the elements to keep, each with probability 1 - `rate` to within 2^-32.
+
+    An element's bit depends on the seed and on its index along each axis, not on the shape: padding and the number of
+    devices change nothing.
     """
-    rows, *middle, length, width = shape
-    dropped = round(rate * LEVELS)
+    row = seed[0]  # a hash of the indices along all axes but the last
+    for axis, length in enumerate(shape[:-1]):
+        row = _mix(row[..., None] + _indices(length, axis + 1), seed[1] + np.uint32(axis))
+    row, salt = jax.lax.optimization_barrier((row, _mix(row, seed[1])))  # computed once for all elements of a row
+    bits = _mix(row[..., None] + _indices(shape[-1], len(shape)), salt[..., None])
+    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
-    def keep_row(key: Key[Array, ""]) -> Bool[Array, "*rest"]:
-        words = jax.random.bits(key, (*middle, -(-length // 2), width))
-        halves = (words % LEVELS, words // LEVELS)
-        return jnp.concatenate([half >= dropped for half in halves], axis=-2)[..., :length, :]
 
-    return jax.lax.platform_dependent(
-        jax.random.split(key, rows), cpu=lambda keys: jax.lax.map(keep_row, keys), default=jax.vmap(keep_row)
-    )
+def _indices(length: int, rank: int) -> UInt32[Array, "*ones n"]:
+    """The terms by which the indices along an axis, the last of `rank`, enter a hash."""
+    return (jax.lax.iota(jnp.uint32, length) * GOLDEN_RATIO).reshape(*[1] * (rank - 1), length)
+
+
+def _mix(x: UInt32[Array, "*shape"], salt: UInt32[Array, "*#shape"]) -> UInt32[Array, "*shape"]:
+    """Returns hashes of `x`: MurmurHash3's 32-bit finalizer, with `salt` between its steps.
+
+    Its last step, which changes the low bits only, is left out: they hardly matter in a comparison.
+    """
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = x ^ salt
+    return (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)

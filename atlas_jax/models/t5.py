@@ -16,10 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.mesh import ROW_AXES, constrain
-from atlas_jax.models.dropout import dropout
+from atlas_jax.models.attention import attend, attention_logits
+from atlas_jax.models.dropout import dropout, dropout_seed
+from atlas_jax.models.linear import Linear
 from atlas_jax.models.stack import StackedLayer, scan, stack, unstack
-
-MASKED_LOGIT = float(jnp.finfo(jnp.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,31 +112,18 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         d, h, k = cfg.d_model, cfg.num_heads, cfg.head_dim
-        einsum = functools.partial(nnx.Einsum, dtype=cfg.dtype, rngs=rngs)
+        linear = functools.partial(Linear, dtype=cfg.dtype, rngs=rngs)
         normal = nnx.initializers.normal
         # Mesh TensorFlow's initial scale: attention logits of unit variance without a 1/sqrt(k)
-        self.q = einsum("btd,dhk->bhtk", (d, h, k), kernel_init=normal((d * k) ** -0.5))
-        self.k = einsum("bsd,dhk->bhsk", (d, h, k), kernel_init=normal(d**-0.5))
-        self.v = einsum("bsd,dhk->bhsk", (d, h, k), kernel_init=normal(d**-0.5))
-        self.o = einsum("bhtk,hkd->btd", (h, k, d), kernel_init=normal((h * k) ** -0.5))
+        self.q = linear((d,), (h, k), kernel_init=normal((d * k) ** -0.5))
+        self.k = linear((d,), (h, k), kernel_init=normal(d**-0.5))
+        self.v = linear((d,), (h, k), kernel_init=normal(d**-0.5))
+        self.o = linear((h, k), (d,), kernel_init=normal((h * k) ** -0.5))
         self.rate = cfg.dropout
 
     def keys_values(self, source: Float[Array, "b s d"]) -> KeyValues:
         """Projects the source to keys and values, which a cache can hold."""
-        return KeyValues(self.k(source), self.v(source))
-
-    def logits(
-        self,
-        x: Float[Array, "b t d"],
-        keys: Float[Array, "b h s k"],
-        bias: Float[Array, "#b #h t s"] | None,
-        mask: Bool[Array, "#b #t s"],
-    ) -> Float[Array, "b h t s"]:
-        """Returns the float32 input of the softmax: `bias` is added, masked positions are MASKED_LOGIT."""
-        logits = jnp.einsum("bhtk,bhsk->bhts", self.q(x), keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + bias
-        return jnp.where(mask[:, None], logits, MASKED_LOGIT)
+        return KeyValues(self.k(source).swapaxes(1, 2), self.v(source).swapaxes(1, 2))
 
     def __call__(
         self,
@@ -147,13 +134,14 @@ class Attention(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "b t d"]:
-        logits = self.logits(x, source.keys, bias, mask)
-        weights = dropout(jax.nn.softmax(logits), self.rate, rngs).astype(x.dtype)
-        return self.o(jnp.einsum("bhts,bhsk->bhtk", weights, source.values))
+        seed = dropout_seed(rngs) if rngs is not None and self.rate else None
+        queries = self.q(x).swapaxes(1, 2)
+        y = attend(queries, source.keys, source.values, bias, mask[:, None], seed, self.rate)
+        return self.o(y.swapaxes(1, 2))
 
     def head_means(self, x: Float[Array, "b t d"], source: KeyValues, mask: Bool[Array, "#b #t s"]) -> CrossAttention:
         """Returns attention logits, weights and weights times value norms, averaged over the heads."""
-        logits = self.logits(x, source.keys, None, mask)
+        logits = attention_logits(self.q(x).swapaxes(1, 2), source.keys, None, mask[:, None])
         weights = jax.nn.softmax(logits)
         value_norms = jnp.linalg.norm(source.values.astype(jnp.float32), axis=-1)
         return CrossAttention(
@@ -166,11 +154,11 @@ class MLP(nnx.Module):
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         d, f = cfg.d_model, cfg.d_ff
-        linear = functools.partial(nnx.Linear, use_bias=False, dtype=cfg.dtype, rngs=rngs)
+        linear = functools.partial(Linear, dtype=cfg.dtype, rngs=rngs)
         normal = nnx.initializers.normal
-        self.gate = linear(d, f, kernel_init=normal(d**-0.5)) if cfg.gated else None
-        self.up = linear(d, f, kernel_init=normal(d**-0.5))
-        self.down = linear(f, d, kernel_init=normal(f**-0.5))
+        self.gate = linear((d,), (f,), kernel_init=normal(d**-0.5)) if cfg.gated else None
+        self.up = linear((d,), (f,), kernel_init=normal(d**-0.5))
+        self.down = linear((f,), (d,), kernel_init=normal(f**-0.5))
         self.rate = cfg.dropout
 
     def __call__(self, x: Float[Array, "b t d"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "b t d"]:
