@@ -209,6 +209,12 @@ def flatten(rows: Iterable[Sequence[int] | np.ndarray], dtype: np.dtype) -> np.n
     return np.concatenate([np.empty(0, dtype), *(np.asarray(row, dtype) for row in rows)])
 
 
+def packed_bucket(tokens: int, maximum: int) -> int:
+    """Returns the number of packed tokens to compute for `tokens`: at least 64 apart, and eight for each doubling."""
+    step = max(64, 2 ** (max(tokens, 1) - 1).bit_length() // 16)
+    return min(maximum, max(1, -(-tokens // step)) * step)
+
+
 def bucket(longest: int, maximum: int) -> int:
     """Returns the length to pad to: the first of 32, 64, .. 256, 320, .. 512, 640, .. from `longest`, or `maximum`.
 

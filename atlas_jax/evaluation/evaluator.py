@@ -1,11 +1,13 @@
 """Evaluates a file of rows: retrieves passages, reads them, scores the answers. Host and devices work concurrently."""
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -24,6 +26,7 @@ from atlas_jax.retrieval.passage_source import PassageSource, RetrievedPassages
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.runtime.prefetch import prefetch
 from atlas_jax.runtime.process_group import process_group
+from atlas_jax.runtime.profiler import NO_PROFILER, StepProfiler
 from atlas_jax.runtime.progress import progress
 from atlas_jax.storage.files import json_text
 from atlas_jax.tasks import Example, Record, Task
@@ -70,7 +73,15 @@ class Result:
 class Evaluator:
     """Evaluates files with one model; compiles once for each length bucket over all files."""
 
-    def __init__(self, config: Config, task: Task, source: PassageSource, tokenizer: Tokenizer, mesh: Mesh):
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        source: PassageSource,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        profiler: StepProfiler = NO_PROFILER,
+    ):
         self.config = config
         self.task = task
         self.source = source
@@ -83,6 +94,8 @@ class Evaluator:
         self.choices = replicate(mesh, self.choice_ids)
         self.size = global_batch_size(mesh, config.run.per_gpu_batch_size)
         self.batcher = ReaderBatcher(config.text, tokenizer, mesh, self.size)
+        self.profiler = profiler
+        self._batch_count = 0
         self._compiled_reader: CompiledFunction | None = None
 
     def __call__(self, rows: JsonlRows, reader: FiD | None, write: Callable[[str], object] | None = None) -> Result:
@@ -145,12 +158,14 @@ class Evaluator:
         done: tuple[PendingBatch, ReaderOutput | None] | None = None
         ready: PendingBatch | None = None
         for numbers, examples in prefetch(self._examples(rows)):
-            wait = self.source.begin_retrieval(examples, self.config.retrieval.n_context)
-            dispatched = dispatch(ready) if ready else None
-            following = self._prepare(numbers, examples, wait(), reads=program is not None)
-            if done:
-                yield done
-            done, ready = dispatched, following
+            self._batch_count += 1
+            with self.profiler.step(self._batch_count, functools.partial(jax.block_until_ready, done and done[1])):
+                wait = self.source.begin_retrieval(examples, self.config.retrieval.n_context)
+                dispatched = dispatch(ready) if ready else None
+                following = self._prepare(numbers, examples, wait(), reads=program is not None)
+                if done:
+                    yield done
+                done, ready = dispatched, following
         if done:
             yield done
         if ready:

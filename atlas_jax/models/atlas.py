@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.contriever import Contriever, ContrieverConfig
 from atlas_jax.models.fid import FiD
+from atlas_jax.models.packing import Packing
 from atlas_jax.models.t5 import T5Config
 from atlas_jax.storage.lazy_array import ArrayLike
 
@@ -55,9 +56,10 @@ class Retriever(nnx.Module):
         side: Literal["query", "passage"],
         rngs: nnx.Rngs | None = None,
         remat: bool = False,
+        packing: Packing | None = None,
     ) -> Float[Array, "b d"]:
         """Embeds a batch of queries or of passages, in float32."""
-        return self.encoder_of(side)(ids, mask, rngs=rngs, remat=remat)
+        return self.encoder_of(side)(ids, mask, rngs=rngs, remat=remat, packing=packing)
 
 
 class AtlasModel(nnx.Module):

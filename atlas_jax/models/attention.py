@@ -75,7 +75,7 @@ attend.defvjp(_attend, _attend_backward)
 
 
 def _dropped(x: Float[Array, "b h t s"], seed: UInt32[Array, " 2"] | None, rate: float) -> Float[Array, "b h t s"]:
-    return x if seed is None else drop(x, seed, rate)
+    return x if seed is None else drop(x, seed, None, rate)
 
 
 def _product_with_transposed(x: Float[Array, "b h t k"], y: Float[Array, "b h s k"]) -> Float[Array, "b h t s"]:

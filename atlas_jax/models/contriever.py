@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from atlas_jax.models.attention import attend
 from atlas_jax.models.dropout import dropout, dropout_seed
 from atlas_jax.models.linear import Linear
+from atlas_jax.models.packing import Packing
 from atlas_jax.models.stack import StackedLayer, gather_module, scan, stack
 from atlas_jax.models.t5 import map_rows
 
@@ -75,15 +76,23 @@ class BertLayer(StackedLayer):
         self.rate, self.dtype = cfg.dropout, cfg.dtype
 
     def __call__(
-        self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"], *, rngs: nnx.Rngs | None = None
-    ) -> Float[Array, "b l d"]:
-        q, k, v = (project(x).swapaxes(1, 2) for project in (self.q, self.k, self.v))
+        self,
+        x: Float[Array, "b s d"],
+        mask: Bool[Array, "n l"],
+        *,
+        rngs: nnx.Rngs | None = None,
+        packing: Packing | None = None,
+    ) -> Float[Array, "b s d"]:
+        places = packing.places() if packing else None
+        projected = (project(x) for project in (self.q, self.k, self.v))
+        q, k, v = ((packing.unpack(y) if packing else y).swapaxes(1, 2) for y in projected)
         q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
         seed = dropout_seed(rngs) if rngs is not None and self.rate else None
-        y = self.o(attend(q, k, v, None, mask[:, None, None], seed, self.rate).swapaxes(1, 2))
-        x = self.attn_norm(x + dropout(y, self.rate, rngs))
+        y = attend(q, k, v, None, mask[:, None, None], seed, self.rate).swapaxes(1, 2)
+        y = self.o(packing.pack(y) if packing else y)
+        x = self.attn_norm(x + dropout(y, self.rate, rngs, places))
         y = self.down(jax.nn.gelu(self.up(x), approximate=False))
-        return self.mlp_norm(x + dropout(y, self.rate, rngs))
+        return self.mlp_norm(x + dropout(y, self.rate, rngs, places))
 
 
 class Contriever(nnx.Module):
@@ -107,20 +116,29 @@ class Contriever(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
         remat: bool = False,
+        packing: Packing | None = None,
     ) -> Float[Array, "b d"]:
-        """Returns float32 vectors; a text without tokens has the vector 0 (unless pooled by `cls` or normalized)."""
+        """Returns float32 vectors; a text without tokens has the vector 0 (unless pooled by `cls` or normalized).
+
+        With `packing` the padding is not computed.
+        """
         cfg = self.cfg
         words = gather_module(self.words, "retriever/encoder/words/", jnp.float32)
         positions = gather_module(self.positions, "retriever/encoder/positions/", jnp.float32).embedding
         x = words(ids) + positions[None, : ids.shape[1]] + self.token_types.embedding[None, :1]
-        x = dropout(self.embed_norm(x), cfg.dropout, rngs)
+        places = packing.places() if packing else None
+        x = dropout(self.embed_norm(packing.pack(x) if packing else x), cfg.dropout, rngs, places)
 
         def body(layer: BertLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:
+            def of_row(x: Array, mask: Array, packing: Packing | None) -> Array:
+                return layer(x, mask[0], packing=packing)
+
             if cfg.for_cpu and rngs is None:
-                return map_rows(layer, x, mask), None
-            return layer(x, mask, rngs=rngs), None
+                return map_rows(of_row, x, mask.reshape(len(x), -1, mask.shape[-1]), packing), None
+            return layer(x, mask, rngs=rngs, packing=packing), None
 
         x, _ = scan(body, self.layers, x, rngs=rngs, remat=remat)
+        x = packing.unpack(x) if packing else x
         vectors = self._pool(x.astype(jnp.float32), mask)
         return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True) if cfg.normalize else vectors
 

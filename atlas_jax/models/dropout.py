@@ -6,16 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 GOLDEN_RATIO = np.uint32(0x9E3779B9)  # 2^32 divided by the golden ratio: spreads consecutive integers
 
 
-def dropout(x: Float[Array, "*shape"], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "*shape"]:
-    """Inverted dropout with a key of `rngs`; the identity without `rngs` or at rate 0."""
+Places = tuple[Int[Array, "..."], ...]  # indices of elements, for each axis but the last
+
+
+def dropout(
+    x: Float[Array, "*shape"], rate: float, rngs: nnx.Rngs | None, places: Places | None = None
+) -> Float[Array, "*shape"]:
+    """Inverted dropout with a key of `rngs`; the identity without `rngs` or at rate 0. `places`: see `keep_mask`."""
     if rngs is None or rate == 0.0:
         return x
-    return drop(x, dropout_seed(rngs), rate)
+    return drop(x, dropout_seed(rngs), places, rate)
 
 
 def dropout_seed(rngs: nnx.Rngs) -> UInt32[Array, " 2"]:
@@ -23,40 +28,44 @@ def dropout_seed(rngs: nnx.Rngs) -> UInt32[Array, " 2"]:
     return jax.random.key_data(rngs.dropout()).reshape(-1)[-2:]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def drop(x: Float[Array, "*shape"], seed: UInt32[Array, " 2"], rate: float) -> Float[Array, "*shape"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def drop(
+    x: Float[Array, "*shape"], seed: UInt32[Array, " 2"], places: Places | None, rate: float
+) -> Float[Array, "*shape"]:
     """Sets elements to 0 with probability `rate` and divides the others by 1 - `rate`; its gradient does the same."""
-    return jnp.where(keep_mask(seed, rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)
+    return jnp.where(keep_mask(seed, rate, x.shape, places), x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
-def _drop_forward(x: Array, seed: Array, rate: float) -> tuple[Array, Array]:
-    return drop(x, seed, rate), seed
+def _drop_forward(
+    x: Array, seed: Array, places: Places | None, rate: float
+) -> tuple[Array, tuple[Array, Places | None]]:
+    return drop(x, seed, places, rate), (seed, places)
 
 
-def _drop_backward(rate: float, seed: Array, gradient: Array) -> tuple[Array, None]:
-    return drop(gradient, seed, rate), None
+def _drop_backward(rate: float, residuals: tuple[Array, Places | None], gradient: Array) -> tuple[Array, None, None]:
+    return drop(gradient, *residuals, rate), None, None
 
 
 drop.defvjp(_drop_forward, _drop_backward)
 
 
-def keep_mask(seed: UInt32[Array, " 2"], rate: float, shape: tuple[int, ...]) -> Bool[Array, "*shape"]:
+def keep_mask(
+    seed: UInt32[Array, " 2"], rate: float, shape: tuple[int, ...], places: Places | None = None
+) -> Bool[Array, "*shape"]:
     """Returns a mask that is true for the elements to keep, each with probability 1 - `rate` to within 2^-32.
 
     An element's bit depends on the seed and on its index along each axis, not on the shape: padding and the number of
-    devices change nothing.
+    devices change nothing. `places` has other indices for all axes but the last, of packed tokens in the padded array.
     """
-    row = seed[0]  # a hash of the indices along all axes but the last
-    for axis, length in enumerate(shape[:-1]):
-        row = _mix(row[..., None] + _indices(length, axis + 1), seed[1] + np.uint32(axis))
+    if places is None:
+        places = tuple(jnp.indices(shape[:-1], dtype=jnp.int32, sparse=True))
+    row = seed[0].reshape((1,) * len(shape[:-1]))  # a hash of the indices along all axes but the last
+    for axis, index in enumerate(places):
+        row = _mix(row + index.astype(jnp.uint32) * GOLDEN_RATIO, seed[1] + np.uint32(axis))
     row, salt = jax.lax.optimization_barrier((row, _mix(row, seed[1])))  # computed once for all elements of a row
-    bits = _mix(row[..., None] + _indices(shape[-1], len(shape)), salt[..., None])
+    column = jax.lax.iota(jnp.uint32, shape[-1]).reshape(*[1] * len(shape[:-1]), shape[-1])
+    bits = _mix(row[..., None] + column * GOLDEN_RATIO, salt[..., None])
     return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
-
-
-def _indices(length: int, rank: int) -> UInt32[Array, "*ones n"]:
-    """The terms by which the indices along an axis, the last of `rank`, enter a hash."""
-    return (jax.lax.iota(jnp.uint32, length) * GOLDEN_RATIO).reshape(*[1] * (rank - 1), length)
 
 
 def _mix(x: UInt32[Array, "*shape"], salt: UInt32[Array, "*#shape"]) -> UInt32[Array, "*shape"]:

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.mesh import BATCH_AXES, constrain, params_are_sharded
+from atlas_jax.models.packing import Packing, make_packing
 from atlas_jax.models.stack import gather_module
 from atlas_jax.models.t5 import CrossAttention, Decoder, EncodedSource, Encoder, EncoderStates, KeyValues, T5Config
 
@@ -24,6 +25,15 @@ class ReaderBatch(NamedTuple):
     mask: Bool[Array, "b n l"]
     target: Int[Array, "b t"]
     target_mask: Bool[Array, "b t"]  # true for the tokens that count in the loss
+    order: Int[Array, "b p"] | None = None  # `Packing.order` of the passages; None: the encoder reads the padding too
+
+    def first(self, n: int) -> "ReaderBatch":
+        """The batch with the first `n` passages of each query."""
+        return self._replace(passages=self.passages[:, :n], mask=self.mask[:, :n])
+
+    def packing(self) -> Packing | None:
+        """How the passages of each query are packed."""
+        return make_packing(self.order, *self.passages.shape[1:])
 
 
 class DecoderOutput(NamedTuple):
@@ -38,9 +48,15 @@ def group_by_query(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]
     return x.reshape(-1, n, *x.shape[1:])
 
 
-def fuse(x: Float[Array, "b n l d"]) -> Float[Array, "b n*l d"]:
-    """Concatenates the passages of each query into one sequence for cross-attention."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+def fuse(states: Float[Array, "b n l d"], batch: ReaderBatch) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+    """Concatenates the states of the passages of each query into one sequence for cross-attention, and its mask.
+
+    Without the padding between them, if the batch is packed.
+    """
+    if packing := batch.packing():
+        mask = packing.order < packing.slots[0].size
+        return packing.pack(states.reshape(-1, *states.shape[2:])), mask
+    return states.reshape(len(states), -1, states.shape[-1]), batch.mask.reshape(len(states), -1)
 
 
 class FiD(nnx.Module):
@@ -68,21 +84,20 @@ class FiD(nnx.Module):
 
     def encoder_states(
         self,
-        passages: Int[Array, "b n l"],
-        mask: Bool[Array, "b n l"],
+        batch: ReaderBatch,
         *,
         rngs: nnx.Rngs | None = None,
         remat: bool = False,
     ) -> Float[Array, "b n l d"]:
         """Encodes each passage on its own; a row of ids holds query and passage as one text."""
-        b, n, length = passages.shape
-        rows = self._embed_tokens(passages.reshape(b * n, length))
-        states = group_by_query(self.encoder(rows, mask.reshape(b * n, length), rngs=rngs, remat=remat), n)
-        return constrain(states, BATCH_AXES, "passages")
+        b, n, length = batch.passages.shape
+        rows, mask = self._embed_tokens(batch.passages.reshape(b * n, length)), batch.mask.reshape(b * n, length)
+        states = self.encoder(rows, mask, rngs=rngs, remat=remat, packing=batch.packing())
+        return constrain(group_by_query(states, n), BATCH_AXES, "passages")
 
-    def encode(self, passages: Int[Array, "b n l"], mask: Bool[Array, "b n l"]) -> EncodedSource:
+    def encode(self, batch: ReaderBatch) -> EncodedSource:
         """Encodes the passages once, for any number of `decode` calls."""
-        return self.decoder.project_source(fuse(self.encoder_states(passages, mask)), mask.reshape(mask.shape[0], -1))
+        return self.decoder.project_source(*fuse(self.encoder_states(batch), batch))
 
     def decode(
         self,

@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.mesh import ROW_AXES, constrain
 from atlas_jax.models.attention import attend, attention_logits
-from atlas_jax.models.dropout import dropout, dropout_seed
+from atlas_jax.models.dropout import Places, dropout, dropout_seed
 from atlas_jax.models.linear import Linear
+from atlas_jax.models.packing import Packing
 from atlas_jax.models.stack import StackedLayer, scan, stack, unstack
 
 
@@ -83,7 +84,8 @@ class EncoderStates(NamedTuple):
     """Encoder states for one teacher-forced pass: keys and values are projected layer by layer and not cached."""
 
     states: Float[Array, "b s d"]
-    mask: Bool[Array, "b #q s"]  # q: 1, or all target positions folded into the row
+    mask: Bool[Array, "n #q l"]  # q: 1, or all target positions folded into the row
+    packing: Packing | None = None  # if given, `states` are packed tokens of texts that are read one by one
 
 
 class CrossAttention(NamedTuple):
@@ -121,32 +123,39 @@ class Attention(nnx.Module):
         self.o = linear((h, k), (d,), kernel_init=normal((h * k) ** -0.5))
         self.rate = cfg.dropout
 
-    def keys_values(self, source: Float[Array, "b s d"]) -> KeyValues:
-        """Projects the source to keys and values, which a cache can hold."""
-        return KeyValues(self.k(source).swapaxes(1, 2), self.v(source).swapaxes(1, 2))
+    def keys_values(self, source: Float[Array, "b s d"], packing: Packing | None = None) -> KeyValues:
+        """Projects the source to keys and values, which a cache can hold; with `packing`, packed tokens to texts."""
+        return KeyValues(_heads_first(self.k(source), packing), _heads_first(self.v(source), packing))
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],
+        x: Float[Array, "b q d"],
         source: KeyValues,
-        bias: Float[Array, "#b #h t s"] | None,
-        mask: Bool[Array, "#b #t s"],
+        bias: Float[Array, "#n #h t s"] | None,
+        mask: Bool[Array, "#n #t s"],
         *,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "b t d"]:
+        packing: Packing | None = None,
+    ) -> Float[Array, "b q d"]:
+        """With `packing`, `x` and the result are packed tokens of `n` texts that each attend to their own source."""
         seed = dropout_seed(rngs) if rngs is not None and self.rate else None
-        queries = self.q(x).swapaxes(1, 2)
-        y = attend(queries, source.keys, source.values, bias, mask[:, None], seed, self.rate)
-        return self.o(y.swapaxes(1, 2))
+        queries = _heads_first(self.q(x), packing)
+        y = attend(queries, source.keys, source.values, bias, mask[:, None], seed, self.rate).swapaxes(1, 2)
+        return self.o(packing.pack(y) if packing else y)
 
     def head_means(self, x: Float[Array, "b t d"], source: KeyValues, mask: Bool[Array, "#b #t s"]) -> CrossAttention:
         """Returns attention logits, weights and weights times value norms, averaged over the heads."""
-        logits = attention_logits(self.q(x).swapaxes(1, 2), source.keys, None, mask[:, None])
+        logits = attention_logits(_heads_first(self.q(x), None), source.keys, None, mask[:, None])
         weights = jax.nn.softmax(logits)
         value_norms = jnp.linalg.norm(source.values.astype(jnp.float32), axis=-1)
         return CrossAttention(
             logits.mean(1), weights.mean(1), jnp.einsum("bhts,bhs->bts", weights, value_norms) / value_norms.shape[1]
         )
+
+
+def _heads_first(x: Float[Array, "b t h k"], packing: Packing | None) -> Float[Array, "n h l k"]:
+    """The layout of `attend`; with `packing`, packed tokens become padded texts."""
+    return (packing.unpack(x) if packing else x).swapaxes(1, 2)
 
 
 class MLP(nnx.Module):
@@ -161,13 +170,15 @@ class MLP(nnx.Module):
         self.down = linear((f,), (d,), kernel_init=normal(f**-0.5))
         self.rate = cfg.dropout
 
-    def __call__(self, x: Float[Array, "b t d"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], *, rngs: nnx.Rngs | None = None, places: Places | None = None
+    ) -> Float[Array, "b t d"]:
         if self.gate is None:
             hidden = jax.nn.relu(self.up(x))
         else:
             gate = jax.nn.gelu(self.gate(x).astype(jnp.float32), approximate=True).astype(x.dtype)
             hidden = gate * self.up(x)
-        return self.down(dropout(hidden, self.rate, rngs))
+        return self.down(dropout(hidden, self.rate, rngs, places))
 
 
 def _norm(cfg: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -187,15 +198,18 @@ class EncoderLayer(StackedLayer):
     def __call__(
         self,
         x: Float[Array, "b s d"],
-        bias: Float[Array, "#b h s s"],
-        mask: Bool[Array, "b 1 s"],
+        bias: Float[Array, "1 h l l"],
+        mask: Bool[Array, "n 1 l"],
         *,
         rngs: nnx.Rngs | None = None,
+        packing: Packing | None = None,
     ) -> Float[Array, "b s d"]:
+        places = packing.places() if packing else None
         x = constrain(x, ROW_AXES)
         y = self.attn_norm(x)
-        x = x + dropout(self.attn(y, self.attn.keys_values(y), bias, mask, rngs=rngs), self.rate, rngs)
-        return x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs)
+        y = self.attn(y, self.attn.keys_values(y, packing), bias, mask, rngs=rngs, packing=packing)
+        x = x + dropout(y, self.rate, rngs, places)
+        return x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs, places=places), self.rate, rngs, places)
 
 
 class DecoderLayer(StackedLayer):
@@ -296,17 +310,25 @@ class Encoder(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
         remat: bool = False,
+        packing: Packing | None = None,
     ) -> Float[Array, "b s d"]:
+        """Returns the states of each text; with `packing` of its tokens only, and 0 at the padding."""
         positions = jnp.arange(x.shape[1])
         bias = self.position_bias(positions, positions)
+        places = packing.places() if packing else None
+        x = packing.pack(x) if packing else x
 
         def body(layer: EncoderLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:
-            if self.for_cpu and rngs is None:
-                return map_rows(lambda x, mask: layer(x, bias, mask), x, mask[:, None]), None
-            return layer(x, bias, mask[:, None], rngs=rngs), None
+            def of_row(x: Array, mask: Array, packing: Packing | None) -> Array:
+                return layer(x, bias, mask[0], packing=packing)
 
-        x, _ = scan(body, self.layers, dropout(x, self.rate, rngs), rngs=rngs, remat=remat)
-        return dropout(self.final_norm(x), self.rate, rngs)
+            if self.for_cpu and rngs is None:
+                return map_rows(of_row, x, mask.reshape(len(x), -1, 1, mask.shape[-1]), packing), None
+            return layer(x, bias, mask[:, None], rngs=rngs, packing=packing), None
+
+        x, _ = scan(body, self.layers, dropout(x, self.rate, rngs, places), rngs=rngs, remat=remat)
+        x = dropout(self.final_norm(x), self.rate, rngs, places)
+        return packing.unpack(x) if packing else x
 
 
 class Decoder(nnx.Module):
@@ -370,14 +392,12 @@ class Decoder(nnx.Module):
         positions = jnp.arange(x.shape[1])
         bias = self.position_bias(positions, positions)
         causal = (positions[None, :] <= positions[:, None])[None]
-        zeros = jnp.zeros(
-            (source.states.shape[0], x.shape[0] * x.shape[1] // source.states.shape[0], source.states.shape[1])
-        )
+        zeros = jnp.zeros((len(source.mask), x.shape[0] * x.shape[1] // len(source.mask), source.mask.shape[2]))
         total = CrossAttention(zeros, zeros, zeros) if with_cross_attention else None
 
         def body(layer: DecoderLayer, carry: Any, _: None, rngs: nnx.Rngs | None) -> tuple[Any, None]:
             x, total = carry
-            cross_kv = layer.cross_attn.keys_values(source.states)
+            cross_kv = layer.cross_attn.keys_values(source.states, source.packing)
             out = layer(
                 *(x, None, 0, cross_kv, bias, causal, source.mask), rngs=rngs, with_cross_attention=with_cross_attention
             )

@@ -11,7 +11,7 @@ from atlas_jax.config import Config, RunConfig
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.order import ExampleOrder
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
-from atlas_jax.evaluation.batches import ReaderBatcher
+from atlas_jax.evaluation.batches import ReaderBatcher, packing_order
 from atlas_jax.mesh import ArrayOrShape, global_batch_size, put_batch, put_passages
 from atlas_jax.models.fid import ReaderBatch
 from atlas_jax.retrieval.passage_source import RetrievedPassages
@@ -72,7 +72,9 @@ class TrainingBatcher:
             pad(ids, length, self._retriever_tokenizer.pad_id) for ids in (retriever_queries, retriever_passages)
         )
         by_query = [array.reshape(len(examples), n, length) for array in padded_passages]
-        return put_training_batch(self._mesh, read, query_lengths, *padded_queries, *by_query, rows=self.size)
+        order = packing_order(self._mesh, retriever_passages, n, length)
+        arrays = *padded_queries, *by_query
+        return put_training_batch(self._mesh, read, query_lengths, *arrays, order=order, rows=self.size)
 
     def _retriever_ids(
         self, queries: Sequence[str], retrieved: RetrievedPassages
@@ -92,12 +94,21 @@ class TrainingBatcher:
 
 
 def put_training_batch(
-    mesh: Mesh, read: ReaderBatch, query_lengths: ArrayOrShape, *retriever: ArrayOrShape, rows: int | None = None
+    mesh: Mesh,
+    read: ReaderBatch,
+    query_lengths: ArrayOrShape,
+    *retriever: ArrayOrShape,
+    order: ArrayOrShape | None = None,
+    rows: int | None = None,
 ) -> Batch:
-    """Puts a step's arrays on the mesh; `retriever` is empty, or query ids, query mask, passage ids, passage mask."""
+    """Puts a step's arrays on the mesh; `retriever` is empty, or query ids, query mask, passage ids, passage mask.
+
+    `order` is that of the retriever's passages, packed.
+    """
     lengths = put_batch(mesh, query_lengths, rows)
     if not retriever:
         return Batch(read, lengths, None)
     queries = (put_batch(mesh, array, rows) for array in retriever[:2])
     passages = (put_passages(mesh, array, rows) for array in retriever[2:])
-    return Batch(read, lengths, RetrieverBatch(*queries, *passages))
+    orders = [] if order is None else [put_batch(mesh, order, rows)]
+    return Batch(read, lengths, RetrieverBatch(*queries, *passages, *orders))

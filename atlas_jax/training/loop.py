@@ -21,6 +21,7 @@ from atlas_jax.retrieval.passage_index import check_passage_index
 from atlas_jax.runtime.compiled import enable_compilation_cache
 from atlas_jax.runtime.interrupts import Interrupted, Interrupts, requeue
 from atlas_jax.runtime.process_group import process_group
+from atlas_jax.runtime.profiler import StepProfiler
 from atlas_jax.storage.cache import cache_folder
 from atlas_jax.storage.file_lock import sole_writer
 from atlas_jax.storage.files import write_json
@@ -118,24 +119,17 @@ class Trainer:
     def run(self) -> None:
         """Runs the remaining steps: refresh the index, take a batch, update, save, evaluate."""
         config, total = self.config.run, self.config.optim.total_steps
+        profiler = StepProfiler(config.profiled_steps, self.run_folder)
         try:
             self.evaluate_missing()
-            with contextlib.closing(self.setup.lookahead):
+            with contextlib.closing(self.setup.lookahead), contextlib.closing(profiler):
                 batch: ReadyBatch | None = None
                 while self.progress.step < total:
                     step = self.progress.step + 1
                     if is_refresh_due(self.config, step - 1):
                         self.refresh_index()
-                    if batch is None:  # the step before changed the retriever or the index, so nothing was prefetched
-                        batch = self.begin_batch(step, wait_for_previous_step=True)()
-                    finish_next_batch = None
-                    if step < total and can_look_ahead(self.config, step):
-                        finish_next_batch = self.begin_batch(
-                            step + 1, wait_for_previous_step=self.setup.index.begin_retrieval_blocks
-                        )
-                    self.update(step, batch)
-                    batch = finish_next_batch() if finish_next_batch else None  # while the devices compute the step
-
+                    with profiler.step(step, self.metrics.wait_for_devices):
+                        batch = self.step(step, batch)
                     if self.metrics.skipped_in_a_row >= config.max_bad_steps:
                         self.stop_after_bad_steps()
                     if step % config.save_freq == 0 or step == total:
@@ -148,6 +142,18 @@ class Trainer:
         except Interrupted:
             self.save()
             raise
+
+    def step(self, step: int, batch: ReadyBatch | None) -> ReadyBatch | None:
+        """Updates the state with a batch; returns the next one if it can be made before the devices have finished."""
+        if batch is None:  # the step before changed the retriever or the index, so nothing was prefetched
+            batch = self.begin_batch(step, wait_for_previous_step=True)()
+        finish_next_batch = None
+        if step < self.config.optim.total_steps and can_look_ahead(self.config, step):
+            finish_next_batch = self.begin_batch(
+                step + 1, wait_for_previous_step=self.setup.index.begin_retrieval_blocks
+            )
+        self.update(step, batch)
+        return finish_next_batch() if finish_next_batch else None
 
     def model(self) -> AtlasModel:
         """The model with the current parameters."""

@@ -18,6 +18,7 @@ from atlas_jax.config import GoldMode, OptimConfig
 from atlas_jax.mesh import ROW_AXES, constrain
 from atlas_jax.models.atlas import AtlasConfig, AtlasModel, Retriever, build_model
 from atlas_jax.models.fid import FiD, ReaderBatch, fuse, shift_right, token_losses
+from atlas_jax.models.packing import make_packing
 from atlas_jax.models.t5 import EncoderStates
 from atlas_jax.training.attention_stats import correlations
 from atlas_jax.training.losses import (
@@ -41,6 +42,7 @@ class RetrieverBatch(NamedTuple):
     query_mask: Bool[Array, "b q"]
     passages: Int[Array, "b n p"]
     passage_mask: Bool[Array, "b n p"]
+    passage_order: Int[Array, "b k"] | None = None  # `Packing.order` of the passages
 
 
 class Batch(NamedTuple):
@@ -147,12 +149,11 @@ def joint_loss(
     reader, reader_batch = model.reader, batch.reader
     assert reader is not None
     n = min(cfg.n_context, reader_batch.passages.shape[1])
-    states = reader.encoder_states(
-        reader_batch.passages[:, :n], reader_batch.mask[:, :n], rngs=rngs, remat=cfg.remat_reader
-    )
-    source = EncoderStates(fuse(states), reader_batch.mask[:, :n].reshape(len(reader_batch.mask), 1, -1))
-    inputs = shift_right(reader_batch.target, cfg.pad_id)
+    read = reader_batch.first(n)
+    states = reader.encoder_states(read, rngs=rngs, remat=cfg.remat_reader)
     with_stats = cfg.stats and batch.retriever is not None
+    source = _fused_source(states, read._replace(order=None) if with_stats else read)
+    inputs = shift_right(reader_batch.target, cfg.pad_id)
     logits, cross_attention = reader.teacher_forced(
         inputs, source, rngs=rngs, remat=cfg.remat_reader, with_cross_attention=with_stats
     )
@@ -184,7 +185,9 @@ def retriever_scores(
     queries = retriever(batch.queries, batch.query_mask, side="query", rngs=rngs, remat=cfg.remat_retriever)
     rows = (constrain(x.reshape(b * n, -1), ROW_AXES) for x in (batch.passages, batch.passage_mask))
     passage_rngs = None if cfg.query_side else rngs
-    passages = retriever(*rows, side="passage", rngs=passage_rngs, remat=cfg.remat_retriever).reshape(b, n, -1)
+    packing = make_packing(batch.passage_order, *batch.passages.shape[1:])
+    passages = retriever(*rows, side="passage", rngs=passage_rngs, remat=cfg.remat_retriever, packing=packing)
+    passages = passages.reshape(b, n, -1)
     return jnp.einsum("bd,bnd->bn", queries, passages) * queries.shape[-1] ** -0.5
 
 
@@ -200,13 +203,15 @@ def retriever_loss(
     `states` are the reader's encoder states of the first m passages, made with dropout if the run has any.
     """
     states = jax.lax.stop_gradient(states)
+    m, n = states.shape[1], reader_batch.passages.shape[1]
     if cfg.dropout:  # gold scores are computed without dropout
-        states = reader.encoder_states(reader_batch.passages, reader_batch.mask)
-    elif (rest := reader_batch.passages[:, states.shape[1] :]).shape[1]:
-        states = jnp.concatenate([states, reader.encoder_states(rest, reader_batch.mask[:, states.shape[1] :])], axis=1)
+        states = reader.encoder_states(reader_batch)
+    elif m < n:
+        rest = reader_batch._replace(passages=reader_batch.passages[:, m:], mask=reader_batch.mask[:, m:], order=None)
+        states = jnp.concatenate([states, reader.encoder_states(rest)], axis=1)
     temperatures = cfg.temperature_score, cfg.temperature_gold
     if cfg.gold == "emdr":
-        logits = single_passage_logits(reader, states, reader_batch.mask, reader_batch.target, cfg.pad_id)
+        logits = single_passage_logits(reader, states, reader_batch, cfg.pad_id)
         weights = token_weights(reader_batch.target_mask, cfg.averaging.loss_group)
         return emdr_loss(scores, logits, reader_batch.target, reader_batch.target_mask, weights, *temperatures), None
     gold = gold_scores(reader, states, reader_batch, cfg)
@@ -219,14 +224,12 @@ def gold_scores(
     """The gold score of each passage by --gold_score_mode: how much it helps the reader to write the target."""
     match cfg.gold:
         case "ppmean":
-            logits = single_passage_logits(reader, states, reader_batch.mask, reader_batch.target, cfg.pad_id)
+            logits = single_passage_logits(reader, states, reader_batch, cfg.pad_id)
             return perplexity_gold(logits, reader_batch.target, reader_batch.target_mask)
         case "loop":
-            return leave_one_out_gold(
-                reader, states, reader_batch.mask, reader_batch.target, reader_batch.target_mask, cfg.pad_id
-            )
+            return leave_one_out_gold(reader, states, reader_batch, cfg.pad_id)
         case "evalnormsum":
-            source = EncoderStates(fuse(states), reader_batch.mask.reshape(len(reader_batch.mask), 1, -1))
+            source = _fused_source(states, reader_batch._replace(order=None))
             inputs = shift_right(reader_batch.target, cfg.pad_id)
             cross_attention = reader.teacher_forced(inputs, source, with_cross_attention=True).cross_attention
             assert cross_attention is not None
@@ -235,6 +238,12 @@ def gold_scores(
             )
         case "emdr":
             raise ValueError("EMDR2 has no gold scores: `retriever_loss` computes its loss from logits")
+
+
+def _fused_source(states: Float[Array, "b n l d"], batch: ReaderBatch) -> EncoderStates:
+    """The passages of each query as one source, for one pass of the decoder."""
+    fused, mask = fuse(states, batch)
+    return EncoderStates(fused, mask[:, None])
 
 
 def _without_gradient(reader: FiD) -> FiD:

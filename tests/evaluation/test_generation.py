@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from atlas_jax.checkpoints.weights import import_weights
 from atlas_jax.data.tokens import Tokenizer, pad
 from atlas_jax.evaluation.generation import FREE, GenerationSettings, generate
 from atlas_jax.models.atlas import AtlasConfig, build_model
-from atlas_jax.models.fid import FiD
+from atlas_jax.models.fid import FiD, ReaderBatch
 
 
 def load(folder, **changes) -> FiD:
@@ -38,7 +39,11 @@ def answers(golden):
 
 
 def answer(reader, batch, cfg, prompt=None):
-    write = nnx.jit(lambda reader, ids, mask: generate(reader, reader.encode(ids, mask), cfg, prompt))
+    def write(reader: FiD, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        source = reader.encode(ReaderBatch(ids, mask, ids[:, 0], mask[:, 0]))
+        return generate(reader, source, cfg, prompt)
+
+    write = nnx.jit(write)
     return np.asarray(write(reader, *batch))
 
 

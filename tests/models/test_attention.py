@@ -18,7 +18,7 @@ def plain(queries, keys, values, bias, mask, seed, rate):
     logits = jnp.einsum("bhtk,bhsk->bhts", queries, keys)
     logits = jnp.where(mask, logits if bias is None else logits + bias, -1e30)
     weights = jax.nn.softmax(logits)
-    return jnp.einsum("bhts,bhsk->bhtk", weights if seed is None else drop(weights, seed, rate), values)
+    return jnp.einsum("bhts,bhsk->bhtk", weights if seed is None else drop(weights, seed, None, rate), values)
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_eight_devices_have_the_bits_of_one(spec):
 def test_the_gradient_is_dropped_as_the_values_are():
     """And in an array of the gradient's dtype; no mask is kept for it."""
     x = jnp.ones((2, 3, 40), jnp.bfloat16)
-    y, backward = jax.vjp(lambda x: drop(x, seed(6), 0.2), x)
+    y, backward = jax.vjp(lambda x: drop(x, seed(6), None, 0.2), x)
     np.testing.assert_array_equal(backward(x)[0], y)
     assert y.dtype == backward(x)[0].dtype == jnp.bfloat16
     assert all(leaf.size == 2 for leaf in jax.tree.leaves(backward))

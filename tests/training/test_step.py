@@ -12,6 +12,7 @@ from atlas_jax.checkpoints.weights import export_weights
 from atlas_jax.config import OptimConfig
 from atlas_jax.models.atlas import build_model
 from atlas_jax.models.fid import ReaderBatch
+from atlas_jax.models.packing import packed_order
 from atlas_jax.training.optimizer import init_optimizer
 from atlas_jax.training.step import Averaging, Batch, RetrieverBatch, StepConfig, TrainState, joint_loss, train_step
 
@@ -29,7 +30,14 @@ def batch(golden) -> Batch:
     retriever = ids["query_ids"], masks["query_mask"], ids["retriever_ids"], masks["retriever_mask"]
     sentinel = 1999  # with which every query ends
     lengths = jnp.argmax(ids["reader_ids"][:, 0] == sentinel, axis=-1).astype(jnp.int32) + 1
-    return Batch(ReaderBatch(*reader), lengths, RetrieverBatch(*retriever))
+    orders = [packed(file["reader_mask"]), packed(file["retriever_mask"])]  # padded batches: `test_mesh_step`
+    return Batch(ReaderBatch(*reader, orders[0]), lengths, RetrieverBatch(*retriever, orders[1]))
+
+
+def packed(mask: np.ndarray) -> jax.Array:
+    """The `Packing.order` of these passages, in a few more tokens than they have."""
+    lengths = mask.sum(-1)
+    return jnp.asarray(packed_order(lengths, mask.shape[-1], int(lengths.sum(1).max()) + 5))
 
 
 def config(weights, **changes) -> StepConfig:
