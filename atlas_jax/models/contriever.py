@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.attention import attend
-from atlas_jax.models.dropout import dropout, dropout_seed
+from atlas_jax.models.dropout import Seeds, dropout
 from atlas_jax.models.linear import Linear
 from atlas_jax.models.packing import Packing
 from atlas_jax.models.stack import StackedLayer, gather_module, scan, stack
@@ -80,19 +80,19 @@ class BertLayer(StackedLayer):
         x: Float[Array, "b s d"],
         mask: Bool[Array, "n l"],
         *,
-        rngs: nnx.Rngs | None = None,
+        seeds: Seeds | None = None,
         packing: Packing | None = None,
     ) -> Float[Array, "b s d"]:
         places = packing.places() if packing else None
         projected = (project(x) for project in (self.q, self.k, self.v))
         q, k, v = ((packing.unpack(y) if packing else y).swapaxes(1, 2) for y in projected)
         q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        seed = dropout_seed(rngs) if rngs is not None and self.rate else None
+        seed = seeds.next() if seeds is not None and self.rate else None
         y = attend(q, k, v, None, mask[:, None, None], seed, self.rate).swapaxes(1, 2)
         y = self.o(packing.pack(y) if packing else y)
-        x = self.attn_norm(x + dropout(y, self.rate, rngs, places))
+        x = self.attn_norm(x + dropout(y, self.rate, seeds, places))
         y = self.down(jax.nn.gelu(self.up(x), approximate=False))
-        return self.mlp_norm(x + dropout(y, self.rate, rngs, places))
+        return self.mlp_norm(x + dropout(y, self.rate, seeds, places))
 
 
 class Contriever(nnx.Module):
@@ -114,7 +114,7 @@ class Contriever(nnx.Module):
         ids: Int[Array, "b l"],
         mask: Bool[Array, "b l"],
         *,
-        rngs: nnx.Rngs | None = None,
+        seeds: Seeds | None = None,
         remat: bool = False,
         packing: Packing | None = None,
     ) -> Float[Array, "b d"]:
@@ -127,17 +127,17 @@ class Contriever(nnx.Module):
         positions = gather_module(self.positions, "retriever/encoder/positions/", jnp.float32).embedding
         x = words(ids) + positions[None, : ids.shape[1]] + self.token_types.embedding[None, :1]
         places = packing.places() if packing else None
-        x = dropout(self.embed_norm(packing.pack(x) if packing else x), cfg.dropout, rngs, places)
+        x = dropout(self.embed_norm(packing.pack(x) if packing else x), cfg.dropout, seeds, places)
 
-        def body(layer: BertLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:
+        def body(layer: BertLayer, x: Array, _: None, seeds: Seeds | None) -> tuple[Array, None]:
             def of_row(x: Array, mask: Array, packing: Packing | None) -> Array:
                 return layer(x, mask[0], packing=packing)
 
-            if cfg.for_cpu and rngs is None:
+            if cfg.for_cpu and seeds is None:
                 return map_rows(of_row, x, mask.reshape(len(x), -1, mask.shape[-1]), packing), None
-            return layer(x, mask, rngs=rngs, packing=packing), None
+            return layer(x, mask, seeds=seeds, packing=packing), None
 
-        x, _ = scan(body, self.layers, x, rngs=rngs, remat=remat)
+        x, _ = scan(body, self.layers, x, seeds=seeds, remat=remat)
         x = packing.unpack(x) if packing else x
         vectors = self._pool(x.astype(jnp.float32), mask)
         return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True) if cfg.normalize else vectors

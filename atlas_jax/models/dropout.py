@@ -5,27 +5,44 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-GOLDEN_RATIO = np.uint32(0x9E3779B9)  # 2^32 divided by the golden ratio: spreads consecutive integers
+# Odd numbers whose multiples are spread over 2^32, one for each axis: xxHash's
+PRIMES = tuple(map(np.uint32, (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)))
+
+
+class Seeds:
+    """The seeds of a model's dropouts in one step, another for each."""
+
+    def __init__(self, seed: UInt32[Array, " 2"]):
+        self._seed, self._count = seed, 0
+
+    @classmethod
+    def of_key(cls, key: Key[Array, ""]) -> "Seeds":
+        """Returns the seeds that a key of JAX determines."""
+        return cls(jax.random.key_data(key).reshape(-1)[-2:])
+
+    def next(self) -> UInt32[Array, " 2"]:
+        """Returns another seed in each call."""
+        self._count += 1
+        return _mix(self._seed + np.uint32(self._count * int(PRIMES[0]) % 2**32), self._seed[::-1])
+
+    def for_layers(self, depth: int) -> UInt32[Array, "depth 2"]:
+        """Returns another seed for the `Seeds` of each layer."""
+        seed = self.next()[None]
+        return _mix(seed + jnp.arange(depth, dtype=jnp.uint32)[:, None] * PRIMES[1], seed[:, ::-1])
 
 
 Places = tuple[Int[Array, "..."], ...]  # indices of elements, for each axis but the last
 
 
 def dropout(
-    x: Float[Array, "*shape"], rate: float, rngs: nnx.Rngs | None, places: Places | None = None
+    x: Float[Array, "*shape"], rate: float, seeds: Seeds | None, places: Places | None = None
 ) -> Float[Array, "*shape"]:
-    """Inverted dropout with a key of `rngs`; the identity without `rngs` or at rate 0. `places`: see `keep_mask`."""
-    if rngs is None or rate == 0.0:
+    """Inverted dropout with the next of `seeds`; the identity without them or at rate 0. `places`: see `keep_mask`."""
+    if seeds is None or rate == 0.0:
         return x
-    return drop(x, dropout_seed(rngs), places, rate)
-
-
-def dropout_seed(rngs: nnx.Rngs) -> UInt32[Array, " 2"]:
-    """Returns the next key of `rngs` as the seed of `drop`."""
-    return jax.random.key_data(rngs.dropout()).reshape(-1)[-2:]
+    return drop(x, seeds.next(), places, rate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -59,12 +76,11 @@ def keep_mask(
     """
     if places is None:
         places = tuple(jnp.indices(shape[:-1], dtype=jnp.int32, sparse=True))
-    row = seed[0].reshape((1,) * len(shape[:-1]))  # a hash of the indices along all axes but the last
-    for axis, index in enumerate(places):
-        row = _mix(row + index.astype(jnp.uint32) * GOLDEN_RATIO, seed[1] + np.uint32(axis))
-    row, salt = jax.lax.optimization_barrier((row, _mix(row, seed[1])))  # computed once for all elements of a row
+    rows = [index.astype(jnp.uint32) * prime for index, prime in zip(places, PRIMES[1:], strict=False)]
+    row = _mix(functools.reduce(jnp.add, rows, seed[0].reshape((1,) * len(shape[:-1]))), seed[1])
+    row, salt = jax.lax.optimization_barrier((row, _mix(row, seed[0])))  # computed once for all elements of a row
     column = jax.lax.iota(jnp.uint32, shape[-1]).reshape(*[1] * len(shape[:-1]), shape[-1])
-    bits = _mix(row[..., None] + column * GOLDEN_RATIO, salt[..., None])
+    bits = _mix(row[..., None] + column * PRIMES[0], salt[..., None])
     return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 

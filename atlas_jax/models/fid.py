@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.mesh import BATCH_AXES, constrain, params_are_sharded
+from atlas_jax.models.dropout import Seeds
 from atlas_jax.models.packing import Packing, make_packing
 from atlas_jax.models.stack import gather_module
 from atlas_jax.models.t5 import CrossAttention, Decoder, EncodedSource, Encoder, EncoderStates, KeyValues, T5Config
@@ -86,13 +87,13 @@ class FiD(nnx.Module):
         self,
         batch: ReaderBatch,
         *,
-        rngs: nnx.Rngs | None = None,
+        seeds: Seeds | None = None,
         remat: bool = False,
     ) -> Float[Array, "b n l d"]:
         """Encodes each passage on its own; a row of ids holds query and passage as one text."""
         b, n, length = batch.passages.shape
         rows, mask = self._embed_tokens(batch.passages.reshape(b * n, length)), batch.mask.reshape(b * n, length)
-        states = self.encoder(rows, mask, rngs=rngs, remat=remat, packing=batch.packing())
+        states = self.encoder(rows, mask, seeds=seeds, remat=remat, packing=batch.packing())
         return constrain(group_by_query(states, n), BATCH_AXES, "passages")
 
     def encode(self, batch: ReaderBatch) -> EncodedSource:
@@ -123,13 +124,13 @@ class FiD(nnx.Module):
         inputs: Int[Array, "r t"],
         source: EncoderStates,
         *,
-        rngs: nnx.Rngs | None = None,
+        seeds: Seeds | None = None,
         remat: bool = False,
         with_cross_attention: bool = False,
     ) -> DecoderOutput:
         """Returns logits of whole targets by teacher forcing; keys and values of the source are not cached."""
         x, cross_attention = self.decoder.teacher_forced(
-            self._embed_tokens(inputs), source, rngs=rngs, remat=remat, with_cross_attention=with_cross_attention
+            self._embed_tokens(inputs), source, seeds=seeds, remat=remat, with_cross_attention=with_cross_attention
         )
         return DecoderOutput(self._logits(x), cross_attention)
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.mesh import ROW_AXES, constrain
 from atlas_jax.models.attention import attend, attention_logits
-from atlas_jax.models.dropout import Places, dropout, dropout_seed
+from atlas_jax.models.dropout import Places, Seeds, dropout
 from atlas_jax.models.linear import Linear
 from atlas_jax.models.packing import Packing
 from atlas_jax.models.stack import StackedLayer, scan, stack, unstack
@@ -134,11 +134,11 @@ class Attention(nnx.Module):
         bias: Float[Array, "#n #h t s"] | None,
         mask: Bool[Array, "#n #t s"],
         *,
-        rngs: nnx.Rngs | None = None,
+        seeds: Seeds | None = None,
         packing: Packing | None = None,
     ) -> Float[Array, "b q d"]:
         """With `packing`, `x` and the result are packed tokens of `n` texts that each attend to their own source."""
-        seed = dropout_seed(rngs) if rngs is not None and self.rate else None
+        seed = seeds.next() if seeds is not None and self.rate else None
         queries = _heads_first(self.q(x), packing)
         y = attend(queries, source.keys, source.values, bias, mask[:, None], seed, self.rate).swapaxes(1, 2)
         return self.o(packing.pack(y) if packing else y)
@@ -171,14 +171,14 @@ class MLP(nnx.Module):
         self.rate = cfg.dropout
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, rngs: nnx.Rngs | None = None, places: Places | None = None
+        self, x: Float[Array, "b t d"], *, seeds: Seeds | None = None, places: Places | None = None
     ) -> Float[Array, "b t d"]:
         if self.gate is None:
             hidden = jax.nn.relu(self.up(x))
         else:
             gate = jax.nn.gelu(self.gate(x).astype(jnp.float32), approximate=True).astype(x.dtype)
             hidden = gate * self.up(x)
-        return self.down(dropout(hidden, self.rate, rngs, places))
+        return self.down(dropout(hidden, self.rate, seeds, places))
 
 
 def _norm(cfg: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -201,15 +201,15 @@ class EncoderLayer(StackedLayer):
         bias: Float[Array, "1 h l l"],
         mask: Bool[Array, "n 1 l"],
         *,
-        rngs: nnx.Rngs | None = None,
+        seeds: Seeds | None = None,
         packing: Packing | None = None,
     ) -> Float[Array, "b s d"]:
         places = packing.places() if packing else None
         x = constrain(x, ROW_AXES)
         y = self.attn_norm(x)
-        y = self.attn(y, self.attn.keys_values(y, packing), bias, mask, rngs=rngs, packing=packing)
-        x = x + dropout(y, self.rate, rngs, places)
-        return x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs, places=places), self.rate, rngs, places)
+        y = self.attn(y, self.attn.keys_values(y, packing), bias, mask, seeds=seeds, packing=packing)
+        x = x + dropout(y, self.rate, seeds, places)
+        return x + dropout(self.mlp(self.mlp_norm(x), seeds=seeds, places=places), self.rate, seeds, places)
 
 
 class DecoderLayer(StackedLayer):
@@ -234,7 +234,7 @@ class DecoderLayer(StackedLayer):
         mask: Bool[Array, "1 t p"],
         cross_mask: Bool[Array, "b #q s"],
         *,
-        rngs: nnx.Rngs | None = None,
+        seeds: Seeds | None = None,
         with_cross_attention: bool = False,
     ) -> LayerOutput:
         """Applies the layer; `present` is `past` with the keys and values of `x` written at `position` and after."""
@@ -243,13 +243,13 @@ class DecoderLayer(StackedLayer):
         if past is not None:
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2)
             present = KeyValues(write(past.keys, present.keys), write(past.values, present.values))
-        x = x + dropout(self.self_attn(y, present, bias, mask, rngs=rngs), self.rate, rngs)
+        x = x + dropout(self.self_attn(y, present, bias, mask, seeds=seeds), self.rate, seeds)
         # Rows that share a source are folded into the target axis; valid as cross-attention has no position bias
         y = self.cross_attn_norm(x).reshape(cross_mask.shape[0], -1, x.shape[-1])
         cross_attention = self.cross_attn.head_means(y, cross_kv, cross_mask) if with_cross_attention else None
-        y = self.cross_attn(y, cross_kv, None, cross_mask, rngs=rngs).reshape(x.shape)
-        x = x + dropout(y, self.rate, rngs)
-        x = x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs)
+        y = self.cross_attn(y, cross_kv, None, cross_mask, seeds=seeds).reshape(x.shape)
+        x = x + dropout(y, self.rate, seeds)
+        x = x + dropout(self.mlp(self.mlp_norm(x), seeds=seeds), self.rate, seeds)
         return LayerOutput(x, present, cross_attention)
 
 
@@ -308,7 +308,7 @@ class Encoder(nnx.Module):
         x: Float[Array, "b s d"],
         mask: Bool[Array, "b s"],
         *,
-        rngs: nnx.Rngs | None = None,
+        seeds: Seeds | None = None,
         remat: bool = False,
         packing: Packing | None = None,
     ) -> Float[Array, "b s d"]:
@@ -318,16 +318,16 @@ class Encoder(nnx.Module):
         places = packing.places() if packing else None
         x = packing.pack(x) if packing else x
 
-        def body(layer: EncoderLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:
+        def body(layer: EncoderLayer, x: Array, _: None, seeds: Seeds | None) -> tuple[Array, None]:
             def of_row(x: Array, mask: Array, packing: Packing | None) -> Array:
                 return layer(x, bias, mask[0], packing=packing)
 
-            if self.for_cpu and rngs is None:
+            if self.for_cpu and seeds is None:
                 return map_rows(of_row, x, mask.reshape(len(x), -1, 1, mask.shape[-1]), packing), None
-            return layer(x, bias, mask[:, None], rngs=rngs, packing=packing), None
+            return layer(x, bias, mask[:, None], seeds=seeds, packing=packing), None
 
-        x, _ = scan(body, self.layers, dropout(x, self.rate, rngs, places), rngs=rngs, remat=remat)
-        x = dropout(self.final_norm(x), self.rate, rngs, places)
+        x, _ = scan(body, self.layers, dropout(x, self.rate, seeds, places), seeds=seeds, remat=remat)
+        x = dropout(self.final_norm(x), self.rate, seeds, places)
         return packing.unpack(x) if packing else x
 
 
@@ -366,7 +366,7 @@ class Decoder(nnx.Module):
         causal = (keys[None, :] <= queries[:, None])[None]
 
         def body(
-            layer: DecoderLayer, x: Array, xs: tuple[KeyValues, KeyValues | None], _: nnx.Rngs | None
+            layer: DecoderLayer, x: Array, xs: tuple[KeyValues, KeyValues | None], _: Seeds | None
         ) -> tuple[Array, KeyValues]:
             cross_kv, past = xs
             out = layer(x, past, position, cross_kv, bias, causal, source.mask[:, None])
@@ -384,7 +384,7 @@ class Decoder(nnx.Module):
         x: Float[Array, "r t d"],
         source: EncoderStates,
         *,
-        rngs: nnx.Rngs | None = None,
+        seeds: Seeds | None = None,
         remat: bool = False,
         with_cross_attention: bool = False,
     ) -> tuple[Float[Array, "r t d"], CrossAttention | None]:
@@ -395,13 +395,15 @@ class Decoder(nnx.Module):
         zeros = jnp.zeros((len(source.mask), x.shape[0] * x.shape[1] // len(source.mask), source.mask.shape[2]))
         total = CrossAttention(zeros, zeros, zeros) if with_cross_attention else None
 
-        def body(layer: DecoderLayer, carry: Any, _: None, rngs: nnx.Rngs | None) -> tuple[Any, None]:
+        def body(layer: DecoderLayer, carry: Any, _: None, seeds: Seeds | None) -> tuple[Any, None]:
             x, total = carry
             cross_kv = layer.cross_attn.keys_values(source.states, source.packing)
             out = layer(
-                *(x, None, 0, cross_kv, bias, causal, source.mask), rngs=rngs, with_cross_attention=with_cross_attention
+                *(x, None, 0, cross_kv, bias, causal, source.mask),
+                seeds=seeds,
+                with_cross_attention=with_cross_attention,
             )
             return (out.x, jax.tree.map(jnp.add, total, out.cross_attention)), None
 
-        (x, total), _ = scan(body, self.layers, (dropout(x, self.rate, rngs), total), rngs=rngs, remat=remat)
-        return dropout(self.final_norm(x), self.rate, rngs), total
+        (x, total), _ = scan(body, self.layers, (dropout(x, self.rate, seeds), total), seeds=seeds, remat=remat)
+        return dropout(self.final_norm(x), self.rate, seeds), total

@@ -20,6 +20,7 @@ from atlas_jax.models.atlas import AtlasModel, build_model
 from atlas_jax.retrieval.passage_index import check_passage_index
 from atlas_jax.runtime.compiled import enable_compilation_cache
 from atlas_jax.runtime.interrupts import Interrupted, Interrupts, requeue
+from atlas_jax.runtime.memory import return_freed_memory
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.runtime.profiler import StepProfiler
 from atlas_jax.storage.cache import cache_folder
@@ -67,6 +68,8 @@ def train(config: Config, run: Path) -> None:
         checkpoints = stack.enter_context(RunCheckpoints(folder, config.run.keep, config.run.save_freq))
         mesh = training_mesh(config, model_config(config))
         start, state = restore_or_init(config, checkpoints, mesh)
+        start = start.with_params_of("retriever/")  # the index needs them; the arrays are in the state otherwise
+        return_freed_memory()
         queries = global_batch_size(mesh, config.run.per_gpu_batch_size)
         write_json(run / CONFIG, to_dict(config) | {"loss_group": start.averaging(config, queries).loss_group})
         progress, total = start.progress, config.optim.total_steps
@@ -79,6 +82,8 @@ def train(config: Config, run: Path) -> None:
             report_checkpoint_space(config, progress.step, state)
         if progress.step < total or config.index.save_index_path or missing_evaluations(run, eval_rows, progress.step):
             setup = build_setup(config, start, training_rows, mesh, scratch)
+            start = start.with_params_of()
+            return_freed_memory()
             reporter = stack.enter_context(
                 MetricsReporter(run, total, config.run.log_freq, progress.step, progress.pending)
             )
@@ -110,7 +115,7 @@ class Trainer:
     ):
         self.config, self.run_folder, self.setup, self.state = config, run, setup, state
         self.progress = start.progress
-        self.weights = dataclasses.replace(start.weights, params={})  # the arrays are in the state, and only there
+        self.weights = start.weights
         self.eval_rows, self.best = eval_rows, best
         self.reporter, self.checkpoints, self.interrupts = reporter, checkpoints, interrupts
         self.metrics = MetricsBuffer(config, setup.clock, reporter, self.progress.skipped)

@@ -52,6 +52,11 @@ class RunStart:
     weights: Weights
     resume_state: ResumeState | None  # None: a new run
 
+    def with_params_of(self, *prefixes: str) -> "RunStart":
+        """The start with these parameters only; the memory of the others may be freed."""
+        params = {path: array for path, array in self.weights.params.items() if path.startswith(prefixes)}
+        return dataclasses.replace(self, weights=dataclasses.replace(self.weights, params=params))
+
     @property
     def progress(self) -> Progress:
         """The progress that the checkpoint holds; that of a new run is at step 0."""
@@ -204,7 +209,9 @@ def put_state(mesh: Mesh, state: TrainState) -> TrainState:
 def _put_leaf(mesh: Mesh, keys: tuple[Any, ...], x: ArrayOrShape | LazyArray) -> Any:
     """Leaves in dicts are parameters, moments and gradients, by the parameter's path; all others are numbers."""
     if isinstance(keys[-1], jax.tree_util.DictKey):
-        return put_parameter(mesh, keys[-1].key, x)
+        placed = put_parameter(mesh, keys[-1].key, x)
+        # A CPU device shares NumPy's memory, which cannot be donated: the first step would copy all at once
+        return placed.copy() if isinstance(placed, jax.Array) and mesh.devices.flat[0].platform == "cpu" else placed
     return replicate(mesh, read_array(x) if isinstance(x, LazyArray) else x)
 
 

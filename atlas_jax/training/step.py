@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from atlas_jax.config import GoldMode, OptimConfig
 from atlas_jax.mesh import ROW_AXES, constrain
 from atlas_jax.models.atlas import AtlasConfig, AtlasModel, Retriever, build_model
+from atlas_jax.models.dropout import Seeds
 from atlas_jax.models.fid import FiD, ReaderBatch, fuse, shift_right, token_losses
 from atlas_jax.models.packing import make_packing
 from atlas_jax.models.t5 import EncoderStates
@@ -109,7 +110,7 @@ def train_step(
 
     def loss_fn(trained: Params) -> tuple[Float[Array, ""], Metrics]:
         model = build_model(state.params | trained, cfg.model)
-        return joint_loss(model, batch, nnx.Rngs(dropout=key) if cfg.dropout else None, cfg)
+        return joint_loss(model, batch, Seeds.of_key(key) if cfg.dropout else None, cfg)
 
     (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
     if state.gradients is not None:
@@ -140,7 +141,7 @@ def train_step(
 
 
 def joint_loss(
-    model: AtlasModel, batch: Batch, rngs: nnx.Rngs | None, cfg: StepConfig
+    model: AtlasModel, batch: Batch, seeds: Seeds | None, cfg: StepConfig
 ) -> tuple[Float[Array, ""], Metrics]:
     """The reader's cross-entropy per target token, plus the retriever's loss if the batch trains it.
 
@@ -150,19 +151,19 @@ def joint_loss(
     assert reader is not None
     n = min(cfg.n_context, reader_batch.passages.shape[1])
     read = reader_batch.first(n)
-    states = reader.encoder_states(read, rngs=rngs, remat=cfg.remat_reader)
+    states = reader.encoder_states(read, seeds=seeds, remat=cfg.remat_reader)
     with_stats = cfg.stats and batch.retriever is not None
     source = _fused_source(states, read._replace(order=None) if with_stats else read)
     inputs = shift_right(reader_batch.target, cfg.pad_id)
     logits, cross_attention = reader.teacher_forced(
-        inputs, source, rngs=rngs, remat=cfg.remat_reader, with_cross_attention=with_stats
+        inputs, source, seeds=seeds, remat=cfg.remat_reader, with_cross_attention=with_stats
     )
     losses = token_losses(logits, reader_batch.target, reader_batch.target_mask)
     reader_loss = (losses.sum(-1) * token_weights(reader_batch.target_mask, cfg.averaging.loss_group)).sum()
     metrics = {"loss/reader_loss": reader_loss}
     if batch.retriever is None or model.retriever is None:
         return reader_loss, metrics
-    scores = retriever_scores(model.retriever, batch.retriever, rngs, cfg)
+    scores = retriever_scores(model.retriever, batch.retriever, seeds, cfg)
     loss, gold = retriever_loss(_without_gradient(reader), states, scores, reader_batch, cfg)
     if cross_attention is not None and gold is not None:
         metrics |= correlations(
@@ -178,15 +179,15 @@ def joint_loss(
 
 
 def retriever_scores(
-    retriever: Retriever, batch: RetrieverBatch, rngs: nnx.Rngs | None, cfg: StepConfig
+    retriever: Retriever, batch: RetrieverBatch, seeds: Seeds | None, cfg: StepConfig
 ) -> Float[Array, "b n"]:
     """The retriever's score of each passage: q.p / sqrt(d)."""
     b, n, _ = batch.passages.shape
-    queries = retriever(batch.queries, batch.query_mask, side="query", rngs=rngs, remat=cfg.remat_retriever)
+    queries = retriever(batch.queries, batch.query_mask, side="query", seeds=seeds, remat=cfg.remat_retriever)
     rows = (constrain(x.reshape(b * n, -1), ROW_AXES) for x in (batch.passages, batch.passage_mask))
-    passage_rngs = None if cfg.query_side else rngs
+    passage_seeds = None if cfg.query_side else seeds
     packing = make_packing(batch.passage_order, *batch.passages.shape[1:])
-    passages = retriever(*rows, side="passage", rngs=passage_rngs, remat=cfg.remat_retriever, packing=packing)
+    passages = retriever(*rows, side="passage", seeds=passage_seeds, remat=cfg.remat_retriever, packing=packing)
     passages = passages.reshape(b, n, -1)
     return jnp.einsum("bd,bnd->bn", queries, passages) * queries.shape[-1] ** -0.5
 

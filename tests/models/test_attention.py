@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from atlas_jax.models.attention import attend
-from atlas_jax.models.dropout import drop, dropout_seed
+from atlas_jax.models.dropout import Seeds, drop
 
 B, H, T, S, K = 2, 3, 5, 7, 4
 RATE = 0.3
@@ -35,7 +34,7 @@ def test_values_and_gradients_equal_the_plain_formula(arrays, bias_shape, mask_s
     rng = np.random.default_rng(1)
     bias = None if bias_shape is None else jnp.asarray(rng.normal(size=bias_shape), jnp.float32)
     mask = jnp.asarray(rng.random(mask_shape) < 0.6).at[0, 0, 0].set(False)
-    seed = dropout_seed(nnx.Rngs(dropout=2)) if rate else None
+    seed = Seeds.of_key(jax.random.key(2)).next() if rate else None
     weights = jnp.asarray(rng.normal(size=(B, H, T, K)), jnp.float32)
 
     def outcome(function):

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from atlas_jax.models.dropout import drop, dropout, dropout_seed, keep_mask
+from atlas_jax.models.dropout import Seeds, drop, dropout, keep_mask
 
 SHAPE = (8, 10, 500, 625)  # 25 million elements; the tests of quality take 10^8 draws
 DRAWS = 25_000_000
@@ -15,8 +14,12 @@ SIGMAS = 4.5  # 1 in 150,000 samples of a normal distribution is further off
 mask_of = jax.jit(keep_mask, static_argnums=(1, 2))
 
 
+def seeds(number: int) -> Seeds:
+    return Seeds.of_key(jax.random.key(number))
+
+
 def seed(number: int) -> jax.Array:
-    return dropout_seed(nnx.Rngs(dropout=number))
+    return seeds(number).next()
 
 
 def deviations(number: int, rate: float) -> jax.Array:
@@ -38,7 +41,7 @@ def test_the_fraction_dropped_is_the_rate(rate):
         sums = deviation.sum(axes) / np.prod([SHAPE[axis] for axis in axes]) ** 0.5
         kurtosis = 2.0 + (1 / (rate * (1 - rate)) - 6) / np.prod([SHAPE[axis] for axis in axes])  # variance of a square
         assert sigmas((sums**2 - 1) / kurtosis**0.5) < SIGMAS, axes
-    x = dropout(jnp.ones((2, 40, 50)), rate, nnx.Rngs(dropout=0))
+    x = dropout(jnp.ones((2, 40, 50)), rate, seeds(0))
     assert set(np.unique(np.asarray(x)).tolist()) == {0.0, float(jnp.float32(1) / jnp.float32(1 - rate))}
 
 
@@ -62,14 +65,14 @@ def test_eight_neighbours_have_all_patterns_equally_often():
 
 
 def test_seeds_are_independent():
-    """Cross correlations of the masks of steps (a key folded with the step), of layers (a split key) and of calls."""
+    """Cross correlations of the masks of steps (a key folded with the step), of layers and of calls."""
     key = jax.random.key(3)
-    keys = [*(jax.random.fold_in(key, step) for step in (1, 2)), *jax.random.split(jax.random.fold_in(key, 3), 2)]
-    rngs = nnx.Rngs(dropout=key)
-    seeds = [dropout_seed(nnx.Rngs(dropout=key)) for key in keys] + [dropout_seed(rngs), dropout_seed(rngs)]
-    seeds += [seeds[0] + jnp.asarray([0, 1], jnp.uint32), seeds[0] + jnp.asarray([1, 0], jnp.uint32)]
+    steps = [Seeds.of_key(jax.random.fold_in(key, step)) for step in (1, 2)]
+    found_seeds = [step.next() for step in (*steps, *steps)]
+    found_seeds += [Seeds(layer).next() for layer in steps[0].for_layers(3)]
+    found_seeds += [found_seeds[0] + jnp.asarray([0, 1], jnp.uint32), found_seeds[0] + jnp.asarray([1, 0], jnp.uint32)]
     shape = (*SHAPE[:2], 100, SHAPE[3])
-    masks = [jnp.where(mask_of(seed, 0.5, shape), 1.0, -1.0) for seed in seeds]
+    masks = [jnp.where(mask_of(seed, 0.5, shape), 1.0, -1.0) for seed in found_seeds]
     found = [sigmas(masks[i] * masks[j]) for i in range(len(masks)) for j in range(i)]
     assert max(found) < SIGMAS, found
 
@@ -111,4 +114,4 @@ def test_without_rngs_or_at_rate_0_dropout_is_the_identity():
     """Returns the very array that was passed in."""
     x = jnp.ones((1, 2, 3))
     assert dropout(x, 0.1, None) is x
-    assert dropout(x, 0.0, nnx.Rngs(dropout=0)) is x
+    assert dropout(x, 0.0, seeds(0)) is x
