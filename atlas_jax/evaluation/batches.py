@@ -9,7 +9,7 @@ from jaxtyping import Int32
 
 from atlas_jax.config import TextConfig
 from atlas_jax.data.reader_inputs import ReaderInputEncoder
-from atlas_jax.data.tokens import Tokenizer, bucket, packed_bucket, pad
+from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.errors import UserError
 from atlas_jax.evaluation.step import CHOICE_POSITION
 from atlas_jax.mesh import ArrayOrShape, local_row_indices, put_batch, put_passages
@@ -19,6 +19,7 @@ from atlas_jax.retrieval.passage_source import RetrievedPassages
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.tasks import Example
 
+PACKED_APART = 128  # at least so many tokens are between two lengths, of padded and of packed passages
 MAX_TARGET = 2**14  # tokens of a target if --target_maxlength sets no limit
 
 
@@ -108,12 +109,23 @@ class ReaderBatcher:
         return self.text.decoder_format.format(target=target) if self.text.decoder_format else target
 
 
-def packing_order(mesh: Mesh, texts: Sequence[list[int]], n: int, length: int) -> Int32[np.ndarray, "b p"] | None:
-    """Returns the `Packing.order` of texts padded to `length`, `n` a query, on one device; None on several."""
+def padded_length(mesh: Mesh, longest: int, maximum: int) -> int:
+    """Returns the length to pad passages to: on one device of few choices, as most work leaves out the padding."""
+    return bucket(longest, maximum, 32 if mesh.size > 1 else PACKED_APART)
+
+
+def packing_order(
+    mesh: Mesh, texts: Sequence[list[int]], n: int, length: int, at_least: int = 0
+) -> Int32[np.ndarray, "b p"] | None:
+    """Returns the `Packing.order` of texts padded to `length`, `n` a query, on one device; None on several.
+
+    It has at least `at_least` tokens a query, if that many fit: fewer programs are compiled for other shapes.
+    """
     if mesh.size > 1:
         return None
     lengths = np.asarray([len(ids) for ids in texts]).reshape(-1, n)
-    return packed_order(lengths, length, packed_bucket(int(lengths.sum(1).max()), n * length))
+    packed = bucket(max(int(lengths.sum(1).max()), min(at_least, n * length)), n * length, PACKED_APART)
+    return packed_order(lengths, length, packed)
 
 
 def put_reader_batch(

@@ -17,7 +17,7 @@ from atlas_jax.config import Config, GenerationConfig
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.errors import UserError
-from atlas_jax.evaluation.batches import ReaderBatcher
+from atlas_jax.evaluation.batches import ReaderBatcher, padded_length
 from atlas_jax.evaluation.generation import FREE, GenerationSettings
 from atlas_jax.evaluation.step import ReaderOutput, eval_step
 from atlas_jax.mesh import global_batch_size, put_batch, replicate
@@ -192,7 +192,7 @@ class Evaluator:
         local_prompts = [prompts[row] for row in local_rows if row < len(prompts)]
         passages = self.batcher.passages([example.query for example in local_examples], local_passages)
         (longest,) = process_group().all_max(max(map(len, passages), default=0))
-        length = bucket(longest, self.config.text.text_maxlength)
+        length = padded_length(self.mesh, longest, self.config.text.text_maxlength)
         batch = self.batcher.batch(local_examples, passages, local_prompts, length, retrieved.numbers.shape[1])
         prompt = None
         if prompts:

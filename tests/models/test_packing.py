@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from atlas_jax.data.tokens import packed_bucket
 from atlas_jax.models.contriever import Contriever, ContrieverConfig
 from atlas_jax.models.dropout import Seeds
 from atlas_jax.models.fid import FiD, ReaderBatch
@@ -89,11 +88,3 @@ def test_the_retriever_embeds_packed_passages_as_padded_ones(pooling, rate):
     kept = np.arange(2 * N) != 2 if pooling == "cls" else slice(None)
     packed, padded = vectors(make_packing(ORDER, N, LENGTH)), vectors(None)
     np.testing.assert_allclose(packed[kept], padded[kept], rtol=1e-5, atol=1e-5)
-
-
-def test_packed_lengths_have_eight_sizes_a_doubling():
-    """So that few programs are compiled, and little padding is computed."""
-    sizes = {packed_bucket(tokens, 100_000) for tokens in range(2049, 4097)}
-    assert sizes == set(range(2304, 4097, 256))
-    assert packed_bucket(1, 100) == 64
-    assert packed_bucket(99, 100) == 100
