@@ -20,6 +20,7 @@ from atlas_jax.models.attention import attend, attention_logits
 from atlas_jax.models.dropout import Places, Seeds, dropout
 from atlas_jax.models.linear import Linear
 from atlas_jax.models.packing import Packing
+from atlas_jax.models.position_bias import PositionBias
 from atlas_jax.models.stack import StackedLayer, scan, stack, unstack
 
 
@@ -253,51 +254,21 @@ class DecoderLayer(StackedLayer):
         return LayerOutput(x, present, cross_attention)
 
 
-def relative_bucket(
-    distance: Int[Array, "..."], *, bidirectional: bool, buckets: int, max_distance: int
-) -> Int[Array, "..."]:
-    """Returns T5's bucket of a distance (key position minus query position), arXiv 1910.10683 section 2.1.
-
-    Half of the buckets hold one distance each, the others grow logarithmically up to `max_distance`. `bidirectional`:
-    half of the buckets are for later keys; otherwise all later keys share bucket 0.
-    """
-    offset = jnp.zeros_like(distance)
-    if bidirectional:
-        buckets //= 2
-        offset = jnp.where(distance > 0, buckets, 0)
-        distance = jnp.abs(distance)
-    else:
-        distance = jnp.maximum(-distance, 0)
-    exact = buckets // 2
-    log_ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / jnp.log(max_distance / exact)
-    log_bucket = jnp.minimum(exact + (log_ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
-    return offset + jnp.where(distance < exact, distance, log_bucket)
-
-
-class PositionBias(nnx.Module):
-    """Relative position bias, shared by all layers of the encoder or of the decoder."""
-
-    def __init__(self, cfg: T5Config, *, bidirectional: bool, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(cfg.d_model**-0.5)
-        self.embed = nnx.Embed(cfg.relative_buckets, cfg.num_heads, embedding_init=init, rngs=rngs)
-        self.bucket = functools.partial(
-            relative_bucket,
-            bidirectional=bidirectional,
-            buckets=cfg.relative_buckets,
-            max_distance=cfg.relative_max_distance,
-        )
-
-    def __call__(self, queries: Int[Array, " t"], keys: Int[Array, " s"]) -> Float[Array, "1 h t s"]:
-        """Returns each head's bias for these positions of queries and keys."""
-        bias = self.embed(self.bucket(keys[None, :] - queries[:, None]))
-        return bias.transpose(2, 0, 1)[None].astype(jnp.float32)
+def _position_bias(cfg: T5Config, *, bidirectional: bool, rngs: nnx.Rngs) -> PositionBias:
+    shape = cfg.relative_buckets, cfg.num_heads
+    options: dict[str, Any] = {
+        "max_distance": cfg.relative_max_distance,
+        "bidirectional": bidirectional,
+        "scale": cfg.d_model**-0.5,
+    }
+    return PositionBias(*shape, **options, rngs=rngs)
 
 
 class Encoder(nnx.Module):
     """T5's encoder: embedded tokens to states after the final norm."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
-        self.position_bias = PositionBias(cfg, bidirectional=True, rngs=rngs)
+        self.position_bias = _position_bias(cfg, bidirectional=True, rngs=rngs)
         self.layers = stack(lambda rngs: EncoderLayer(cfg, rngs=rngs), cfg.num_layers, rngs=rngs)
         self.final_norm = _norm(cfg, rngs)
         self.rate = cfg.dropout
@@ -335,7 +306,7 @@ class Decoder(nnx.Module):
     """T5's decoder: embedded target tokens and a source to states after the final norm."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
-        self.position_bias = PositionBias(cfg, bidirectional=False, rngs=rngs)
+        self.position_bias = _position_bias(cfg, bidirectional=False, rngs=rngs)
         self.layers = stack(lambda rngs: DecoderLayer(cfg, rngs=rngs), cfg.num_decoder_layers, rngs=rngs)
         self.final_norm = _norm(cfg, rngs)
         self.rate = cfg.dropout
