@@ -14,6 +14,7 @@ from atlas_jax.models.dropout import drop
 from atlas_jax.models.linear import row_major, transpose
 
 SWAP = (0, 1, 3, 2)  # the last two axes
+FEW_QUERIES = 32  # below, as in decoding, copying the keys takes longer than multiplying them
 MASKED_LOGIT = float(jnp.finfo(jnp.float32).min)
 
 
@@ -80,6 +81,8 @@ def _dropped(x: Float[Array, "b h t s"], seed: UInt32[Array, " 2"] | None, rate:
 
 def _product_with_transposed(x: Float[Array, "b h t k"], y: Float[Array, "b h s k"]) -> Float[Array, "b h t s"]:
     """Returns `bhtk,bhsk->bhts` in float32."""
+    if x.shape[2] < FEW_QUERIES:
+        return jnp.einsum("bhtk,bhsk->bhts", x, y, preferred_element_type=jnp.float32)
     return jnp.einsum("bhtk,bhks->bhts", x, transpose(y, SWAP), preferred_element_type=jnp.float32)
 
 

@@ -20,7 +20,7 @@ from atlas_jax.checkpoints.restore import check_finite, restore
 from atlas_jax.checkpoints.run_checkpoints import DifferentRun, RunCheckpoints
 from atlas_jax.checkpoints.store import ResumeState, Weights
 from atlas_jax.config import Config, resume_rules, to_dict
-from atlas_jax.mesh import ArrayOrShape, global_batch_size, put_parameter, replicate
+from atlas_jax.mesh import ArrayOrShape, global_batch_size, is_single_cpu, put_parameter, replicate
 from atlas_jax.storage.lazy_array import ArrayLike, LazyArray, LocalShards
 from atlas_jax.storage.lazy_array import read as read_array
 from atlas_jax.training.best_step import Scores
@@ -211,7 +211,7 @@ def _put_leaf(mesh: Mesh, keys: tuple[Any, ...], x: ArrayOrShape | LazyArray) ->
     if isinstance(keys[-1], jax.tree_util.DictKey):
         placed = put_parameter(mesh, keys[-1].key, x)
         # A CPU device shares NumPy's memory, which cannot be donated: the first step would copy all at once
-        return placed.copy() if isinstance(placed, jax.Array) and mesh.devices.flat[0].platform == "cpu" else placed
+        return placed.copy() if isinstance(placed, jax.Array) and is_single_cpu(mesh) else placed
     return replicate(mesh, read_array(x) if isinstance(x, LazyArray) else x)
 
 

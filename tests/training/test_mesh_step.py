@@ -11,7 +11,8 @@ from atlas_jax.models.atlas import build_model
 from atlas_jax.models.dropout import Seeds
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.training.step import Averaging, Batch, StepConfig, joint_loss
-from tests.training.test_step import batch, config, norm
+from tests.training.test_step import config, norm
+from tests.training.test_step import padded_batch as batch
 
 TOGETHER = Averaging(loss_group=8, separate_clip=False)  # the eight questions of `put_doubled_batch`
 MESHES = ("fsdp=8", "model=4", "data=2,fsdp=2,model=2", "passages=5")

@@ -21,7 +21,17 @@ MODES = ("ppmean", "evalnormsum", "loop", "emdr")
 
 
 @pytest.fixture(scope="module")
-def batch(golden) -> Batch:
+def batch(padded_batch) -> Batch:
+    """The reference's batch with packed passages."""
+    read, retriever = padded_batch.reader, padded_batch.retriever
+    read = read._replace(order=packed(np.asarray(read.mask)))
+    return padded_batch._replace(
+        reader=read, retriever=retriever._replace(passage_order=packed(np.asarray(retriever.passage_mask)))
+    )
+
+
+@pytest.fixture(scope="module")
+def padded_batch(golden) -> Batch:
     file = np.load(golden / "batch.npz")
     labels = file["labels"]
     ids = {name: jnp.asarray(file[name], jnp.int32) for name in ("reader_ids", "query_ids", "retriever_ids")}
@@ -30,8 +40,7 @@ def batch(golden) -> Batch:
     retriever = ids["query_ids"], masks["query_mask"], ids["retriever_ids"], masks["retriever_mask"]
     sentinel = 1999  # with which every query ends
     lengths = jnp.argmax(ids["reader_ids"][:, 0] == sentinel, axis=-1).astype(jnp.int32) + 1
-    orders = [packed(file["reader_mask"]), packed(file["retriever_mask"])]  # padded batches: `test_mesh_step`
-    return Batch(ReaderBatch(*reader, orders[0]), lengths, RetrieverBatch(*retriever, orders[1]))
+    return Batch(ReaderBatch(*reader), lengths, RetrieverBatch(*retriever))
 
 
 def packed(mask: np.ndarray) -> jax.Array:
