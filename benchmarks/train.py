@@ -58,7 +58,6 @@ def main() -> None:
             "warmup_steps": 2,
             "log_freq": 1,
             "keep": 0,
-            "compile_cache": "none",
             "name": "benchmark",
             "checkpoint_dir": folder,
         }

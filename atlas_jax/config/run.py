@@ -1,6 +1,5 @@
 """Flags of a run: its name and files, its processes, its task, its optimizer."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,8 +31,6 @@ class RunConfig:
     # file of --eval_data, such as dev:f1; left out: the first file and the task's main metric
     max_bad_steps: int = changeable(20)  # train: stop after this many consecutive steps whose loss or gradient is not
     # finite
-    profile_steps: str | None = changeable(None)  # write a trace of steps A-B (of batches, in atlas evaluate) to the
-    # folder `profile` of the run, for TensorBoard or ui.perfetto.dev
     write_results: bool = changeable(False)  # write the predictions of each evaluation to a jsonl file
     dont_write_passages: bool = changeable(False)  # leave the passages, most of the bytes, out of the --write_results
     # files
@@ -57,14 +54,6 @@ class RunConfig:
         require(self.main_port == -1 or 1 <= self.main_port < 65536, self, "main_port", "must be 1 to 65535, or -1")
         at_least(1, self, "per_gpu_batch_size", "log_freq", "eval_freq", "save_freq", "max_bad_steps")
         at_least(0, self, "keep")
-        valid = self.profile_steps is None or (self.profiled_steps or (1, 0))[0] <= (self.profiled_steps or (1, 0))[1]
-        require(valid, self, "profile_steps", "must be two numbers of steps, such as 10-12")
-
-    @property
-    def profiled_steps(self) -> tuple[int, int] | None:
-        """First and last step of --profile_steps."""
-        found = re.fullmatch(r"([1-9][0-9]*)-([1-9][0-9]*)", self.profile_steps or "")
-        return (int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True)

@@ -209,13 +209,13 @@ def flatten(rows: Iterable[Sequence[int] | np.ndarray], dtype: np.dtype) -> np.n
     return np.concatenate([np.empty(0, dtype), *(np.asarray(row, dtype) for row in rows)])
 
 
-def bucket(longest: int, maximum: int, apart: int = 32) -> int:
+def bucket(longest: int, maximum: int) -> int:
     """Returns the length to pad to: the first of 32, 64, .. 256, 320, .. 512, 640, .. from `longest`, or `maximum`.
 
-    There are four lengths for each doubling, at least `apart`. So at most 12 programs are compiled up to 512 tokens,
+    There are four lengths for each doubling, at least 32 apart. So at most 12 programs are compiled up to 512 tokens,
     four for each doubling beyond, and beyond 128 tokens less than a fifth of the longest row is padding.
     """
     if longest > maximum:
         raise ValueError(f"{longest} tokens, but at most {maximum} are allowed: cut by `add_special_tokens`")
-    step = max(apart, 2 ** (max(longest, 1) - 1).bit_length() // 8)
+    step = max(32, 2 ** (max(longest, 1) - 1).bit_length() // 8)
     return min(maximum, max(1, -(-longest // step)) * step)

@@ -14,12 +14,10 @@ from atlas_jax.errors import UserError
 from atlas_jax.evaluation.step import CHOICE_POSITION
 from atlas_jax.mesh import ArrayOrShape, local_row_indices, put_batch, put_passages
 from atlas_jax.models.fid import ReaderBatch
-from atlas_jax.models.packing import packed_order
 from atlas_jax.retrieval.passage_source import RetrievedPassages
 from atlas_jax.runtime.process_group import process_group
 from atlas_jax.tasks import Example
 
-PACKED_APART = 128  # at least so many tokens are between two lengths, of padded and of packed passages
 MAX_TARGET = 2**14  # tokens of a target if --target_maxlength sets no limit
 
 
@@ -87,9 +85,7 @@ class ReaderBatcher:
     ) -> ReaderBatch:
         """The batch on the devices: `n` passages an example, each padded to `length` tokens."""
         padding = len(self.local_rows) - len(examples)
-        passages = [*passages, *[[]] * (padding * n)]
-        ids, mask = pad(passages, length, self.tokenizer.pad_id)
-        order = packing_order(self.mesh, passages, n, length)
+        ids, mask = pad([*passages, *[[]] * (padding * n)], length, self.tokenizer.pad_id)
         maximum = self.text.target_maxlength
         targets = self.tokenizer.target_ids([self._target(example) for example in examples], maximum)
         (longest,) = process_group().all_max(max(CHOICE_POSITION + 1, *map(len, targets), 0))
@@ -99,8 +95,7 @@ class ReaderBatcher:
         for row, prompt in enumerate(prompts):
             target_mask[row, : len(prompt)] = False  # the loss leaves out the prompt
         shape = (len(self.local_rows), n, length)
-        arrays = ids.reshape(shape), mask.reshape(shape), target, target_mask
-        return put_reader_batch(self.mesh, *arrays, order=order, rows=self.size)
+        return put_reader_batch(self.mesh, ids.reshape(shape), mask.reshape(shape), target, target_mask, rows=self.size)
 
     def _target(self, example: Example) -> str:
         target = example.target or ""
@@ -109,35 +104,14 @@ class ReaderBatcher:
         return self.text.decoder_format.format(target=target) if self.text.decoder_format else target
 
 
-def padded_length(mesh: Mesh, longest: int, maximum: int) -> int:
-    """Returns the length to pad passages to: on one device of few choices, as most work leaves out the padding."""
-    return bucket(longest, maximum, 32 if mesh.size > 1 else PACKED_APART)
-
-
-def packing_order(
-    mesh: Mesh, texts: Sequence[list[int]], n: int, length: int, at_least: int = 0
-) -> Int32[np.ndarray, "b p"] | None:
-    """Returns the `Packing.order` of texts padded to `length`, `n` a query, on one device; None on several.
-
-    It has at least `at_least` tokens a query, if that many fit: fewer programs are compiled for other shapes.
-    """
-    if mesh.size > 1:
-        return None
-    lengths = np.asarray([len(ids) for ids in texts]).reshape(-1, n)
-    packed = bucket(max(int(lengths.sum(1).max()), min(at_least, n * length)), n * length, PACKED_APART)
-    return packed_order(lengths, length, packed)
-
-
 def put_reader_batch(
     mesh: Mesh,
     passages: ArrayOrShape,
     mask: ArrayOrShape,
     target: ArrayOrShape,
     target_mask: ArrayOrShape,
-    order: ArrayOrShape | None = None,
     rows: int | None = None,
 ) -> ReaderBatch:
     """Puts the arrays of a reader batch on the mesh; `rows` as in `put_batch`."""
     read = (put_passages(mesh, array, rows) for array in (passages, mask))
-    others = (array if array is None else put_batch(mesh, array, rows) for array in (target, target_mask, order))
-    return ReaderBatch(*read, *others)
+    return ReaderBatch(*read, *(put_batch(mesh, array, rows) for array in (target, target_mask)))

@@ -1,13 +1,11 @@
 """Evaluates a file of rows: retrieves passages, reads them, scores the answers. Host and devices work concurrently."""
 
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -17,7 +15,7 @@ from atlas_jax.config import Config, GenerationConfig
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.errors import UserError
-from atlas_jax.evaluation.batches import ReaderBatcher, padded_length
+from atlas_jax.evaluation.batches import ReaderBatcher
 from atlas_jax.evaluation.generation import FREE, GenerationSettings
 from atlas_jax.evaluation.step import ReaderOutput, eval_step
 from atlas_jax.mesh import global_batch_size, put_batch, replicate
@@ -26,7 +24,6 @@ from atlas_jax.retrieval.passage_source import PassageSource, RetrievedPassages
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.runtime.prefetch import prefetch
 from atlas_jax.runtime.process_group import process_group
-from atlas_jax.runtime.profiler import NO_PROFILER, StepProfiler
 from atlas_jax.runtime.progress import progress
 from atlas_jax.storage.files import json_text
 from atlas_jax.tasks import Example, Record, Task
@@ -73,15 +70,7 @@ class Result:
 class Evaluator:
     """Evaluates files with one model; compiles once for each length bucket over all files."""
 
-    def __init__(
-        self,
-        config: Config,
-        task: Task,
-        source: PassageSource,
-        tokenizer: Tokenizer,
-        mesh: Mesh,
-        profiler: StepProfiler = NO_PROFILER,
-    ):
+    def __init__(self, config: Config, task: Task, source: PassageSource, tokenizer: Tokenizer, mesh: Mesh):
         self.config = config
         self.task = task
         self.source = source
@@ -94,8 +83,6 @@ class Evaluator:
         self.choices = replicate(mesh, self.choice_ids)
         self.size = global_batch_size(mesh, config.run.per_gpu_batch_size)
         self.batcher = ReaderBatcher(config.text, tokenizer, mesh, self.size)
-        self.profiler = profiler
-        self._batch_count = 0
         self._compiled_reader: CompiledFunction | None = None
 
     def __call__(self, rows: JsonlRows, reader: FiD | None, write: Callable[[str], object] | None = None) -> Result:
@@ -158,14 +145,12 @@ class Evaluator:
         done: tuple[PendingBatch, ReaderOutput | None] | None = None
         ready: PendingBatch | None = None
         for numbers, examples in prefetch(self._examples(rows)):
-            self._batch_count += 1
-            with self.profiler.step(self._batch_count, functools.partial(jax.block_until_ready, done and done[1])):
-                wait = self.source.begin_retrieval(examples, self.config.retrieval.n_context)
-                dispatched = dispatch(ready) if ready else None
-                following = self._prepare(numbers, examples, wait(), reads=program is not None)
-                if done:
-                    yield done
-                done, ready = dispatched, following
+            wait = self.source.begin_retrieval(examples, self.config.retrieval.n_context)
+            dispatched = dispatch(ready) if ready else None
+            following = self._prepare(numbers, examples, wait(), reads=program is not None)
+            if done:
+                yield done
+            done, ready = dispatched, following
         if done:
             yield done
         if ready:
@@ -192,7 +177,7 @@ class Evaluator:
         local_prompts = [prompts[row] for row in local_rows if row < len(prompts)]
         passages = self.batcher.passages([example.query for example in local_examples], local_passages)
         (longest,) = process_group().all_max(max(map(len, passages), default=0))
-        length = padded_length(self.mesh, longest, self.config.text.text_maxlength)
+        length = bucket(longest, self.config.text.text_maxlength)
         batch = self.batcher.batch(local_examples, passages, local_prompts, length, retrieved.numbers.shape[1])
         prompt = None
         if prompts:

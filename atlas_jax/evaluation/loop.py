@@ -28,7 +28,6 @@ from atlas_jax.retrieval.passage_retriever import PassageRetriever
 from atlas_jax.retrieval.passage_source import PassageSource, RowPassages
 from atlas_jax.runtime.compiled import enable_compilation_cache
 from atlas_jax.runtime.process_group import process_group
-from atlas_jax.runtime.profiler import StepProfiler
 from atlas_jax.storage.cache import cache_folder
 from atlas_jax.storage.files import atomic_file, write_json
 from atlas_jax.storage.shared_files import shared_scratch
@@ -60,11 +59,9 @@ def evaluate(config: Config, run: Path) -> dict[str, Result]:
         choice_tokens(task, weights.tokenizer)  # refuses a tokenizer before the index is opened
     mesh = evaluation_mesh(config, weights)
     model = place_on_mesh(weights, config.model, mesh)
-    with contextlib.ExitStack() as stack:
-        scratch = stack.enter_context(shared_scratch(config.run_folder, SCRATCH))
+    with shared_scratch(config.run_folder, SCRATCH) as scratch:
         source = passage_source(config, weights, model, mesh, scratch)
-        profiler = stack.enter_context(contextlib.closing(StepProfiler(config.run.profiled_steps, run)))
-        evaluator = Evaluator(config, task, source, weights.tokenizer, mesh, profiler)
+        evaluator = Evaluator(config, task, source, weights.tokenizer, mesh)
         step = weights.step if config.model.model_path == "none" and weights.step else ZERO_SHOT_STEP
         results = {}
         for name, rows in files.items():

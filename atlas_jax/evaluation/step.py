@@ -34,7 +34,7 @@ def eval_step(
 
     `positions`: where the decoder predicts the letter of each target; None: at CHOICE_POSITION.
     """
-    reader, source = reader.gather_params(reader.encode(batch))
+    reader, source = reader.gather_params(reader.encode(batch.passages, batch.mask))
     with params_gathered():
         logits, _ = reader.decode(shift_right(batch.target, cfg.pad_id), source)
         generated = generate(reader, source, cfg, prompt)

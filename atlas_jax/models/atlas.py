@@ -10,9 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.models.contriever import Contriever, ContrieverConfig
-from atlas_jax.models.dropout import Seeds
 from atlas_jax.models.fid import FiD
-from atlas_jax.models.packing import Packing
 from atlas_jax.models.t5 import T5Config
 from atlas_jax.storage.lazy_array import ArrayLike
 
@@ -55,12 +53,11 @@ class Retriever(nnx.Module):
         mask: Bool[Array, "b l"],
         *,
         side: Literal["query", "passage"],
-        seeds: Seeds | None = None,
+        rngs: nnx.Rngs | None = None,
         remat: bool = False,
-        packing: Packing | None = None,
     ) -> Float[Array, "b d"]:
         """Embeds a batch of queries or of passages, in float32."""
-        return self.encoder_of(side)(ids, mask, seeds=seeds, remat=remat, packing=packing)
+        return self.encoder_of(side)(ids, mask, rngs=rngs, remat=remat)
 
 
 class AtlasModel(nnx.Module):

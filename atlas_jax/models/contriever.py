@@ -9,12 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from atlas_jax.models.attention import attend
-from atlas_jax.models.dropout import Seeds, dropout
-from atlas_jax.models.linear import Linear
-from atlas_jax.models.packing import Packing
+from atlas_jax.models.dropout import dropout
 from atlas_jax.models.stack import StackedLayer, gather_module, scan, stack
-from atlas_jax.models.t5 import map_rows
+from atlas_jax.models.t5 import MASKED_LOGIT, map_rows
 
 MAX_POSITIONS = 512  # position embeddings that BERT has
 
@@ -64,35 +61,28 @@ class BertLayer(StackedLayer):
         d, h, f = cfg.d_model, cfg.num_heads, cfg.d_ff
         k = d // h
         init = nnx.initializers.normal(0.02)
-        linear = functools.partial(Linear, use_bias=True, dtype=cfg.dtype, kernel_init=init, rngs=rngs)
-        self.q = linear((d,), (h, k))
-        self.k = linear((d,), (h, k))
-        self.v = linear((d,), (h, k))
-        self.o = linear((h, k), (d,))
+        einsum = functools.partial(nnx.Einsum, dtype=cfg.dtype, kernel_init=init, rngs=rngs)
+        self.q = einsum("bld,dhk->bhlk", (d, h, k), (h, k))
+        self.k = einsum("bld,dhk->bhlk", (d, h, k), (h, k))
+        self.v = einsum("bld,dhk->bhlk", (d, h, k), (h, k))
+        self.o = einsum("bhlk,hkd->bld", (h, k, d), (d,))
         self.attn_norm = LayerNorm(cfg, rngs=rngs)
-        self.up = linear((d,), (f,))
-        self.down = linear((f,), (d,))
+        self.up = einsum("bld,df->blf", (d, f), (f,))
+        self.down = einsum("blf,fd->bld", (f, d), (d,))
         self.mlp_norm = LayerNorm(cfg, rngs=rngs)
         self.rate, self.dtype = cfg.dropout, cfg.dtype
 
     def __call__(
-        self,
-        x: Float[Array, "b s d"],
-        mask: Bool[Array, "n l"],
-        *,
-        seeds: Seeds | None = None,
-        packing: Packing | None = None,
-    ) -> Float[Array, "b s d"]:
-        places = packing.places() if packing else None
-        projected = (project(x) for project in (self.q, self.k, self.v))
-        q, k, v = ((packing.unpack(y) if packing else y).swapaxes(1, 2) for y in projected)
-        q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        seed = seeds.next() if seeds is not None and self.rate else None
-        y = attend(q, k, v, None, mask[:, None, None], seed, self.rate).swapaxes(1, 2)
-        y = self.o(packing.pack(y) if packing else y)
-        x = self.attn_norm(x + dropout(y, self.rate, seeds, places))
+        self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "b l d"]:
+        q = self.q(x)
+        logits = jnp.einsum("bhtk,bhsk->bhts", q, self.k(x), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED_LOGIT))
+        weights = dropout(weights, self.rate, rngs).astype(x.dtype)
+        y = self.o(jnp.einsum("bhts,bhsk->bhtk", weights, self.v(x)))
+        x = self.attn_norm(x + dropout(y, self.rate, rngs))
         y = self.down(jax.nn.gelu(self.up(x), approximate=False))
-        return self.mlp_norm(x + dropout(y, self.rate, seeds, places))
+        return self.mlp_norm(x + dropout(y, self.rate, rngs))
 
 
 class Contriever(nnx.Module):
@@ -114,31 +104,22 @@ class Contriever(nnx.Module):
         ids: Int[Array, "b l"],
         mask: Bool[Array, "b l"],
         *,
-        seeds: Seeds | None = None,
+        rngs: nnx.Rngs | None = None,
         remat: bool = False,
-        packing: Packing | None = None,
     ) -> Float[Array, "b d"]:
-        """Returns float32 vectors; a text without tokens has the vector 0 (unless pooled by `cls` or normalized).
-
-        With `packing` the padding is not computed.
-        """
+        """Returns float32 vectors; a text without tokens has the vector 0 (unless pooled by `cls` or normalized)."""
         cfg = self.cfg
         words = gather_module(self.words, "retriever/encoder/words/", jnp.float32)
         positions = gather_module(self.positions, "retriever/encoder/positions/", jnp.float32).embedding
         x = words(ids) + positions[None, : ids.shape[1]] + self.token_types.embedding[None, :1]
-        places = packing.places() if packing else None
-        x = dropout(self.embed_norm(packing.pack(x) if packing else x), cfg.dropout, seeds, places)
+        x = dropout(self.embed_norm(x), cfg.dropout, rngs)
 
-        def body(layer: BertLayer, x: Array, _: None, seeds: Seeds | None) -> tuple[Array, None]:
-            def of_row(x: Array, mask: Array, packing: Packing | None) -> Array:
-                return layer(x, mask[0], packing=packing)
+        def body(layer: BertLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:
+            if cfg.for_cpu and rngs is None:
+                return map_rows(layer, x, mask), None
+            return layer(x, mask, rngs=rngs), None
 
-            if cfg.for_cpu and seeds is None:
-                return map_rows(of_row, x, mask.reshape(len(x), -1, mask.shape[-1]), packing), None
-            return layer(x, mask, seeds=seeds, packing=packing), None
-
-        x, _ = scan(body, self.layers, x, seeds=seeds, remat=remat)
-        x = packing.unpack(x) if packing else x
+        x, _ = scan(body, self.layers, x, rngs=rngs, remat=remat)
         vectors = self._pool(x.astype(jnp.float32), mask)
         return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True) if cfg.normalize else vectors
 

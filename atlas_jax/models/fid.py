@@ -13,8 +13,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.mesh import BATCH_AXES, constrain, params_are_sharded
-from atlas_jax.models.dropout import Seeds
-from atlas_jax.models.packing import Packing, make_packing
 from atlas_jax.models.stack import gather_module
 from atlas_jax.models.t5 import CrossAttention, Decoder, EncodedSource, Encoder, EncoderStates, KeyValues, T5Config
 
@@ -26,15 +24,6 @@ class ReaderBatch(NamedTuple):
     mask: Bool[Array, "b n l"]
     target: Int[Array, "b t"]
     target_mask: Bool[Array, "b t"]  # true for the tokens that count in the loss
-    order: Int[Array, "b p"] | None = None  # `Packing.order` of the passages; None: the encoder reads the padding too
-
-    def first(self, n: int) -> "ReaderBatch":
-        """The batch with the first `n` passages of each query."""
-        return self._replace(passages=self.passages[:, :n], mask=self.mask[:, :n])
-
-    def packing(self) -> Packing | None:
-        """How the passages of each query are packed."""
-        return make_packing(self.order, *self.passages.shape[1:])
 
 
 class DecoderOutput(NamedTuple):
@@ -49,15 +38,9 @@ def group_by_query(x: Float[Array, "bn l d"], n: int) -> Float[Array, "b n l d"]
     return x.reshape(-1, n, *x.shape[1:])
 
 
-def fuse(states: Float[Array, "b n l d"], batch: ReaderBatch) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-    """Concatenates the states of the passages of each query into one sequence for cross-attention, and its mask.
-
-    Without the padding between them, if the batch is packed.
-    """
-    if packing := batch.packing():
-        mask = packing.order < packing.slots[0].size
-        return packing.pack(states.reshape(-1, *states.shape[2:])), mask
-    return states.reshape(len(states), -1, states.shape[-1]), batch.mask.reshape(len(states), -1)
+def fuse(x: Float[Array, "b n l d"]) -> Float[Array, "b n*l d"]:
+    """Concatenates the passages of each query into one sequence for cross-attention."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class FiD(nnx.Module):
@@ -85,20 +68,21 @@ class FiD(nnx.Module):
 
     def encoder_states(
         self,
-        batch: ReaderBatch,
+        passages: Int[Array, "b n l"],
+        mask: Bool[Array, "b n l"],
         *,
-        seeds: Seeds | None = None,
+        rngs: nnx.Rngs | None = None,
         remat: bool = False,
     ) -> Float[Array, "b n l d"]:
         """Encodes each passage on its own; a row of ids holds query and passage as one text."""
-        b, n, length = batch.passages.shape
-        rows, mask = self._embed_tokens(batch.passages.reshape(b * n, length)), batch.mask.reshape(b * n, length)
-        states = self.encoder(rows, mask, seeds=seeds, remat=remat, packing=batch.packing())
-        return constrain(group_by_query(states, n), BATCH_AXES, "passages")
+        b, n, length = passages.shape
+        rows = self._embed_tokens(passages.reshape(b * n, length))
+        states = group_by_query(self.encoder(rows, mask.reshape(b * n, length), rngs=rngs, remat=remat), n)
+        return constrain(states, BATCH_AXES, "passages")
 
-    def encode(self, batch: ReaderBatch) -> EncodedSource:
+    def encode(self, passages: Int[Array, "b n l"], mask: Bool[Array, "b n l"]) -> EncodedSource:
         """Encodes the passages once, for any number of `decode` calls."""
-        return self.decoder.project_source(*fuse(self.encoder_states(batch), batch))
+        return self.decoder.project_source(fuse(self.encoder_states(passages, mask)), mask.reshape(mask.shape[0], -1))
 
     def decode(
         self,
@@ -124,13 +108,13 @@ class FiD(nnx.Module):
         inputs: Int[Array, "r t"],
         source: EncoderStates,
         *,
-        seeds: Seeds | None = None,
+        rngs: nnx.Rngs | None = None,
         remat: bool = False,
         with_cross_attention: bool = False,
     ) -> DecoderOutput:
         """Returns logits of whole targets by teacher forcing; keys and values of the source are not cached."""
         x, cross_attention = self.decoder.teacher_forced(
-            self._embed_tokens(inputs), source, seeds=seeds, remat=remat, with_cross_attention=with_cross_attention
+            self._embed_tokens(inputs), source, rngs=rngs, remat=remat, with_cross_attention=with_cross_attention
         )
         return DecoderOutput(self._logits(x), cross_attention)
 

@@ -8,7 +8,6 @@ import jax
 from flax import nnx
 
 from atlas_jax import mesh
-from atlas_jax.models.dropout import Seeds
 
 
 class StackedLayer(nnx.Module):
@@ -47,18 +46,18 @@ def _gather_params(params: Any, prefix: str, dtype: Any) -> Any:
 
 
 def scan(
-    body: Callable[[Layer, Carry, Any, Seeds | None], tuple[Carry, Any]],
+    body: Callable[[Layer, Carry, Any, nnx.Rngs | None], tuple[Carry, Any]],
     layers: Layer | list[Layer],
     carry: Carry,
     xs: Any = None,
     *,
-    seeds: Seeds | None = None,
+    rngs: nnx.Rngs | None = None,
     remat: bool = False,
 ) -> tuple[Carry, Any]:
-    """Runs `carry, y = body(layer, carry, x, seeds)` through the layers in order; returns `(carry, ys)`.
+    """Runs `carry, y = body(layer, carry, x, rngs)` through the layers in order; returns `(carry, ys)`.
 
     Stacked layers take stacked `xs` and return stacked `ys`; a list of layers, for inference only, takes and returns
-    lists. With `seeds`, each layer has dropout of its own; with `remat`, the backward pass recomputes a layer's
+    lists. With `rngs`, each layer has a dropout key of its own; with `remat`, the backward pass recomputes a layer's
     activations. On a mesh the parameters of one layer at a time are all-gathered, and again in the backward pass.
     """
     if isinstance(layers, list):
@@ -68,12 +67,12 @@ def scan(
             ys.append(y)
         return carry, ys
     graph, params = nnx.split(layers)
-    keys = None if seeds is None else seeds.for_layers(_depth(params))
+    keys = None if rngs is None else jax.random.split(rngs.dropout(), _depth(params))
 
     def step(carry: Carry, slices: tuple[Any, Any, Any]) -> tuple[Carry, Any]:
         params, key, x = slices
         layer = nnx.merge(graph, _gather_params(params, "", layers.dtype))
-        return body(layer, carry, x, None if key is None else Seeds(key))
+        return body(layer, carry, x, None if key is None else nnx.Rngs(dropout=key))
 
     if remat:
         step = jax.checkpoint(step)

@@ -16,12 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.mesh import ROW_AXES, constrain
-from atlas_jax.models.attention import attend, attention_logits
-from atlas_jax.models.dropout import Places, Seeds, dropout
-from atlas_jax.models.linear import Linear
-from atlas_jax.models.packing import Packing
-from atlas_jax.models.position_bias import PositionBias
+from atlas_jax.models.dropout import dropout
 from atlas_jax.models.stack import StackedLayer, scan, stack, unstack
+
+MASKED_LOGIT = float(jnp.finfo(jnp.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +83,7 @@ class EncoderStates(NamedTuple):
     """Encoder states for one teacher-forced pass: keys and values are projected layer by layer and not cached."""
 
     states: Float[Array, "b s d"]
-    mask: Bool[Array, "n #q l"]  # q: 1, or all target positions folded into the row
-    packing: Packing | None = None  # if given, `states` are packed tokens of texts that are read one by one
+    mask: Bool[Array, "b #q s"]  # q: 1, or all target positions folded into the row
 
 
 class CrossAttention(NamedTuple):
@@ -115,38 +112,48 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         d, h, k = cfg.d_model, cfg.num_heads, cfg.head_dim
-        linear = functools.partial(Linear, dtype=cfg.dtype, rngs=rngs)
+        einsum = functools.partial(nnx.Einsum, dtype=cfg.dtype, rngs=rngs)
         normal = nnx.initializers.normal
         # Mesh TensorFlow's initial scale: attention logits of unit variance without a 1/sqrt(k)
-        self.q = linear((d,), (h, k), kernel_init=normal((d * k) ** -0.5))
-        self.k = linear((d,), (h, k), kernel_init=normal(d**-0.5))
-        self.v = linear((d,), (h, k), kernel_init=normal(d**-0.5))
-        self.o = linear((h, k), (d,), kernel_init=normal((h * k) ** -0.5))
+        self.q = einsum("btd,dhk->bhtk", (d, h, k), kernel_init=normal((d * k) ** -0.5))
+        self.k = einsum("bsd,dhk->bhsk", (d, h, k), kernel_init=normal(d**-0.5))
+        self.v = einsum("bsd,dhk->bhsk", (d, h, k), kernel_init=normal(d**-0.5))
+        self.o = einsum("bhtk,hkd->btd", (h, k, d), kernel_init=normal((h * k) ** -0.5))
         self.rate = cfg.dropout
 
-    def keys_values(self, source: Float[Array, "b s d"], packing: Packing | None = None) -> KeyValues:
-        """Projects the source to keys and values, which a cache can hold; with `packing`, packed tokens to texts."""
-        return KeyValues(_heads_first(self.k(source), packing), _heads_first(self.v(source), packing))
+    def keys_values(self, source: Float[Array, "b s d"]) -> KeyValues:
+        """Projects the source to keys and values, which a cache can hold."""
+        return KeyValues(self.k(source), self.v(source))
+
+    def logits(
+        self,
+        x: Float[Array, "b t d"],
+        keys: Float[Array, "b h s k"],
+        bias: Float[Array, "#b #h t s"] | None,
+        mask: Bool[Array, "#b #t s"],
+    ) -> Float[Array, "b h t s"]:
+        """Returns the float32 input of the softmax: `bias` is added, masked positions are MASKED_LOGIT."""
+        logits = jnp.einsum("bhtk,bhsk->bhts", self.q(x), keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias
+        return jnp.where(mask[:, None], logits, MASKED_LOGIT)
 
     def __call__(
         self,
-        x: Float[Array, "b q d"],
+        x: Float[Array, "b t d"],
         source: KeyValues,
-        bias: Float[Array, "#n #h t s"] | None,
-        mask: Bool[Array, "#n #t s"],
+        bias: Float[Array, "#b #h t s"] | None,
+        mask: Bool[Array, "#b #t s"],
         *,
-        seeds: Seeds | None = None,
-        packing: Packing | None = None,
-    ) -> Float[Array, "b q d"]:
-        """With `packing`, `x` and the result are packed tokens of `n` texts that each attend to their own source."""
-        seed = seeds.next() if seeds is not None and self.rate else None
-        queries = _heads_first(self.q(x), packing)
-        y = attend(queries, source.keys, source.values, bias, mask[:, None], seed, self.rate).swapaxes(1, 2)
-        return self.o(packing.pack(y) if packing else y)
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "b t d"]:
+        logits = self.logits(x, source.keys, bias, mask)
+        weights = dropout(jax.nn.softmax(logits), self.rate, rngs).astype(x.dtype)
+        return self.o(jnp.einsum("bhts,bhsk->bhtk", weights, source.values))
 
     def head_means(self, x: Float[Array, "b t d"], source: KeyValues, mask: Bool[Array, "#b #t s"]) -> CrossAttention:
         """Returns attention logits, weights and weights times value norms, averaged over the heads."""
-        logits = attention_logits(_heads_first(self.q(x), None), source.keys, None, mask[:, None])
+        logits = self.logits(x, source.keys, None, mask)
         weights = jax.nn.softmax(logits)
         value_norms = jnp.linalg.norm(source.values.astype(jnp.float32), axis=-1)
         return CrossAttention(
@@ -154,32 +161,25 @@ class Attention(nnx.Module):
         )
 
 
-def _heads_first(x: Float[Array, "b t h k"], packing: Packing | None) -> Float[Array, "n h l k"]:
-    """The layout of `attend`; with `packing`, packed tokens become padded texts."""
-    return (packing.unpack(x) if packing else x).swapaxes(1, 2)
-
-
 class MLP(nnx.Module):
     """Feed-forward block: two matrices and a ReLU (1.0), or three with a gate of GELU's tanh approximation (1.1)."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         d, f = cfg.d_model, cfg.d_ff
-        linear = functools.partial(Linear, dtype=cfg.dtype, rngs=rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=cfg.dtype, rngs=rngs)
         normal = nnx.initializers.normal
-        self.gate = linear((d,), (f,), kernel_init=normal(d**-0.5)) if cfg.gated else None
-        self.up = linear((d,), (f,), kernel_init=normal(d**-0.5))
-        self.down = linear((f,), (d,), kernel_init=normal(f**-0.5))
+        self.gate = linear(d, f, kernel_init=normal(d**-0.5)) if cfg.gated else None
+        self.up = linear(d, f, kernel_init=normal(d**-0.5))
+        self.down = linear(f, d, kernel_init=normal(f**-0.5))
         self.rate = cfg.dropout
 
-    def __call__(
-        self, x: Float[Array, "b t d"], *, seeds: Seeds | None = None, places: Places | None = None
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "b t d"]:
         if self.gate is None:
             hidden = jax.nn.relu(self.up(x))
         else:
             gate = jax.nn.gelu(self.gate(x).astype(jnp.float32), approximate=True).astype(x.dtype)
             hidden = gate * self.up(x)
-        return self.down(dropout(hidden, self.rate, seeds, places))
+        return self.down(dropout(hidden, self.rate, rngs))
 
 
 def _norm(cfg: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -199,18 +199,15 @@ class EncoderLayer(StackedLayer):
     def __call__(
         self,
         x: Float[Array, "b s d"],
-        bias: Float[Array, "1 h l l"],
-        mask: Bool[Array, "n 1 l"],
+        bias: Float[Array, "#b h s s"],
+        mask: Bool[Array, "b 1 s"],
         *,
-        seeds: Seeds | None = None,
-        packing: Packing | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "b s d"]:
-        places = packing.places() if packing else None
         x = constrain(x, ROW_AXES)
         y = self.attn_norm(x)
-        y = self.attn(y, self.attn.keys_values(y, packing), bias, mask, seeds=seeds, packing=packing)
-        x = x + dropout(y, self.rate, seeds, places)
-        return x + dropout(self.mlp(self.mlp_norm(x), seeds=seeds, places=places), self.rate, seeds, places)
+        x = x + dropout(self.attn(y, self.attn.keys_values(y), bias, mask, rngs=rngs), self.rate, rngs)
+        return x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs)
 
 
 class DecoderLayer(StackedLayer):
@@ -235,7 +232,7 @@ class DecoderLayer(StackedLayer):
         mask: Bool[Array, "1 t p"],
         cross_mask: Bool[Array, "b #q s"],
         *,
-        seeds: Seeds | None = None,
+        rngs: nnx.Rngs | None = None,
         with_cross_attention: bool = False,
     ) -> LayerOutput:
         """Applies the layer; `present` is `past` with the keys and values of `x` written at `position` and after."""
@@ -244,31 +241,61 @@ class DecoderLayer(StackedLayer):
         if past is not None:
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2)
             present = KeyValues(write(past.keys, present.keys), write(past.values, present.values))
-        x = x + dropout(self.self_attn(y, present, bias, mask, seeds=seeds), self.rate, seeds)
+        x = x + dropout(self.self_attn(y, present, bias, mask, rngs=rngs), self.rate, rngs)
         # Rows that share a source are folded into the target axis; valid as cross-attention has no position bias
         y = self.cross_attn_norm(x).reshape(cross_mask.shape[0], -1, x.shape[-1])
         cross_attention = self.cross_attn.head_means(y, cross_kv, cross_mask) if with_cross_attention else None
-        y = self.cross_attn(y, cross_kv, None, cross_mask, seeds=seeds).reshape(x.shape)
-        x = x + dropout(y, self.rate, seeds)
-        x = x + dropout(self.mlp(self.mlp_norm(x), seeds=seeds), self.rate, seeds)
+        y = self.cross_attn(y, cross_kv, None, cross_mask, rngs=rngs).reshape(x.shape)
+        x = x + dropout(y, self.rate, rngs)
+        x = x + dropout(self.mlp(self.mlp_norm(x), rngs=rngs), self.rate, rngs)
         return LayerOutput(x, present, cross_attention)
 
 
-def _position_bias(cfg: T5Config, *, bidirectional: bool, rngs: nnx.Rngs) -> PositionBias:
-    shape = cfg.relative_buckets, cfg.num_heads
-    options: dict[str, Any] = {
-        "max_distance": cfg.relative_max_distance,
-        "bidirectional": bidirectional,
-        "scale": cfg.d_model**-0.5,
-    }
-    return PositionBias(*shape, **options, rngs=rngs)
+def relative_bucket(
+    distance: Int[Array, "..."], *, bidirectional: bool, buckets: int, max_distance: int
+) -> Int[Array, "..."]:
+    """Returns T5's bucket of a distance (key position minus query position), arXiv 1910.10683 section 2.1.
+
+    Half of the buckets hold one distance each, the others grow logarithmically up to `max_distance`. `bidirectional`:
+    half of the buckets are for later keys; otherwise all later keys share bucket 0.
+    """
+    offset = jnp.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    log_ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / jnp.log(max_distance / exact)
+    log_bucket = jnp.minimum(exact + (log_ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return offset + jnp.where(distance < exact, distance, log_bucket)
+
+
+class PositionBias(nnx.Module):
+    """Relative position bias, shared by all layers of the encoder or of the decoder."""
+
+    def __init__(self, cfg: T5Config, *, bidirectional: bool, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(cfg.d_model**-0.5)
+        self.embed = nnx.Embed(cfg.relative_buckets, cfg.num_heads, embedding_init=init, rngs=rngs)
+        self.bucket = functools.partial(
+            relative_bucket,
+            bidirectional=bidirectional,
+            buckets=cfg.relative_buckets,
+            max_distance=cfg.relative_max_distance,
+        )
+
+    def __call__(self, queries: Int[Array, " t"], keys: Int[Array, " s"]) -> Float[Array, "1 h t s"]:
+        """Returns each head's bias for these positions of queries and keys."""
+        bias = self.embed(self.bucket(keys[None, :] - queries[:, None]))
+        return bias.transpose(2, 0, 1)[None].astype(jnp.float32)
 
 
 class Encoder(nnx.Module):
     """T5's encoder: embedded tokens to states after the final norm."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
-        self.position_bias = _position_bias(cfg, bidirectional=True, rngs=rngs)
+        self.position_bias = PositionBias(cfg, bidirectional=True, rngs=rngs)
         self.layers = stack(lambda rngs: EncoderLayer(cfg, rngs=rngs), cfg.num_layers, rngs=rngs)
         self.final_norm = _norm(cfg, rngs)
         self.rate = cfg.dropout
@@ -279,34 +306,26 @@ class Encoder(nnx.Module):
         x: Float[Array, "b s d"],
         mask: Bool[Array, "b s"],
         *,
-        seeds: Seeds | None = None,
+        rngs: nnx.Rngs | None = None,
         remat: bool = False,
-        packing: Packing | None = None,
     ) -> Float[Array, "b s d"]:
-        """Returns the states of each text; with `packing` of its tokens only, and 0 at the padding."""
         positions = jnp.arange(x.shape[1])
         bias = self.position_bias(positions, positions)
-        places = packing.places() if packing else None
-        x = packing.pack(x) if packing else x
 
-        def body(layer: EncoderLayer, x: Array, _: None, seeds: Seeds | None) -> tuple[Array, None]:
-            def of_row(x: Array, mask: Array, packing: Packing | None) -> Array:
-                return layer(x, bias, mask[0], packing=packing)
+        def body(layer: EncoderLayer, x: Array, _: None, rngs: nnx.Rngs | None) -> tuple[Array, None]:
+            if self.for_cpu and rngs is None:
+                return map_rows(lambda x, mask: layer(x, bias, mask), x, mask[:, None]), None
+            return layer(x, bias, mask[:, None], rngs=rngs), None
 
-            if self.for_cpu and seeds is None:
-                return map_rows(of_row, x, mask.reshape(len(x), -1, 1, mask.shape[-1]), packing), None
-            return layer(x, bias, mask[:, None], seeds=seeds, packing=packing), None
-
-        x, _ = scan(body, self.layers, dropout(x, self.rate, seeds, places), seeds=seeds, remat=remat)
-        x = dropout(self.final_norm(x), self.rate, seeds, places)
-        return packing.unpack(x) if packing else x
+        x, _ = scan(body, self.layers, dropout(x, self.rate, rngs), rngs=rngs, remat=remat)
+        return dropout(self.final_norm(x), self.rate, rngs)
 
 
 class Decoder(nnx.Module):
     """T5's decoder: embedded target tokens and a source to states after the final norm."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
-        self.position_bias = _position_bias(cfg, bidirectional=False, rngs=rngs)
+        self.position_bias = PositionBias(cfg, bidirectional=False, rngs=rngs)
         self.layers = stack(lambda rngs: DecoderLayer(cfg, rngs=rngs), cfg.num_decoder_layers, rngs=rngs)
         self.final_norm = _norm(cfg, rngs)
         self.rate = cfg.dropout
@@ -337,7 +356,7 @@ class Decoder(nnx.Module):
         causal = (keys[None, :] <= queries[:, None])[None]
 
         def body(
-            layer: DecoderLayer, x: Array, xs: tuple[KeyValues, KeyValues | None], _: Seeds | None
+            layer: DecoderLayer, x: Array, xs: tuple[KeyValues, KeyValues | None], _: nnx.Rngs | None
         ) -> tuple[Array, KeyValues]:
             cross_kv, past = xs
             out = layer(x, past, position, cross_kv, bias, causal, source.mask[:, None])
@@ -355,7 +374,7 @@ class Decoder(nnx.Module):
         x: Float[Array, "r t d"],
         source: EncoderStates,
         *,
-        seeds: Seeds | None = None,
+        rngs: nnx.Rngs | None = None,
         remat: bool = False,
         with_cross_attention: bool = False,
     ) -> tuple[Float[Array, "r t d"], CrossAttention | None]:
@@ -363,18 +382,18 @@ class Decoder(nnx.Module):
         positions = jnp.arange(x.shape[1])
         bias = self.position_bias(positions, positions)
         causal = (positions[None, :] <= positions[:, None])[None]
-        zeros = jnp.zeros((len(source.mask), x.shape[0] * x.shape[1] // len(source.mask), source.mask.shape[2]))
+        zeros = jnp.zeros(
+            (source.states.shape[0], x.shape[0] * x.shape[1] // source.states.shape[0], source.states.shape[1])
+        )
         total = CrossAttention(zeros, zeros, zeros) if with_cross_attention else None
 
-        def body(layer: DecoderLayer, carry: Any, _: None, seeds: Seeds | None) -> tuple[Any, None]:
+        def body(layer: DecoderLayer, carry: Any, _: None, rngs: nnx.Rngs | None) -> tuple[Any, None]:
             x, total = carry
-            cross_kv = layer.cross_attn.keys_values(source.states, source.packing)
+            cross_kv = layer.cross_attn.keys_values(source.states)
             out = layer(
-                *(x, None, 0, cross_kv, bias, causal, source.mask),
-                seeds=seeds,
-                with_cross_attention=with_cross_attention,
+                *(x, None, 0, cross_kv, bias, causal, source.mask), rngs=rngs, with_cross_attention=with_cross_attention
             )
             return (out.x, jax.tree.map(jnp.add, total, out.cross_attention)), None
 
-        (x, total), _ = scan(body, self.layers, (dropout(x, self.rate, seeds), total), seeds=seeds, remat=remat)
-        return dropout(self.final_norm(x), self.rate, seeds), total
+        (x, total), _ = scan(body, self.layers, (dropout(x, self.rate, rngs), total), rngs=rngs, remat=remat)
+        return dropout(self.final_norm(x), self.rate, rngs), total

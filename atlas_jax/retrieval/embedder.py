@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -13,18 +13,8 @@ from jaxtyping import Array
 
 from atlas_jax.data.tokens import Tokenizer, bucket, pad
 from atlas_jax.errors import UserError
-from atlas_jax.mesh import (
-    AXES,
-    constrain,
-    is_single_cpu,
-    local_row_indices,
-    local_rows,
-    put_rows,
-    replicate,
-    row_owners,
-)
+from atlas_jax.mesh import AXES, constrain, local_row_indices, local_rows, put_rows, row_owners
 from atlas_jax.models.atlas import Retriever
-from atlas_jax.models.packing import make_packing, packed_order
 from atlas_jax.retrieval.passage_store import PassageTokens
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.runtime.process_group import process_group
@@ -32,8 +22,6 @@ from atlas_jax.runtime.process_group import process_group
 Side = Literal["query", "passage"]
 WINDOW = 2**16  # consecutive passages sorted by length together: reads stay local on disk, batches have little padding
 TOKENS_PER_DEVICE = {"cpu": 2**13, "gpu": 2**17, "tpu": 2**17}  # tokens of a batch: enough to keep a device busy
-
-PACKED_TOKENS = 2**11  # of a batch on a CPU, which is as fast with few tokens
 
 
 class Embedder:
@@ -56,19 +44,16 @@ class Embedder:
         """See `encoder_rows`."""
         return encoder_rows(self.mesh, length, batch)
 
-    def __call__(
-        self, texts: Sequence[Sequence[int] | np.ndarray], length: int, rows: int, packed: int | None = None
-    ) -> Array:
+    def __call__(self, texts: Sequence[Sequence[int] | np.ndarray], length: int, rows: int) -> Array:
         """Embeds token ids without special tokens, padded to `length`: float32 "rows d", see `compiled_encoder`.
 
         Each process passes the texts of its own rows (`local_row_indices`); vectors of rows without a text are
-        meaningless. With `packed`, a number of tokens in which all fit, the padding is not computed.
+        meaningless.
         """
         ids_with_specials = [self.tokenizer.add_special_tokens(text, self.max_length) for text in texts]
         padding = len(local_row_indices(self.mesh, rows, AXES)) - len(texts)
         ids, mask = pad([*ids_with_specials, *[[]] * padding], length, self.tokenizer.pad_id)
-        order = None if packed is None else replicate(self.mesh, packed_order(mask.sum(1)[None], length, packed))
-        return self.program(self._state, put_rows(self.mesh, ids, rows), put_rows(self.mesh, mask, rows), order)
+        return self.program(self._state, put_rows(self.mesh, ids, rows), put_rows(self.mesh, mask, rows))
 
     def embed_queries(self, queries: Sequence[str], rows: int) -> Array:
         """Embeds queries in one batch: float32 "rows d"; vectors of rows beyond the queries are meaningless.
@@ -89,9 +74,6 @@ class Embedder:
         may still be computing.
         """
         sorted_parts = [part[np.argsort(-tokens.lengths(part), kind="stable")] for part in parts]
-        if is_single_cpu(self.mesh):
-            yield from self._packed_batches(tokens, sorted_parts[0], batch)
-            return
         start = 0
         while start < max(map(len, sorted_parts)):
             longest = max(int(tokens.lengths(part[start : start + 1]).max(initial=0)) for part in sorted_parts)
@@ -105,47 +87,23 @@ class Embedder:
             yield numbers, self(tokens.take(local_numbers[local_numbers >= 0]), length, rows)
             start += rows // len(sorted_parts)
 
-    def _packed_batches(
-        self, tokens: PassageTokens, part: np.ndarray, batch: int
-    ) -> Iterator[tuple[np.ndarray, Array]]:
-        """`batches` of as many passages as fit in PACKED_TOKENS, of which only the tokens are computed."""
-        lengths = np.minimum(tokens.lengths(part) + self._special_count, self.max_length)
-        start = 0
-        while start < len(part):
-            length = bucket(int(lengths[start]), self.max_length, apart=128)
-            packed = max(PACKED_TOKENS, length)
-            rows = max(1, min(batch, 2 * packed // length))
-            fitting = int(np.searchsorted(np.cumsum(lengths[start : start + rows]), packed, side="right"))
-            numbers = np.full(rows, -1)
-            numbers[:fitting] = part[start : start + fitting]
-            yield numbers, self(tokens.take(numbers[:fitting]), length, rows, packed)
-            start += fitting
-
-    @property
-    def _special_count(self) -> int:
-        return len(self.tokenizer.prefix) + len(self.tokenizer.suffix)
-
     def _bucket(self, ids: int) -> int:
         """Padded length of a text with this many ids before special tokens."""
-        return bucket(min(ids + self._special_count, self.max_length), self.max_length)
+        specials = len(self.tokenizer.prefix) + len(self.tokenizer.suffix)
+        return bucket(min(ids + specials, self.max_length), self.max_length)
 
 
 def compiled_encoder(retriever: Retriever, side: Side, mesh: Mesh) -> CompiledFunction:
-    """Returns the function (retriever state, ids "b l", mask "b l", order "1 p" or None) -> vectors "b d" of one side.
+    """Returns the function (retriever state, ids "b l", mask "b l") -> vectors "b d" of one side.
 
-    With an order, that of `Packing`, only its tokens are computed. Rows are sharded over all axes of the mesh; query
-    vectors are then replicated, for `VectorIndex.begin_search`.
+    Rows are sharded over all axes of the mesh; query vectors are then replicated, for `VectorIndex.begin_search`.
     """
     graph, _ = nnx.split(retriever)
-
-    def encode(state: Any, ids: Array, mask: Array, order: Array | None = None) -> Array:
-        packing = make_packing(order, *ids.shape)
-        encoder = nnx.merge(graph, state)
-        return constrain(encoder(constrain(ids, AXES), constrain(mask, AXES), side=side, packing=packing), AXES)
-
     return CompiledFunction(
         f"{side} encoder",
-        encode,
+        lambda state, ids, mask: constrain(
+            nnx.merge(graph, state)(constrain(ids, AXES), constrain(mask, AXES), side=side), AXES
+        ),
         mesh,
         gather=side == "query",
     )

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from atlas_jax.runtime.memory import return_freed_memory
 from atlas_jax.runtime.process_group import process_group
 
 logger = logging.getLogger(__name__)
@@ -94,7 +93,6 @@ class CompiledFunction:
             start = time.perf_counter()
             lowered = self._lower(state, *args)
             self._compiled[shapes] = _in_thread(f"compile {self.name}", lowered.compile)
-            return_freed_memory()
             seconds = time.perf_counter() - start
             shape = " x ".join(map(str, max((x.shape for x in leaves), key=len, default=())))
             logger.info("compiled %s for %s in %.1f s (program %d)", self.name, shape, seconds, self.count)

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from atlas_jax.config import Config, RunConfig
 from atlas_jax.data.jsonl import JsonlRows
 from atlas_jax.data.order import ExampleOrder
-from atlas_jax.data.tokens import Tokenizer, pad
-from atlas_jax.evaluation.batches import ReaderBatcher, packing_order, padded_length
+from atlas_jax.data.tokens import Tokenizer, bucket, pad
+from atlas_jax.evaluation.batches import ReaderBatcher
 from atlas_jax.mesh import ArrayOrShape, global_batch_size, put_batch, put_passages
 from atlas_jax.models.fid import ReaderBatch
 from atlas_jax.retrieval.passage_source import RetrievedPassages
@@ -62,7 +62,7 @@ class TrainingBatcher:
         prompts, passages = self._reader.prompts(queries), self._reader.passages(queries, retrieved)
         retriever_queries, retriever_passages = self._retriever_ids(queries, retrieved) if retriever else ([], [])
         (longest,) = process_group().all_max(max(map(len, [*passages, *retriever_queries, *retriever_passages])))
-        length = padded_length(self._mesh, longest, self._text.text_maxlength)
+        length = bucket(longest, self._text.text_maxlength)
         read = self._reader.batch(examples, passages, prompts, length, n)
         query_lengths = np.asarray([min(len(ids), length) for ids in self._reader.tokenizer.ids(queries)], np.int32)
         if self._retriever_tokenizer is None or not retriever:
@@ -72,10 +72,7 @@ class TrainingBatcher:
             pad(ids, length, self._retriever_tokenizer.pad_id) for ids in (retriever_queries, retriever_passages)
         )
         by_query = [array.reshape(len(examples), n, length) for array in padded_passages]
-        packed = 0 if read.order is None else read.order.shape[1]
-        order = packing_order(self._mesh, retriever_passages, n, length, at_least=packed)
-        arrays = *padded_queries, *by_query
-        return put_training_batch(self._mesh, read, query_lengths, *arrays, order=order, rows=self.size)
+        return put_training_batch(self._mesh, read, query_lengths, *padded_queries, *by_query, rows=self.size)
 
     def _retriever_ids(
         self, queries: Sequence[str], retrieved: RetrievedPassages
@@ -95,21 +92,12 @@ class TrainingBatcher:
 
 
 def put_training_batch(
-    mesh: Mesh,
-    read: ReaderBatch,
-    query_lengths: ArrayOrShape,
-    *retriever: ArrayOrShape,
-    order: ArrayOrShape | None = None,
-    rows: int | None = None,
+    mesh: Mesh, read: ReaderBatch, query_lengths: ArrayOrShape, *retriever: ArrayOrShape, rows: int | None = None
 ) -> Batch:
-    """Puts a step's arrays on the mesh; `retriever` is empty, or query ids, query mask, passage ids, passage mask.
-
-    `order` is that of the retriever's passages, packed.
-    """
+    """Puts a step's arrays on the mesh; `retriever` is empty, or query ids, query mask, passage ids, passage mask."""
     lengths = put_batch(mesh, query_lengths, rows)
     if not retriever:
         return Batch(read, lengths, None)
     queries = (put_batch(mesh, array, rows) for array in retriever[:2])
     passages = (put_passages(mesh, array, rows) for array in retriever[2:])
-    orders = [] if order is None else [put_batch(mesh, order, rows)]
-    return Batch(read, lengths, RetrieverBatch(*queries, *passages, *orders))
+    return Batch(read, lengths, RetrieverBatch(*queries, *passages))

@@ -20,9 +20,7 @@ from atlas_jax.models.atlas import AtlasModel, build_model
 from atlas_jax.retrieval.passage_index import check_passage_index
 from atlas_jax.runtime.compiled import enable_compilation_cache
 from atlas_jax.runtime.interrupts import Interrupted, Interrupts, requeue
-from atlas_jax.runtime.memory import return_freed_memory
 from atlas_jax.runtime.process_group import process_group
-from atlas_jax.runtime.profiler import StepProfiler
 from atlas_jax.storage.cache import cache_folder
 from atlas_jax.storage.file_lock import sole_writer
 from atlas_jax.storage.files import write_json
@@ -68,8 +66,6 @@ def train(config: Config, run: Path) -> None:
         checkpoints = stack.enter_context(RunCheckpoints(folder, config.run.keep, config.run.save_freq))
         mesh = training_mesh(config, model_config(config))
         start, state = restore_or_init(config, checkpoints, mesh)
-        start = start.with_params_of("retriever/")  # the index needs them; the arrays are in the state otherwise
-        return_freed_memory()
         queries = global_batch_size(mesh, config.run.per_gpu_batch_size)
         write_json(run / CONFIG, to_dict(config) | {"loss_group": start.averaging(config, queries).loss_group})
         progress, total = start.progress, config.optim.total_steps
@@ -82,8 +78,6 @@ def train(config: Config, run: Path) -> None:
             report_checkpoint_space(config, progress.step, state)
         if progress.step < total or config.index.save_index_path or missing_evaluations(run, eval_rows, progress.step):
             setup = build_setup(config, start, training_rows, mesh, scratch)
-            start = start.with_params_of()
-            return_freed_memory()
             reporter = stack.enter_context(
                 MetricsReporter(run, total, config.run.log_freq, progress.step, progress.pending)
             )
@@ -115,7 +109,7 @@ class Trainer:
     ):
         self.config, self.run_folder, self.setup, self.state = config, run, setup, state
         self.progress = start.progress
-        self.weights = start.weights
+        self.weights = dataclasses.replace(start.weights, params={})  # the arrays are in the state, and only there
         self.eval_rows, self.best = eval_rows, best
         self.reporter, self.checkpoints, self.interrupts = reporter, checkpoints, interrupts
         self.metrics = MetricsBuffer(config, setup.clock, reporter, self.progress.skipped)
@@ -124,17 +118,24 @@ class Trainer:
     def run(self) -> None:
         """Runs the remaining steps: refresh the index, take a batch, update, save, evaluate."""
         config, total = self.config.run, self.config.optim.total_steps
-        profiler = StepProfiler(config.profiled_steps, self.run_folder)
         try:
             self.evaluate_missing()
-            with contextlib.closing(self.setup.lookahead), contextlib.closing(profiler):
+            with contextlib.closing(self.setup.lookahead):
                 batch: ReadyBatch | None = None
                 while self.progress.step < total:
                     step = self.progress.step + 1
                     if is_refresh_due(self.config, step - 1):
                         self.refresh_index()
-                    with profiler.step(step, self.metrics.wait_for_devices):
-                        batch = self.step(step, batch)
+                    if batch is None:  # the step before changed the retriever or the index, so nothing was prefetched
+                        batch = self.begin_batch(step, wait_for_previous_step=True)()
+                    finish_next_batch = None
+                    if step < total and can_look_ahead(self.config, step):
+                        finish_next_batch = self.begin_batch(
+                            step + 1, wait_for_previous_step=self.setup.index.begin_retrieval_blocks
+                        )
+                    self.update(step, batch)
+                    batch = finish_next_batch() if finish_next_batch else None  # while the devices compute the step
+
                     if self.metrics.skipped_in_a_row >= config.max_bad_steps:
                         self.stop_after_bad_steps()
                     if step % config.save_freq == 0 or step == total:
@@ -147,18 +148,6 @@ class Trainer:
         except Interrupted:
             self.save()
             raise
-
-    def step(self, step: int, batch: ReadyBatch | None) -> ReadyBatch | None:
-        """Updates the state with a batch; returns the next one if it can be made before the devices have finished."""
-        if batch is None:  # the step before changed the retriever or the index, so nothing was prefetched
-            batch = self.begin_batch(step, wait_for_previous_step=True)()
-        finish_next_batch = None
-        if step < self.config.optim.total_steps and can_look_ahead(self.config, step):
-            finish_next_batch = self.begin_batch(
-                step + 1, wait_for_previous_step=self.setup.index.begin_retrieval_blocks
-            )
-        self.update(step, batch)
-        return finish_next_batch() if finish_next_batch else None
 
     def model(self) -> AtlasModel:
         """The model with the current parameters."""

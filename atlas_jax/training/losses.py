@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax.mesh import ROW_AXES, constrain
-from atlas_jax.models.fid import FiD, ReaderBatch, fuse, shift_right, token_losses
+from atlas_jax.models.fid import FiD, fuse, shift_right, token_losses
 from atlas_jax.models.t5 import EncoderStates
 
 ATTENTION_NORMALIZER = 256  # Reference: cross-attention sums are divided by this, however long a passage is
@@ -31,13 +31,12 @@ def mean_loss(losses: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Ar
 
 
 def single_passage_logits(
-    reader: FiD, states: Float[Array, "b n l d"], batch: ReaderBatch, pad_id: int
+    reader: FiD, states: Float[Array, "b n l d"], mask: Bool[Array, "b n l"], target: Int[Array, "b t"], pad_id: int
 ) -> Float[Array, "b n t v"]:
     """Logits of the target when the decoder reads one passage at a time; `states` are encoder states."""
     b, n, length, d = states.shape
-    packing, states = batch.packing(), states.reshape(b * n, length, d)
-    source = EncoderStates(packing.pack(states) if packing else states, batch.mask.reshape(b * n, 1, length), packing)
-    inputs = constrain(jnp.repeat(shift_right(batch.target, pad_id), n, axis=0), ROW_AXES)
+    source = EncoderStates(states.reshape(b * n, length, d), mask.reshape(b * n, 1, length))
+    inputs = constrain(jnp.repeat(shift_right(target, pad_id), n, axis=0), ROW_AXES)
     logits = reader.teacher_forced(inputs, source).logits
     return logits.reshape(b, n, *logits.shape[1:])
 
@@ -66,18 +65,21 @@ def attention_gold(
 
 
 def leave_one_out_gold(
-    reader: FiD, states: Float[Array, "b n l d"], batch: ReaderBatch, pad_id: int
+    reader: FiD,
+    states: Float[Array, "b n l d"],
+    mask: Bool[Array, "b n l"],
+    target: Int[Array, "b t"],
+    target_mask: Bool[Array, "b t"],
+    pad_id: int,
 ) -> Float[Array, "b n"]:
     """LOOP (`loop`): the mean loss of the target given all passages but this one."""
-    (b, n, length), t = batch.mask.shape, batch.target.shape[1]
-    fused, mask = fuse(states, batch)
-    order = jnp.arange(n * length)[None] if batch.order is None else batch.order
-    others = mask[:, None] & (order[:, None] // length != jnp.arange(n)[None, :, None])  # "b left_out s"
-    source_mask = jnp.repeat(others, t, axis=1)
+    (b, n, length), t = mask.shape, target.shape[1]
+    others = mask[:, None] & ~jnp.eye(n, dtype=bool)[None, :, :, None]  # "b left_out n l"
+    source_mask = jnp.broadcast_to(others.reshape(b, n, 1, n * length), (b, n, t, n * length))
+    source = EncoderStates(fuse(states), source_mask.reshape(b, n * t, n * length))
     inputs, targets, target_masks = (
-        jnp.repeat(x, n, axis=0) for x in (shift_right(batch.target, pad_id), batch.target, batch.target_mask)
+        jnp.repeat(x, n, axis=0) for x in (shift_right(target, pad_id), target, target_mask)
     )
-    source = EncoderStates(fused, source_mask)
     losses = token_losses(reader.teacher_forced(inputs, source).logits, targets, target_masks)
     return mean_loss(losses, target_masks).reshape(b, n)
 

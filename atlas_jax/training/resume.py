@@ -20,7 +20,7 @@ from atlas_jax.checkpoints.restore import check_finite, restore
 from atlas_jax.checkpoints.run_checkpoints import DifferentRun, RunCheckpoints
 from atlas_jax.checkpoints.store import ResumeState, Weights
 from atlas_jax.config import Config, resume_rules, to_dict
-from atlas_jax.mesh import ArrayOrShape, global_batch_size, is_single_cpu, put_parameter, replicate
+from atlas_jax.mesh import ArrayOrShape, global_batch_size, put_parameter, replicate
 from atlas_jax.storage.lazy_array import ArrayLike, LazyArray, LocalShards
 from atlas_jax.storage.lazy_array import read as read_array
 from atlas_jax.training.best_step import Scores
@@ -51,11 +51,6 @@ class RunStart:
 
     weights: Weights
     resume_state: ResumeState | None  # None: a new run
-
-    def with_params_of(self, *prefixes: str) -> "RunStart":
-        """The start with these parameters only; the memory of the others may be freed."""
-        params = {path: array for path, array in self.weights.params.items() if path.startswith(prefixes)}
-        return dataclasses.replace(self, weights=dataclasses.replace(self.weights, params=params))
 
     @property
     def progress(self) -> Progress:
@@ -209,9 +204,7 @@ def put_state(mesh: Mesh, state: TrainState) -> TrainState:
 def _put_leaf(mesh: Mesh, keys: tuple[Any, ...], x: ArrayOrShape | LazyArray) -> Any:
     """Leaves in dicts are parameters, moments and gradients, by the parameter's path; all others are numbers."""
     if isinstance(keys[-1], jax.tree_util.DictKey):
-        placed = put_parameter(mesh, keys[-1].key, x)
-        # A CPU device shares NumPy's memory, which cannot be donated: the first step would copy all at once
-        return placed.copy() if isinstance(placed, jax.Array) and is_single_cpu(mesh) else placed
+        return put_parameter(mesh, keys[-1].key, x)
     return replicate(mesh, read_array(x) if isinstance(x, LazyArray) else x)
 
 

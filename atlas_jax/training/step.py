@@ -17,9 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from atlas_jax.config import GoldMode, OptimConfig
 from atlas_jax.mesh import ROW_AXES, constrain
 from atlas_jax.models.atlas import AtlasConfig, AtlasModel, Retriever, build_model
-from atlas_jax.models.dropout import Seeds
 from atlas_jax.models.fid import FiD, ReaderBatch, fuse, shift_right, token_losses
-from atlas_jax.models.packing import make_packing
 from atlas_jax.models.t5 import EncoderStates
 from atlas_jax.training.attention_stats import correlations
 from atlas_jax.training.losses import (
@@ -43,7 +41,6 @@ class RetrieverBatch(NamedTuple):
     query_mask: Bool[Array, "b q"]
     passages: Int[Array, "b n p"]
     passage_mask: Bool[Array, "b n p"]
-    passage_order: Int[Array, "b k"] | None = None  # `Packing.order` of the passages
 
 
 class Batch(NamedTuple):
@@ -110,7 +107,7 @@ def train_step(
 
     def loss_fn(trained: Params) -> tuple[Float[Array, ""], Metrics]:
         model = build_model(state.params | trained, cfg.model)
-        return joint_loss(model, batch, Seeds.of_key(key) if cfg.dropout else None, cfg)
+        return joint_loss(model, batch, nnx.Rngs(dropout=key) if cfg.dropout else None, cfg)
 
     (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
     if state.gradients is not None:
@@ -141,7 +138,7 @@ def train_step(
 
 
 def joint_loss(
-    model: AtlasModel, batch: Batch, seeds: Seeds | None, cfg: StepConfig
+    model: AtlasModel, batch: Batch, rngs: nnx.Rngs | None, cfg: StepConfig
 ) -> tuple[Float[Array, ""], Metrics]:
     """The reader's cross-entropy per target token, plus the retriever's loss if the batch trains it.
 
@@ -150,20 +147,21 @@ def joint_loss(
     reader, reader_batch = model.reader, batch.reader
     assert reader is not None
     n = min(cfg.n_context, reader_batch.passages.shape[1])
-    read = reader_batch.first(n)
-    states = reader.encoder_states(read, seeds=seeds, remat=cfg.remat_reader)
-    with_stats = cfg.stats and batch.retriever is not None
-    source = _fused_source(states, read._replace(order=None) if with_stats else read)
+    states = reader.encoder_states(
+        reader_batch.passages[:, :n], reader_batch.mask[:, :n], rngs=rngs, remat=cfg.remat_reader
+    )
+    source = EncoderStates(fuse(states), reader_batch.mask[:, :n].reshape(len(reader_batch.mask), 1, -1))
     inputs = shift_right(reader_batch.target, cfg.pad_id)
+    with_stats = cfg.stats and batch.retriever is not None
     logits, cross_attention = reader.teacher_forced(
-        inputs, source, seeds=seeds, remat=cfg.remat_reader, with_cross_attention=with_stats
+        inputs, source, rngs=rngs, remat=cfg.remat_reader, with_cross_attention=with_stats
     )
     losses = token_losses(logits, reader_batch.target, reader_batch.target_mask)
     reader_loss = (losses.sum(-1) * token_weights(reader_batch.target_mask, cfg.averaging.loss_group)).sum()
     metrics = {"loss/reader_loss": reader_loss}
     if batch.retriever is None or model.retriever is None:
         return reader_loss, metrics
-    scores = retriever_scores(model.retriever, batch.retriever, seeds, cfg)
+    scores = retriever_scores(model.retriever, batch.retriever, rngs, cfg)
     loss, gold = retriever_loss(_without_gradient(reader), states, scores, reader_batch, cfg)
     if cross_attention is not None and gold is not None:
         metrics |= correlations(
@@ -179,16 +177,14 @@ def joint_loss(
 
 
 def retriever_scores(
-    retriever: Retriever, batch: RetrieverBatch, seeds: Seeds | None, cfg: StepConfig
+    retriever: Retriever, batch: RetrieverBatch, rngs: nnx.Rngs | None, cfg: StepConfig
 ) -> Float[Array, "b n"]:
     """The retriever's score of each passage: q.p / sqrt(d)."""
     b, n, _ = batch.passages.shape
-    queries = retriever(batch.queries, batch.query_mask, side="query", seeds=seeds, remat=cfg.remat_retriever)
+    queries = retriever(batch.queries, batch.query_mask, side="query", rngs=rngs, remat=cfg.remat_retriever)
     rows = (constrain(x.reshape(b * n, -1), ROW_AXES) for x in (batch.passages, batch.passage_mask))
-    passage_seeds = None if cfg.query_side else seeds
-    packing = make_packing(batch.passage_order, *batch.passages.shape[1:])
-    passages = retriever(*rows, side="passage", seeds=passage_seeds, remat=cfg.remat_retriever, packing=packing)
-    passages = passages.reshape(b, n, -1)
+    passage_rngs = None if cfg.query_side else rngs
+    passages = retriever(*rows, side="passage", rngs=passage_rngs, remat=cfg.remat_retriever).reshape(b, n, -1)
     return jnp.einsum("bd,bnd->bn", queries, passages) * queries.shape[-1] ** -0.5
 
 
@@ -204,15 +200,13 @@ def retriever_loss(
     `states` are the reader's encoder states of the first m passages, made with dropout if the run has any.
     """
     states = jax.lax.stop_gradient(states)
-    m, n = states.shape[1], reader_batch.passages.shape[1]
     if cfg.dropout:  # gold scores are computed without dropout
-        states = reader.encoder_states(reader_batch)
-    elif m < n:
-        rest = reader_batch._replace(passages=reader_batch.passages[:, m:], mask=reader_batch.mask[:, m:], order=None)
-        states = jnp.concatenate([states, reader.encoder_states(rest)], axis=1)
+        states = reader.encoder_states(reader_batch.passages, reader_batch.mask)
+    elif (rest := reader_batch.passages[:, states.shape[1] :]).shape[1]:
+        states = jnp.concatenate([states, reader.encoder_states(rest, reader_batch.mask[:, states.shape[1] :])], axis=1)
     temperatures = cfg.temperature_score, cfg.temperature_gold
     if cfg.gold == "emdr":
-        logits = single_passage_logits(reader, states, reader_batch, cfg.pad_id)
+        logits = single_passage_logits(reader, states, reader_batch.mask, reader_batch.target, cfg.pad_id)
         weights = token_weights(reader_batch.target_mask, cfg.averaging.loss_group)
         return emdr_loss(scores, logits, reader_batch.target, reader_batch.target_mask, weights, *temperatures), None
     gold = gold_scores(reader, states, reader_batch, cfg)
@@ -225,12 +219,14 @@ def gold_scores(
     """The gold score of each passage by --gold_score_mode: how much it helps the reader to write the target."""
     match cfg.gold:
         case "ppmean":
-            logits = single_passage_logits(reader, states, reader_batch, cfg.pad_id)
+            logits = single_passage_logits(reader, states, reader_batch.mask, reader_batch.target, cfg.pad_id)
             return perplexity_gold(logits, reader_batch.target, reader_batch.target_mask)
         case "loop":
-            return leave_one_out_gold(reader, states, reader_batch, cfg.pad_id)
+            return leave_one_out_gold(
+                reader, states, reader_batch.mask, reader_batch.target, reader_batch.target_mask, cfg.pad_id
+            )
         case "evalnormsum":
-            source = _fused_source(states, reader_batch._replace(order=None))
+            source = EncoderStates(fuse(states), reader_batch.mask.reshape(len(reader_batch.mask), 1, -1))
             inputs = shift_right(reader_batch.target, cfg.pad_id)
             cross_attention = reader.teacher_forced(inputs, source, with_cross_attention=True).cross_attention
             assert cross_attention is not None
@@ -239,12 +235,6 @@ def gold_scores(
             )
         case "emdr":
             raise ValueError("EMDR2 has no gold scores: `retriever_loss` computes its loss from logits")
-
-
-def _fused_source(states: Float[Array, "b n l d"], batch: ReaderBatch) -> EncoderStates:
-    """The passages of each query as one source, for one pass of the decoder."""
-    fused, mask = fuse(states, batch)
-    return EncoderStates(fused, mask[:, None])
 
 
 def _without_gradient(reader: FiD) -> FiD:

@@ -26,7 +26,7 @@ from tests.commands.sample_evaluation import evaluate_argv
 
 NEW_FLAGS = {  # flags that the reference does not have
     **{"mesh": "auto", "cache_dir": None, "compile_cache": "auto", "keep": None, "max_bad_steps": 20},
-    **{"loss_group": None, "select_by": None, "profile_steps": None, "random_weights": False, "max_orders": None},
+    **{"loss_group": None, "select_by": None, "random_weights": False, "max_orders": None},
     **{"coordinator": None, "num_processes": None, "process_id": None, "host_timeout": 300},
 }
 FLAGS = {field.name: field for group in GROUPS.values() for field in fields(group)}
@@ -327,16 +327,7 @@ def test_a_tilde_is_expanded_in_every_flag_that_names_a_path(command, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = {"reader_model_type", "retriever_model_path", "model_path", "checkpoint_dir", "train_data", "eval_data"}
     paths |= {"passages", "load_index_path", "save_index_path", "cache_dir", "compile_cache"}
-    texts = {
-        "name",
-        "encoder_format",
-        "retriever_format",
-        "select_by",
-        "profile_steps",
-        "mesh",
-        "refresh_index",
-        "coordinator",
-    }
+    texts = {"name", "encoder_format", "retriever_format", "select_by", "mesh", "refresh_index", "coordinator"}
     for flag in paths | texts:
         (value,) = (v for k, v in _flag_values(command, [f"--{flag}=~/x", "--task=qa"]).items() if k == flag)
         expected = f"{tmp_path}/x" if flag in paths else "~/x"

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NOT_RUN = "# not run by the tests: "
 GUIDES = ("training", "resuming", "devices", "multi-host", "indexes", "checkpoints", "data", "differences")
-REFERENCE = ("plan", "performance", "flags", "architecture")
+REFERENCE = ("plan", "flags", "architecture")
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in (*GUIDES, *REFERENCE)))  # in reading order
 SHELLS = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from atlas_jax.checkpoints.weights import import_weights
 from atlas_jax.data.tokens import Tokenizer, pad
 from atlas_jax.evaluation.generation import FREE, GenerationSettings, generate
 from atlas_jax.models.atlas import AtlasConfig, build_model
-from atlas_jax.models.fid import FiD, ReaderBatch
+from atlas_jax.models.fid import FiD
 
 
 def load(folder, **changes) -> FiD:
@@ -39,11 +38,7 @@ def answers(golden):
 
 
 def answer(reader, batch, cfg, prompt=None):
-    def write(reader: FiD, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        source = reader.encode(ReaderBatch(ids, mask, ids[:, 0], mask[:, 0]))
-        return generate(reader, source, cfg, prompt)
-
-    write = nnx.jit(write)
+    write = nnx.jit(lambda reader, ids, mask: generate(reader, reader.encode(ids, mask), cfg, prompt))
     return np.asarray(write(reader, *batch))
 
 

@@ -5,14 +5,13 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from atlas_jax.mesh import PARAM_AXES, make_mesh, param_spec, put_batch, put_parameter, put_passages, replicate
 from atlas_jax.models.atlas import build_model
-from atlas_jax.models.dropout import Seeds
 from atlas_jax.runtime.compiled import CompiledFunction
 from atlas_jax.training.step import Averaging, Batch, StepConfig, joint_loss
-from tests.training.test_step import config, norm
-from tests.training.test_step import padded_batch as batch
+from tests.training.test_step import batch, config, norm
 
 TOGETHER = Averaging(loss_group=8, separate_clip=False)  # the eight questions of `put_doubled_batch`
 MESHES = ("fsdp=8", "model=4", "data=2,fsdp=2,model=2", "passages=5")
@@ -81,7 +80,7 @@ def test_dropout_does_not_depend_on_the_mesh(tiny_weights, batch):
     cfg = config(tiny_weights, averaging=TOGETHER, dropout=True, model=tiny_weights.cfg.with_computation(dropout=0.1))
 
     def losses_with_dropout(params, batch, key):
-        return joint_loss(build_model(params, cfg.model), batch, Seeds.of_key(key), cfg)[1]
+        return joint_loss(build_model(params, cfg.model), batch, nnx.Rngs(dropout=key), cfg)[1]
 
     found = []
     for spec in ("data=1", "data=2,fsdp=2,model=2"):

@@ -14,8 +14,7 @@ from atlas_jax.mesh import PARAM_AXES, make_mesh, param_spec, put_parameter, rep
 from atlas_jax.models.atlas import build_model
 from atlas_jax.plan import hlo
 from tests.training.test_mesh_step import TOGETHER, program, put_doubled_batch
-from tests.training.test_step import config
-from tests.training.test_step import padded_batch as batch
+from tests.training.test_step import batch, config
 
 __all__ = ["batch"]  # the fixture
 pytestmark = pytest.mark.usefixtures("quick_compiler")

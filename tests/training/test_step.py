@@ -12,7 +12,6 @@ from atlas_jax.checkpoints.weights import export_weights
 from atlas_jax.config import OptimConfig
 from atlas_jax.models.atlas import build_model
 from atlas_jax.models.fid import ReaderBatch
-from atlas_jax.models.packing import packed_order
 from atlas_jax.training.optimizer import init_optimizer
 from atlas_jax.training.step import Averaging, Batch, RetrieverBatch, StepConfig, TrainState, joint_loss, train_step
 
@@ -21,17 +20,7 @@ MODES = ("ppmean", "evalnormsum", "loop", "emdr")
 
 
 @pytest.fixture(scope="module")
-def batch(padded_batch) -> Batch:
-    """The reference's batch with packed passages."""
-    read, retriever = padded_batch.reader, padded_batch.retriever
-    read = read._replace(order=packed(np.asarray(read.mask)))
-    return padded_batch._replace(
-        reader=read, retriever=retriever._replace(passage_order=packed(np.asarray(retriever.passage_mask)))
-    )
-
-
-@pytest.fixture(scope="module")
-def padded_batch(golden) -> Batch:
+def batch(golden) -> Batch:
     file = np.load(golden / "batch.npz")
     labels = file["labels"]
     ids = {name: jnp.asarray(file[name], jnp.int32) for name in ("reader_ids", "query_ids", "retriever_ids")}
@@ -41,12 +30,6 @@ def padded_batch(golden) -> Batch:
     sentinel = 1999  # with which every query ends
     lengths = jnp.argmax(ids["reader_ids"][:, 0] == sentinel, axis=-1).astype(jnp.int32) + 1
     return Batch(ReaderBatch(*reader), lengths, RetrieverBatch(*retriever))
-
-
-def packed(mask: np.ndarray) -> jax.Array:
-    """The `Packing.order` of these passages, in a few more tokens than they have."""
-    lengths = mask.sum(-1)
-    return jnp.asarray(packed_order(lengths, mask.shape[-1], int(lengths.sum(1).max()) + 5))
 
 
 def config(weights, **changes) -> StepConfig:
